@@ -1,0 +1,100 @@
+"""Checkpoints: tensors as safetensors, everything else as JSON beside them.
+
+`last.json` names its tensor file and that file's sha256; the JSON is renamed into place last, so a pair is whole
+or not there. Model tensors keep their names, so a checkpoint is a weights file too; optimiser state lies beside
+them under `optimizer/...` (no parameter name holds a slash).
+"""
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load as load_safetensors
+from safetensors.torch import save as save_safetensors
+from torch import Tensor
+
+from fedtalos.errors import InputError
+from fedtalos.files import write_atomic
+
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """Tensors by name, and the facts that were saved with them."""
+
+    tensors: dict[str, Tensor]
+    facts: dict[str, Any]
+    sha256: str
+
+
+def save_checkpoint(folder: Path, name: str, step: int, tensors: dict[str, Tensor], facts: dict[str, Any]) -> Path:
+    """Write ``folder/name.json`` and its tensor file, then drop the tensor file that it replaces."""
+    content = save_safetensors({key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()})
+    file = folder / f"{name}-{step:06d}.safetensors"
+    write_atomic(file, content)
+    header = {"format": FORMAT, "file": file.name, "sha256": hashlib.sha256(content).hexdigest(), **facts}
+    path = folder / f"{name}.json"
+    write_atomic(path, json.dumps(header, indent=1))
+    for old in folder.glob(f"{name}-*.safetensors"):
+        if old != file:
+            old.unlink()
+    return path
+
+
+def load_checkpoint(path: Path) -> Checkpoint:
+    """Read a checkpoint by its JSON file.
+
+    Raises InputError where a file is missing, broken, not a checkpoint, or not the one that was saved.
+    """
+    try:
+        facts = json.loads(path.read_text(encoding="utf-8"))
+        if facts["format"] != FORMAT:
+            raise InputError(f"checkpoint {path}: format {facts['format']}, this version reads {FORMAT}")
+        content = (path.parent / Path(facts["file"]).name).read_bytes()
+        if hashlib.sha256(content).hexdigest() != facts["sha256"]:
+            raise InputError(f"checkpoint {path}: {facts['file']} is not the file that was saved (checksum differs)")
+        tensors: dict[str, Tensor] = load_safetensors(content)
+    except OSError as error:
+        raise InputError(f"checkpoint {path}: cannot read {error.filename} ({error.strerror})") from error
+    except (ValueError, KeyError, TypeError, SafetensorError) as error:
+        if isinstance(error, InputError):
+            raise
+        raise InputError(f"checkpoint {path}: broken or not a fedtalos checkpoint") from error
+    return Checkpoint(tensors, facts, facts["sha256"])
+
+
+def find_checkpoint(path: Path, checkpoints: Path, which: str = "last") -> Path:
+    """The JSON file that ``path`` means: itself, a run's folder, or a run's name under ``checkpoints``."""
+    candidates = [path] if path.suffix == ".json" else [path / f"{which}.json", checkpoints / path / f"{which}.json"]
+    for candidate in candidates:
+        if candidate.is_file():
+            return candidate
+    raise InputError(
+        f"checkpoint {path}: no {' or '.join(str(c) for c in candidates)}; give a run's name or its .json file"
+    )
+
+
+def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """An optimiser's state as tensors by name."""
+    state = optimizer.state_dict()["state"]
+    return {
+        f"optimizer/{index}/{key}": torch.as_tensor(value)
+        for index, entry in state.items()
+        for key, value in entry.items()
+        if value is not None
+    }
+
+
+def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
+    """Put the state that ``optimizer_tensors`` took back in."""
+    state: dict[int, dict[str, Tensor]] = {}
+    for name, tensor in tensors.items():
+        if name.startswith("optimizer/"):
+            _, index, key = name.split("/")
+            state.setdefault(int(index), {})[key] = tensor
+    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})

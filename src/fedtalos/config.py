@@ -1,0 +1,232 @@
+"""Every knob, its default and its limits: the only schema, read from YAML, presets and flags alike.
+
+Groups below become the groups of the help; flags and YAML keys are the flat field names.
+"""
+
+from pathlib import Path
+from typing import Annotated, ClassVar, Literal, Self
+
+import tyro
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from fedtalos.data.batches import Augmentation
+from fedtalos.data.dataset_loader import DatasetName
+from fedtalos.models.vision_transformer import ModelSize
+from fedtalos.training.editing import Criterion
+
+
+def unset(metavar: str, default: str) -> object:
+    """How the help shows a knob whose default is worked out, or none."""
+    return tyro.conf.arg(metavar=metavar, help_behavior_hint=f"(default: {default})")
+
+
+class Options(BaseModel):
+    """A group of knobs; unknown keys are refused."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class RunOptions(Options):
+    """Where the run happens and where it is written."""
+
+    config: Annotated[Path | None, unset("FILE", "none")] = Field(
+        None, description="YAML file of options; the preset and flags beat it"
+    )
+    preset: Annotated[str | None, unset("NAME", "none")] = Field(
+        None, description="entry of configs/experiment_configs.yaml; flags beat it"
+    )
+    run_name: Annotated[str | None, unset("NAME", "command and time")] = Field(
+        None, description="folder name under results/"
+    )
+    resume: bool = Field(False, description="go on with the run of that name (else the newest with these options)")
+    output_dir: Path = Field(Path(), description="holds results/ checkpoints/ masks/ plots/")
+    seed: int = Field(0, ge=0, description="source of every random draw")
+    device: Literal["auto", "mps", "cuda", "cpu"] = Field("auto", description="auto: mps, then cuda, then cpu")
+    precision: Literal["auto", "fp32", "bf16"] = Field("auto", description="auto: bf16 on cuda, else fp32")
+    tracker: Literal["none", "tensorboard", "wandb"] = Field("none", description="also log there")
+
+
+class DataOptions(Options):
+    """Which images."""
+
+    dataset: DatasetName = Field("cifar100", description="digits needs no download; folder: class folders in data_dir")
+    data_dir: Path = Field(Path("data"), description="where the data set is, or is downloaded to")
+    val_fraction: float = Field(0.1, gt=0, lt=1, description="share of training images held out for validation")
+    train_skip: int = Field(0, ge=0, description="leave out the first n training images")
+    train_limit: Annotated[int | None, unset("N", "all")] = Field(
+        None, ge=1, description="use only the first n training images, for trials"
+    )
+    eval_limit: Annotated[int | None, unset("N", "all")] = Field(
+        None, ge=1, description="use only n validation and n test images, for trials"
+    )
+    eval_batch_size: int = Field(250, ge=1, description="images per forward pass without gradients")
+
+
+class ModelOptions(Options):
+    """Which Vision Transformer, and from which weights it starts."""
+
+    model_size: ModelSize = Field("small", description="micro 1 M, tiny 6 M, small 22 M, base 86 M, large 303 M")
+    weights: str = Field("pretrained", description="none, pretrained, dino, a timm model NAME, a FILE or a checkpoint")
+    image_size: Annotated[int | None, unset("PX", "as the weights had; 32 for none")] = Field(
+        None, ge=1, description="pixels a side"
+    )
+    patch_size: Annotated[int | None, unset("PX", "as the weights had; 4 for none")] = Field(
+        None, ge=1, description="pixels a patch side"
+    )
+    normalisation: Literal["auto", "imagenet", "half"] = Field(
+        "auto", description="pixel mean and std; auto: as the weights say; half: 0.5"
+    )
+    head: str = Field(
+        "auto",
+        description="weights (their own), random, ridge (closed form) or a head FILE; "
+        "auto: their own where it fits the classes, else random, in editing ridge",
+    )
+
+
+class TrainOptions(Options):
+    """What moves, and how."""
+
+    trainable: Literal["all", "head", "blocks"] = Field("all", description="what may move (without a mask)")
+    freeze_head: bool = Field(False, description="keep the head as it starts")
+    mask: Annotated[Path | None, unset("FILE", "none")] = Field(
+        None, description="only its True entries move (and a new head)"
+    )
+    mask_mode: Literal["finetune", "prune"] = Field("finetune", description="frozen entries keep their value, or are 0")
+    optimizer: Literal["sgd", "adamw"] = Field("adamw", description="update rule on each client, or of the epoch")
+    learning_rate: Annotated[float | None, unset("FLOAT", "1e-4; with a mask 3e-4; weights none 1e-3")] = Field(
+        None, gt=0, description="peak; sgd takes ten times adamw's default"
+    )
+    momentum: float = Field(0.9, ge=0, lt=1, description="of sgd")
+    weight_decay: float = Field(0.01, ge=0, description="decoupled for adamw, L2 for sgd")
+    batch_size: int = Field(64, ge=1, description="images per step")
+    augmentation: Literal["auto"] | Augmentation = Field("auto", description="auto: crop_flip; digits: none")
+    clip_norm: float | None = Field(1.0, gt=0, description="gradient norm of what moves at most this, or None")
+    schedule: Literal["constant", "cosine", "step"] = Field("cosine", description="of the learning rate")
+    warmup: int = Field(0, ge=0, description="epochs or rounds of linear warm-up")
+    step_every: int = Field(30, ge=1, description="epochs or rounds between steps of the step schedule")
+    step_gamma: float = Field(0.1, gt=0, le=1, description="factor of each step")
+    eval_every: Annotated[int | None, unset("N", "1 epoch, 10 rounds")] = Field(
+        None, ge=1, description="epochs or rounds between validations and checkpoints"
+    )
+
+
+class FederationOptions(Options):
+    """Clients and rounds."""
+
+    num_clients: int = Field(100, ge=1, description="K, clients that hold the training images")
+    num_rounds: int = Field(100, ge=1, description="aggregations")
+    client_fraction: float = Field(0.1, gt=0, le=1, description="C, share of clients sampled each round")
+    local_steps: int = Field(4, ge=1, description="J, optimiser steps per client and round")
+    local_epochs: Annotated[int | None, unset("N", "none")] = Field(
+        None, ge=1, description="passes over the client's images, instead of local_steps"
+    )
+    partition: Literal["iid", "label_skew", "dirichlet", "quantity"] = Field("iid", description="how images are split")
+    classes_per_client: int = Field(5, ge=1, description="Nc, of label_skew")
+    alpha: float = Field(0.3, gt=0, description="concentration of dirichlet and quantity; smaller: more skew")
+    min_client_size: int = Field(10, ge=1, description="fewest images of a client under dirichlet and quantity")
+
+
+class EditingOptions(Options):
+    """How the mask is made."""
+
+    checkpoint: Annotated[Path | None, unset("RUN|FILE", "the --weights")] = Field(
+        None, description="run or file under checkpoints/ to edit, with its head"
+    )
+    target_sparsity: float = Field(0.9, ge=0, lt=1, description="share of eligible entries that stay frozen")
+    num_iterations: int = Field(4, ge=1, description="R, rounds of scoring and excluding")
+    criterion: Criterion = Field("least_sensitive", description="which entries may move")
+    soft_zero: float = Field(0.01, gt=0, le=1, description="factor on excluded entries while scoring (never 0)")
+    calibration_images: int = Field(640, ge=1, description="images scored per round, from the validation split")
+    fisher_chunk: int = Field(8, ge=1, description="examples per backward pass of the scores")
+
+
+class Config(Options):
+    """What the three training commands share."""
+
+    command: ClassVar[str]
+
+    run: RunOptions = RunOptions()
+    data: DataOptions = DataOptions()
+    model: ModelOptions = ModelOptions()
+
+
+class CentralizedConfig(Config):
+    """Train on all images in one place: the baseline."""
+
+    command: ClassVar[str] = "centralized"
+
+    train: TrainOptions = TrainOptions()
+    num_epochs: int = Field(100, ge=1, description="passes over the training images")
+
+
+class FederatedConfig(Config):
+    """Train with federated averaging over clients that keep their images."""
+
+    command: ClassVar[str] = "federated"
+
+    train: TrainOptions = TrainOptions()
+    federation: FederationOptions = FederationOptions()
+
+    @model_validator(mode="after")
+    def _warm_up_ends(self) -> Self:
+        if self.train.warmup >= self.federation.num_rounds:
+            raise ValueError(f"warmup {self.train.warmup} must be below num_rounds {self.federation.num_rounds}")
+        return self
+
+
+class EditingConfig(Config):
+    """Make a TaLoS mask: score weights on calibration images, keep the least sensitive."""
+
+    command: ClassVar[str] = "editing"
+
+    editing: EditingOptions = EditingOptions()
+
+
+class EvaluateConfig(Options):
+    """Loss and accuracy of a checkpoint on a split."""
+
+    command: ClassVar[str] = "evaluate"
+
+    checkpoint: Annotated[Path, tyro.conf.Positional] = Field(description="run name, or a file under checkpoints/")
+    split: Literal["train", "val", "test"] = Field("test", description="which images")
+    which: Literal["best", "last"] = Field("last", description="which checkpoint of a run")
+    output_dir: Path = Field(Path(), description="holds results/ and checkpoints/")
+    data_dir: Annotated[Path | None, unset("PATH", "where the run had it")] = Field(
+        None, description="where the data set is"
+    )
+    device: Literal["auto", "mps", "cuda", "cpu"] = Field("auto", description="auto: mps, then cuda, then cpu")
+
+
+class PlotConfig(Options):
+    """Draw the figures of one run, or of several compared, and of masks."""
+
+    command: ClassVar[str] = "plot"
+
+    runs: Annotated[tuple[Path, ...], tyro.conf.Positional] = Field((), description="run names or results/ folders")
+    masks: tuple[Path, ...] = Field((), description="mask files")
+    name: Annotated[str | None, unset("NAME", "the run's, or comparison, or masks")] = Field(
+        None, description="folder under plots/"
+    )
+    output_dir: Path = Field(Path(), description="holds results/ and plots/")
+
+
+class DemoConfig(Options):
+    """Two minutes on embedded digits: pretrain, edit, federate dense and sparse."""
+
+    command: ClassVar[str] = "demo"
+
+    seed: int = Field(0, ge=0, description="source of every random draw")
+    device: Literal["auto", "mps", "cuda", "cpu"] = Field("cpu", description="auto: mps, then cuda, then cpu")
+    output_dir: Path = Field(Path(), description="holds results/ checkpoints/ masks/ plots/")
+
+
+class InfoConfig(Options):
+    """What is here: devices, memory, versions, data and weights."""
+
+    command: ClassVar[str] = "info"
+
+    data_dir: Path = Field(Path("data"), description="where data sets are looked for")
+
+
+RunConfig = CentralizedConfig | FederatedConfig | EditingConfig
+RUN_CONFIGS: dict[str, type[RunConfig]] = {c.command: c for c in (CentralizedConfig, FederatedConfig, EditingConfig)}

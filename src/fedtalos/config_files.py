@@ -1,0 +1,112 @@
+"""From YAML files and presets to a config: flat option names in, checked config out, and back."""
+
+import difflib
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from fedtalos.config import RUN_CONFIGS, Config, Options
+from fedtalos.errors import InputError
+
+ConfigT = TypeVar("ConfigT", bound=Config)
+PRESETS = Path("configs/experiment_configs.yaml")
+
+
+def groups(config_type: type[BaseModel]) -> dict[str, str | None]:
+    """Knob -> the group that holds it (None: the command's own), for one command."""
+    found: dict[str, str | None] = {}
+    for name, field in config_type.model_fields.items():
+        if isinstance(field.default, Options):
+            found |= dict.fromkeys(type(field.default).model_fields, name)
+        else:
+            found[name] = None
+    return found
+
+
+def flatten(config: BaseModel) -> dict[str, Any]:
+    """All knobs of a config as plain YAML values by flat name."""
+    flat: dict[str, Any] = {}
+    for name, value in config.model_dump(mode="json").items():
+        flat |= value if isinstance(getattr(config, name), Options) else {name: value}
+    return flat
+
+
+def override(config: ConfigT, values: Mapping[str, Any], source: str) -> ConfigT:
+    """``config`` with ``values`` (flat names) in place of its own.
+
+    Raises InputError, naming ``source`` and the knob, for values outside their limits.
+    """
+    where = groups(type(config))
+    nested: dict[str, Any] = {name: getattr(config, name) for name in type(config).model_fields}
+    nested = {name: value.model_dump() if isinstance(value, Options) else value for name, value in nested.items()}
+    for key, value in values.items():
+        group = where[key]
+        (nested if group is None else nested[group])[key] = value
+    try:
+        return type(config)(**nested)
+    except ValidationError as error:
+        raise InputError(f"{source}: {sentence(error)}") from error
+
+
+def sentence(error: ValidationError) -> str:
+    """The first thing wrong, in one sentence with the knob's name."""
+    first = error.errors()[0]
+    knob = ".".join(str(part) for part in first["loc"][-1:])
+    message = first["msg"].removeprefix("Value error, ")
+    return f"{knob}: {message[0].lower()}{message[1:]}, got {first['input']!r}" if knob else message
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """A YAML mapping; InputError where it is missing or is something else."""
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror}); give an existing YAML file") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        line = str(error).splitlines()[-1].strip()
+        raise InputError(f"{path}: not valid YAML ({line})") from error
+    if content is None:
+        return {}
+    if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
+        raise InputError(f"{path}: expected 'option: value' lines, got {type(content).__name__}")
+    return content
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """' Did you mean ...?' or nothing."""
+    close = difflib.get_close_matches(name, list(known), n=1)
+    return f"; did you mean {close[0]!r}?" if close else ""
+
+
+def from_file(path: Path, command: str) -> dict[str, Any]:
+    """The options that a config file gives to a command.
+
+    A file may serve several commands, so options of the other commands are passed over; options of none are refused.
+    A run's own config.yaml can be given: its `made_by` section and the run's name are passed over.
+    """
+    values = read_yaml(path)
+    mine = groups(RUN_CONFIGS[command])
+    every = {key for config_type in RUN_CONFIGS.values() for key in groups(config_type)}
+    for key in values:
+        if key not in every | {"command", "made_by"}:
+            raise InputError(f"{path}: unknown option {key!r}{nearest(key, every)}")
+    return {key: value for key, value in values.items() if key in mine and key not in ("config", "preset", "resume")}
+
+
+def from_preset(name: str, command: str, path: Path = PRESETS) -> dict[str, Any]:
+    """The options of a named preset, which must be one for ``command``."""
+    presets = read_yaml(path)
+    if name not in presets:
+        raise InputError(f"preset: no {name!r} in {path}{nearest(name, presets) or '; it has ' + ', '.join(presets)}")
+    values = dict(presets[name])
+    made_for = values.pop("command", None)
+    if made_for != command:
+        raise InputError(f"preset {name!r} is for `{made_for}`, not for `{command}`")
+    mine = groups(RUN_CONFIGS[command])
+    for key in values:
+        if key not in mine:
+            raise InputError(f"preset {name!r} in {path}: unknown option {key!r}{nearest(key, mine)}")
+    return values

@@ -1,0 +1,112 @@
+"""The public CIFAR archives: fetched once, resumed where a download broke off, checked, and read in place."""
+
+import gzip
+import tarfile
+import zlib
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+
+import pooch
+import requests
+from rich.console import Console
+from rich.progress import DownloadColumn, Progress, TimeRemainingColumn, TransferSpeedColumn
+
+from fedtalos.errors import InputError
+
+HOME = "https://www.cs.toronto.edu/~kriz/"
+CHECKSUMS = {
+    "cifar-100-python.tar.gz": "md5:eb9058c3a382ffc7106e4002c42a8d85",
+    "cifar-10-python.tar.gz": "md5:c58f30108f718f92721af3b95e74349a",
+}
+RETRIES = 3
+TIMEOUT = (10, 60)  # seconds to connect, seconds without a byte
+CHUNK = 2**18  # bytes
+
+Report = Callable[[int, int | None], None]  # bytes so far, bytes in all where the server says
+
+
+def fetch_archive(name: str, folder: Path, *, base_url: str = HOME, checksums: Mapping[str, str] = CHECKSUMS) -> Path:
+    """Download the archive ``name`` into ``folder`` and return its path.
+
+    What a broken download left in NAME.part is continued, by the retries here or by the next run.
+    Raises InputError where the archive cannot be had or its checksum is not the published one.
+    """
+    archives = pooch.create(path=folder, base_url=base_url, registry=dict(checksums), retry_if_failed=RETRIES)
+    try:
+        with _progress_bar(name) as report:
+            return Path(archives.fetch(name, downloader=partial(_download, report=report)))
+    except (requests.RequestException, OSError, ValueError) as error:
+        raise InputError(
+            f"{name} could not be fetched from {base_url} ({_reason(error)}): try again where there is a network, "
+            f"or put the file into {folder} by hand (another folder: --data_dir)"
+        ) from error
+
+
+def _reason(error: Exception) -> str:
+    match error:
+        case requests.HTTPError():
+            return f"the server answered {error.response.status_code}"
+        case requests.Timeout():
+            return "the server did not answer in time"
+        case requests.RequestException():
+            return "no connection, or it broke off"
+        case OSError():
+            return str(error)
+        case _:  # pooch's ValueError
+            return "its checksum is not the published one"
+
+
+@contextmanager
+def _progress_bar(name: str) -> Iterator[Report]:
+    console = Console(stderr=True)
+    columns = (*Progress.get_default_columns()[:2], DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task(name, total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+def _download(url: str, output: str, archives: pooch.Pooch, *, report: Report) -> None:
+    """A pooch downloader that continues NAME.part and hands it over as ``output`` when it is complete.
+
+    A part that does not belong to the file (the server's copy changed, the part is too long) ends in a wrong
+    checksum; pooch then drops it and its next try starts afresh.
+    """
+    part = archives.abspath / f"{Path(url).name}.part"
+    start = part.stat().st_size if part.exists() else 0
+    # identity: lengths and ranges then count the file's own bytes
+    headers = {"Accept-Encoding": "identity"} | ({"Range": f"bytes={start}-"} if start else {})
+    with requests.get(url, headers=headers, stream=True, timeout=TIMEOUT) as response:
+        if response.status_code != requests.codes.requested_range_not_satisfiable:  # else nothing is missing
+            response.raise_for_status()
+            _append(response, part, report)
+    part.replace(output)
+
+
+def _append(response: requests.Response, part: Path, report: Report) -> None:
+    continues = response.status_code == requests.codes.partial_content  # a plain 200 sends the whole file again
+    with part.open("ab" if continues else "wb") as file:
+        length = response.headers.get("Content-Length")
+        total = None if length is None else file.tell() + int(length)
+        for chunk in response.iter_content(CHUNK):
+            file.write(chunk)
+            report(file.tell(), total)
+        if total is not None and file.tell() < total:  # older urllib3 ends a cut stream without an error
+            raise requests.ConnectionError(f"{file.tell()} of {total} bytes")
+
+
+def read_members(archive: Path, names: set[str]) -> dict[str, bytes]:
+    """The content of the named files in a .tar.gz; nothing is extracted. Raises InputError where one is missing."""
+    found: dict[str, bytes] = {}
+    try:
+        with tarfile.open(archive, "r:gz") as tar:
+            for member in tar:  # one pass: going back in a gzip stream means to decompress it anew
+                content = tar.extractfile(member) if member.isfile() and member.name in names else None
+                if content:
+                    found[member.name] = content.read()
+    except (tarfile.TarError, EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise InputError(f"{archive} is damaged ({error}): delete it, and it is downloaded again") from error
+    if missing := sorted(names - found.keys()):
+        raise InputError(f"{archive} lacks {missing[0]}: delete it, and it is downloaded again")
+    return found

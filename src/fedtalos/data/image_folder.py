@@ -1,0 +1,144 @@
+"""A folder of class folders of images, decoded once to a cached tensor file.
+
+Either DIR/train/CLASS/*.jpg and DIR/test/CLASS/*.jpg, or DIR/CLASS/*.jpg with no test set of its own.
+Letters: N images, S pixels a side.
+"""
+
+import hashlib
+import warnings
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import safetensors.torch
+import torch
+from numpy.typing import NDArray
+from PIL import Image, ImageOps
+from rich.console import Console
+from rich.progress import track
+from safetensors import SafetensorError
+from torch import Tensor
+
+from fedtalos.errors import InputError
+from fedtalos.files import write_atomic
+from fedtalos.randomness import generator
+
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
+CACHE = ".fedtalos_cache"
+
+Pixels = NDArray[np.uint8]
+Listing = dict[str, list[Path]]  # class name -> its image files, both in sorted order
+
+
+def read_image_folder(folder: Path, image_size: int) -> tuple[tuple[str, ...], dict[str, Tensor]]:
+    """Class names, and uint8 (N, 3, S, S) "train_pixels" with int64 (N,) "train_labels" ("test_..." alike).
+
+    The shorter side is scaled to S, the middle square kept. Images lie in one fixed shuffled order, so that the
+    first n are of mixed classes. The first call decodes and writes the cache; later ones read it, until a file
+    is added, removed or changed. Raises InputError naming the file or folder at fault; nothing is written then.
+    """
+    if image_size < 1:
+        raise InputError(f"--image_size {image_size}: expected at least 1 pixel")
+    listings = _listings(folder)
+    cache = folder / CACHE / f"{image_size}px_{_fingerprint(folder, listings, image_size)}.safetensors"
+    if not cache.exists():
+        tensors: dict[str, Tensor] = {}
+        for split, listing in listings.items():
+            tensors[f"{split}_pixels"], tensors[f"{split}_labels"] = _decode(split, listing, image_size)
+        try:
+            write_atomic(cache, safetensors.torch.save(tensors))
+        except OSError as error:
+            raise InputError(
+                f"the decoded images could not be written to {cache} ({error.strerror}): give --data_dir a folder "
+                "with space that you may write to"
+            ) from error
+    try:
+        return tuple(listings["train"]), safetensors.torch.load_file(cache)
+    except (SafetensorError, OSError) as error:
+        raise InputError(f"{cache} cannot be read ({error}): delete it, it will be made again") from error
+
+
+def _listings(folder: Path) -> dict[str, Listing]:
+    if not folder.is_dir():
+        raise InputError(f"{folder} is not a folder: give --data_dir a folder of class folders of images")
+    if not ((folder / "train").is_dir() and (folder / "test").is_dir()):
+        return {"train": _class_folders(folder)}
+    train, test = _class_folders(folder / "train"), _class_folders(folder / "test")
+    if train.keys() != test.keys():
+        odd = min(train.keys() ^ test.keys())
+        there, missing = ("train", "test") if odd in train else ("test", "train")
+        raise InputError(
+            f"{folder / there / odd} has no counterpart {folder / missing / odd}: train and test need the same "
+            "class folders"
+        )
+    return {"train": train, "test": test}
+
+
+def _class_folders(folder: Path) -> Listing:
+    listing: Listing = {}
+    for class_folder in sorted(folder.iterdir()):
+        if class_folder.is_dir() and not class_folder.name.startswith("."):
+            listing[class_folder.name] = sorted(
+                file
+                for file in class_folder.iterdir()
+                if file.suffix.lower() in SUFFIXES and not file.name.startswith(".") and file.is_file()
+            )
+    kinds = ", ".join(SUFFIXES)
+    if not listing:
+        raise InputError(f"{folder} holds no class folders: expected {folder}/CLASS/IMAGE with images of {kinds}")
+    for name, files in listing.items():
+        if not files:
+            raise InputError(
+                f"{folder / name} holds no images ({kinds}): every class folder needs some; remove it or fill it"
+            )
+    return listing
+
+
+def _fingerprint(folder: Path, listings: dict[str, Listing], image_size: int) -> str:
+    digest = hashlib.blake2b(repr(image_size).encode(), digest_size=8)
+    for listing in listings.values():
+        for files in listing.values():
+            for file in files:
+                stat = file.stat()
+                seen = (file.relative_to(folder).as_posix(), stat.st_size, stat.st_mtime_ns)
+                digest.update(repr(seen).encode())
+    return digest.hexdigest()
+
+
+def _decode(split: str, listing: Listing, image_size: int) -> tuple[Tensor, Tensor]:
+    """Pixels (N, 3, S, S) and labels (N,), in the fixed shuffled order."""
+    files = [file for files in listing.values() for file in files]
+    labels = np.repeat(np.arange(len(listing)), [len(files) for files in listing.values()])
+    order = generator(0, "folder order", split).permutation(len(files))
+    pixels = torch.empty(len(files), 3, image_size, image_size, dtype=torch.uint8)
+    with warnings.catch_warnings(), ThreadPoolExecutor() as threads:
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        images = threads.map(partial(_read_image, image_size=image_size), [files[i] for i in order])
+        for i, image in enumerate(_with_progress_bar(images, f"decoding {split} images", len(files))):
+            pixels[i] = torch.from_numpy(image).permute(2, 0, 1)
+    return pixels, torch.from_numpy(labels[order])
+
+
+def _with_progress_bar(images: Iterable[Pixels], title: str, total: int) -> Iterable[Pixels]:
+    console = Console(stderr=True)
+    return track(images, title, total, console=console, transient=True, disable=not console.is_terminal)
+
+
+def _read_image(file: Path, image_size: int) -> Pixels:
+    """The middle square, upright, RGB, uint8 (S, S, 3)."""
+    try:
+        with Image.open(file) as image:
+            rgb = _as_rgb(ImageOps.exif_transpose(image))
+            return np.array(ImageOps.fit(rgb, (image_size, image_size), Image.Resampling.LANCZOS))
+    except Exception as error:  # a decoder fed with broken bytes may raise anything
+        raise InputError(f"{file} is not a readable image ({error}): replace or remove it") from error
+
+
+def _as_rgb(image: Image.Image) -> Image.Image:
+    if image.mode.startswith("I"):  # 16-bit grey, which Pillow would clip to 255 rather than scale
+        return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
+    if image.mode == "P":  # a palette with transparency warns where it is not taken through RGBA
+        return image.convert("RGBA").convert("RGB")
+    return image.convert("RGB")

@@ -1,0 +1,5 @@
+"""The one exception that is the user's to mend: the command line prints it as a sentence and exits with 2."""
+
+
+class InputError(ValueError):
+    """Bad input; the message says what was expected, what came and what to do."""

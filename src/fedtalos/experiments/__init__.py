@@ -1,0 +1,1 @@
+"""One module per command: each reads its config, calls training and leaves its records."""

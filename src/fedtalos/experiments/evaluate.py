@@ -1,0 +1,31 @@
+"""Loss and accuracy of a checkpoint on a split."""
+
+from rich.console import Console
+
+from fedtalos.checkpoint import find_checkpoint, load_checkpoint
+from fedtalos.config import RUN_CONFIGS, EvaluateConfig
+from fedtalos.config_files import override
+from fedtalos.errors import InputError
+from fedtalos.experiments.setup import prepare
+from fedtalos.metrics import Metrics
+
+
+def run(config: EvaluateConfig, console: Console) -> Metrics:
+    """Print and return what the checkpoint reaches on the images that its run had for that split."""
+    path = find_checkpoint(config.checkpoint, config.output_dir / "checkpoints", config.which)
+    facts = load_checkpoint(path).facts
+    if facts.get("command") not in ("centralized", "federated"):
+        raise InputError(f"checkpoint {path}: holds no trained model (it is of `{facts.get('command')}`)")
+    changes = {"weights": str(path), "head": "weights", "device": config.device}
+    if config.data_dir is not None:
+        changes["data_dir"] = str(config.data_dir)
+    trained = override(RUN_CONFIGS[facts["command"]](), {**facts["options"], **changes}, str(path))
+    _, setup = prepare(trained)
+    metrics = setup.evaluate(getattr(setup.dataset, config.split))
+    console.print(
+        f"{path}: {config.split} loss {metrics.loss:.4f}, accuracy {100 * metrics.accuracy:.2f} % "
+        f"({metrics.correct} of {metrics.examples})",
+        highlight=False,
+        soft_wrap=True,
+    )
+    return metrics

@@ -1,0 +1,120 @@
+"""Train with federated averaging over clients that keep their images."""
+
+import json
+from functools import reduce
+from operator import add
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from rich.console import Console
+
+from fedtalos.config import FederatedConfig, FederationOptions
+from fedtalos.data.batches import steps_per_epoch
+from fedtalos.data.partition import class_counts, partition
+from fedtalos.display import Display
+from fedtalos.experiments.session import RunPaths, Session, open_run, resume
+from fedtalos.experiments.setup import Setup, moving_entries, optimizer_for, prepare, schedule_for
+from fedtalos.files import write_atomic
+from fedtalos.masks import Mask
+from fedtalos.metrics import Metrics
+from fedtalos.randomness import generator
+from fedtalos.training.fedavg import clients_per_round, fedavg
+
+
+def run(config: FederatedConfig, paths: RunPaths, console: Console) -> dict[str, Any]:
+    """Train for ``num_rounds`` rounds; returns the summary."""
+    config, setup = prepare(config)
+    federation = config.federation
+    clients = split(setup, config)
+    entries, mask = moving_entries(setup, config.train)
+    open_run(config, paths)
+    write_split(paths, setup, federation, clients)
+    optimizer = optimizer_for(setup, entries, config.train)
+    rate = schedule_for(config.train, federation.num_rounds)
+    progress, saved = resume(paths, setup)
+    if not saved and setup.head == "ridge":
+        progress.bytes_up += fit_ridge_head(setup, clients)
+
+    per_round = clients_per_round(len(clients), federation.client_fraction)
+
+    def update_client(number: int, client: int) -> Metrics:
+        optimizer.state.clear()  # a client keeps no momentum from the one before it
+        steps = local_steps(federation, len(clients[client]), config.train.batch_size)
+        return setup.train_on(
+            clients[client],
+            steps,
+            optimizer,
+            entries,
+            config.train,
+            rng=generator(config.run.seed, "batches", number, client),
+            learning_rate=lambda _: rate(number - 1),
+            watch=lambda batches: display.watch(batches, 1 / (steps * per_round)),
+        )
+
+    rounds = fedavg(
+        setup.model,
+        entries,
+        update_client,
+        [len(ids) for ids in clients],
+        fraction=federation.client_fraction,
+        rounds=federation.num_rounds,
+        seed=config.run.seed,
+        done=progress.done,
+        first_contact_bytes=first_contact_bytes(setup, mask, head_moves="head.weight" in entries.masks),
+    )
+    with (
+        Session(config, paths, setup, progress, unit="round", fresh=not saved) as session,
+        Display(console, "round", federation.num_rounds, progress.done) as display,
+    ):
+        session.follow(rounds, federation.num_rounds, rate, display)
+        return session.finish({"moving_parameters": len(entries)})
+
+
+def split(setup: Setup, config: FederatedConfig) -> list[NDArray[np.int64]]:
+    """The training images (positions) of every client."""
+    federation = config.federation
+    return partition(
+        setup.dataset.train.labels.cpu().numpy(),
+        scheme=federation.partition,
+        num_clients=federation.num_clients,
+        seed=config.run.seed,
+        classes_per_client=federation.classes_per_client,
+        alpha=federation.alpha,
+        min_size=federation.min_client_size,
+    )
+
+
+def write_split(paths: RunPaths, setup: Setup, federation: FederationOptions, clients: list[NDArray[np.int64]]) -> None:
+    """split.json: which training images each client holds, by position, and how many of each class."""
+    classes = setup.dataset.classes
+    counts = class_counts(setup.dataset.train.labels.cpu().numpy(), clients, len(classes))
+    manifest = {
+        **federation.model_dump(include={"partition", "num_clients", "classes_per_client", "alpha", "min_client_size"}),
+        "data": setup.dataset.fingerprint,
+        "classes": classes,
+        "class_counts": counts.tolist(),
+        "clients": [ids.tolist() for ids in clients],
+    }
+    write_atomic(paths.results / "split.json", json.dumps(manifest))
+
+
+def local_steps(federation: FederationOptions, examples: int, batch_size: int) -> int:
+    """J: as given, or as many as ``local_epochs`` passes take."""
+    if federation.local_epochs is None:
+        return federation.local_steps
+    return federation.local_epochs * steps_per_epoch(examples, batch_size)
+
+
+def fit_ridge_head(setup: Setup, clients: list[NDArray[np.int64]]) -> int:
+    """The ridge head of all clients' sums (validation tunes it); returns the bytes that they sent."""
+    sent = [setup.head_sums(setup.dataset.train.subset(ids)) for ids in clients]
+    setup.fit_head(reduce(add, sent), setup.dataset.val)
+    return sum(sums.wire_bytes for sums in sent)
+
+
+def first_contact_bytes(setup: Setup, mask: Mask | None, *, head_moves: bool) -> int:
+    """What a client is sent once: the mask's bits, and a ridge head that does not move (the rest it has)."""
+    bits = sum(-(-tensor.numel() // 8) for tensor in (mask or {}).values())
+    head = sum(parameter.nbytes for parameter in setup.model.head.parameters())
+    return bits + (head if setup.head == "ridge" and not head_moves else 0)

@@ -1,0 +1,65 @@
+"""What is here: devices, memory, versions, data and weights."""
+
+import os
+import platform
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import psutil
+import torch
+from huggingface_hub import constants
+from rich.console import Console
+from rich.table import Table
+
+from fedtalos import __version__
+from fedtalos.config import InfoConfig
+from fedtalos.experiments.setup import choose_device, choose_precision
+
+LIBRARIES = ("torch", "numpy", "safetensors", "huggingface_hub", "timm", "tensorboard", "wandb")
+DATA_SETS = {
+    "cifar100": ("cifar-100-python", "cifar-100-python.tar.gz"),
+    "cifar10": ("cifar-10-batches-py", "cifar-10-python.tar.gz"),
+}
+
+
+def run(config: InfoConfig, console: Console) -> None:
+    """Print one table."""
+    table = Table(show_header=False, box=None)
+    device = choose_device("auto")
+    rows = {
+        "fedtalos": __version__,
+        "python": f"{platform.python_version()} on {platform.system()} {platform.machine()}",
+        "devices": ", ".join(_devices()),
+        "auto takes": f"{device.type}, {choose_precision('auto', device)}",
+        "threads": f"{torch.get_num_threads()} of {os.cpu_count()} cores",
+        "memory": f"{psutil.virtual_memory().available / 1e9:.1f} GB free of {psutil.virtual_memory().total / 1e9:.1f}",
+        **{name: _version(name) for name in LIBRARIES},
+        "data": ", ".join(_data(config.data_dir)) or f"none under {config.data_dir} (digits needs none)",
+        "hub weights": ", ".join(_weights()) or "none cached (downloaded on first use)",
+    }
+    for name, value in rows.items():
+        table.add_row(name, value)
+    console.print(table)
+
+
+def _devices() -> list[str]:
+    cuda = [torch.cuda.get_device_name(number) for number in range(torch.cuda.device_count())]
+    return (["mps"] if torch.backends.mps.is_available() else []) + [f"cuda ({name})" for name in cuda] + ["cpu"]
+
+
+def _version(name: str) -> str:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return "not installed"
+
+
+def _data(data_dir: Path) -> list[str]:
+    return ["digits", *(name for name, files in DATA_SETS.items() if any((data_dir / file).exists() for file in files))]
+
+
+def _weights() -> list[str]:
+    cache = Path(constants.HF_HUB_CACHE)
+    return sorted(
+        folder.name.removeprefix("models--").replace("--", "/") for folder in cache.glob("models--timm--vit*")
+    )

@@ -1,0 +1,198 @@
+"""The plot command: read what runs and masks left behind, draw every figure that it allows."""
+
+import csv
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import yaml
+from matplotlib.figure import Figure
+from pydantic import BaseModel, ValidationError
+
+from fedtalos import figures
+from fedtalos.config import PlotConfig
+from fedtalos.errors import InputError
+from fedtalos.figures import History, Row
+from fedtalos.files import write_atomic
+from fedtalos.masks import density_table, load_mask, overlap
+
+_STEP_NAMES = ("round", "epoch")
+_COLUMNS = ("split", "loss", "accuracy", "bytes_down", "bytes_up")
+
+
+class _Split(BaseModel):
+    """What is read of split.json; class_counts is clients x classes."""
+
+    partition: str
+    classes: list[str]
+    class_counts: list[list[int]]
+
+
+class _Options(BaseModel):
+    """What is read of config.yaml: the options that name a split."""
+
+    classes_per_client: int | None = None
+    alpha: float | None = None
+
+
+def run(config: PlotConfig) -> list[Path]:
+    """Draw what the command line asks for; returns the files."""
+    if not config.runs and not config.masks:
+        raise InputError("plot: expected runs or --masks, got neither; name a run under results/ or a mask file")
+    run_dirs = [path if path.is_dir() else config.output_dir / "results" / path for path in config.runs]
+    name = config.name or (run_dirs[0].resolve().name if len(run_dirs) == 1 else "comparison" if run_dirs else "masks")
+    plots_dir = config.output_dir / "plots" / name
+    drawn: list[Path] = []
+    if run_dirs:
+        drawn += plot_run(run_dirs[0], plots_dir) if len(run_dirs) == 1 else plot_comparison(run_dirs, plots_dir)
+    if config.masks:
+        drawn += plot_masks(config.masks, plots_dir)
+    return drawn
+
+
+def plot_run(run_dir: Path, plots_dir: Path) -> list[Path]:
+    """Draw every figure that one run's records allow, straight into ``plots_dir``; returns the files.
+
+    curves.png always, clients.png where the run has a split.json, megabytes.png where it sent bytes.
+    Raises InputError where the folder is missing, is not a run's, or its records cannot be read.
+    """
+    history = _read_history(run_dir)
+    drawn = {"curves": figures.curves([history]), **_megabytes([history]), **_clients(run_dir)}
+    return _write(drawn, plots_dir)
+
+
+def plot_split(run_dir: Path, plots_dir: Path) -> list[Path]:
+    """Draw clients.png, who holds which classes, of a federated run; nothing for another run."""
+    return _write(_clients(run_dir), plots_dir)
+
+
+def plot_comparison(run_dirs: Sequence[Path], plots_dir: Path) -> list[Path]:
+    """Draw several runs over each other, straight into ``plots_dir``; returns the files.
+
+    curves.png always, megabytes.png of those runs that sent bytes, if any.
+    Raises InputError as ``plot_run`` does, and where runs share a name or are too many to tell apart.
+    """
+    if not 1 <= len(run_dirs) <= figures.MOST_RUNS:
+        raise InputError(
+            f"runs to compare: expected 1 to {figures.MOST_RUNS}, which colours can tell apart, "
+            f"got {len(run_dirs)}; choose which to show"
+        )
+    histories = [_read_history(run_dir) for run_dir in run_dirs]
+    _check_names("runs", [history.name for history in histories])
+    return _write({"curves": figures.curves(histories), **_megabytes(histories)}, plots_dir)
+
+
+def plot_masks(mask_paths: Sequence[Path], plots_dir: Path) -> list[Path]:
+    """Draw each mask's density, and the overlap of two or more, straight into ``plots_dir``; returns the files.
+
+    Files: MASK_density.png each, overlap.png. Raises InputError where a mask cannot be read, two share a
+    name, or they were made for different models.
+    """
+    names = [path.stem for path in mask_paths]
+    _check_names("masks", names)
+    masks = [load_mask(path) for path in mask_paths]
+    drawn = {}
+    for name, (mask, facts) in zip(names, masks, strict=True):
+        rows = density_table(mask)
+        title = f"Where entries may move, by block and kind\n{name}: {100 * facts.density:.1f} % in all"
+        drawn[f"{name}_density"] = figures.density(rows, title)
+    if len(masks) > 1:
+        shares = np.array([[overlap(first, second) for first, _ in masks] for second, _ in masks])
+        drawn["overlap"] = figures.overlap(names, shares)
+    return _write(drawn, plots_dir)
+
+
+def _write(drawn: Mapping[str, Figure], plots_dir: Path) -> list[Path]:
+    """Render all before the first file is written, so that an error leaves none."""
+    contents = {plots_dir / f"{name}.png": figures.png(figure) for name, figure in drawn.items()}
+    for path, content in contents.items():
+        write_atomic(path, content)
+    return list(contents)
+
+
+def _check_names(what: str, names: Sequence[str]) -> None:
+    name, times = Counter(names).most_common(1)[0] if names else ("", 0)
+    if times != 1:
+        came = f"{times} named {name}" if names else "none"
+        raise InputError(f"{what} to plot: expected one or more, each with its own name, got {came}; rename or choose")
+
+
+def _megabytes(histories: Sequence[History]) -> dict[str, Figure]:
+    sent = [
+        history
+        for history in histories
+        if any(row.split != "train" and row.megabytes > 0 and not math.isnan(row.accuracy) for row in history.rows)
+    ]
+    return {"megabytes": figures.megabytes(sent)} if sent else {}
+
+
+def _read_history(run_dir: Path) -> History:
+    path = run_dir / "metrics.csv"
+    if not path.is_file():
+        raise InputError(
+            f"run {run_dir}: expected a run's folder, found no metrics.csv in it; "
+            "give a folder under results/ that `fedtalos centralized` or `fedtalos federated` made"
+        )
+    try:
+        with path.open(newline="", encoding="utf-8") as file:
+            reader = csv.DictReader(file, restval="(missing)")  # a torn line is an error, an empty cell is not
+            header = reader.fieldnames or []
+            step_name = header[0] if header else ""
+            if step_name not in _STEP_NAMES or not set(_COLUMNS) <= set(header):
+                raise InputError(
+                    f"{path}: expected the columns round or epoch, {', '.join(_COLUMNS)}, "
+                    f"got {', '.join(header) or 'an empty file'}; make the run anew"
+                )
+            rows = [_read_row(path, reader.line_num, step_name, record) for record in reader]
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise InputError(f"{path}: not a readable CSV file ({error}); make the run anew") from error
+    if not any(math.isfinite(row.accuracy) for row in rows):
+        raise InputError(f"{path}: holds no accuracy yet; wait for the run's first evaluation or make the run anew")
+    return History(run_dir.resolve().name, step_name, rows)
+
+
+def _read_row(path: Path, line: int, step_name: str, record: Mapping[str, str]) -> Row:
+    try:
+        numbers = {name: float(record[name] or "nan") for name in _COLUMNS if name != "split"}
+        megabytes = (numbers["bytes_down"] + numbers["bytes_up"]) / 1e6
+        return Row(int(record[step_name]), record["split"], numbers["loss"], numbers["accuracy"], megabytes)
+    except (TypeError, ValueError) as error:
+        raise InputError(f"{path}, line {line}: expected numbers, got {dict(record)}; make the run anew") from error
+
+
+def _clients(run_dir: Path) -> dict[str, Figure]:
+    path = run_dir / "split.json"
+    if not path.is_file():
+        return {}
+    try:
+        split = _Split.model_validate_json(path.read_bytes())
+        counts = np.array([np.reshape(row, len(split.classes)) for row in split.class_counts], dtype=np.int64)
+        if not counts.size:
+            raise ValueError("no counts")
+    except ValueError as error:  # also pydantic's
+        raise InputError(
+            f"{path}: expected partition, classes and class_counts (clients x classes); make the run anew"
+        ) from error
+    title = f"Images of each class at each client\n{_words(split.partition, _read_options(run_dir))}"
+    return {"clients": figures.clients(counts, split.classes, f"{title}, {len(counts)} clients")}
+
+
+def _read_options(run_dir: Path) -> _Options:
+    path = run_dir / "config.yaml"
+    try:
+        return _Options.model_validate(yaml.safe_load(path.read_bytes()))
+    except (OSError, yaml.YAMLError, ValidationError) as error:
+        raise InputError(f"{path}: expected the run's options, a YAML mapping; make the run anew") from error
+
+
+def _words(partition: str, options: _Options) -> str:
+    """The split in words, e.g. "label skew, 2 classes per client"."""
+    known = {
+        "iid": "IID",
+        "label_skew": f"label skew, {options.classes_per_client} classes per client",
+        "dirichlet": f"Dirichlet, alpha {options.alpha}",
+        "quantity": "unequal amounts",
+    }
+    return known.get(partition, partition)

@@ -1,0 +1,45 @@
+"""A classification head by itself: on the model, and in a file."""
+
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load as load_safetensors
+from safetensors.torch import save as save_safetensors
+from torch import Tensor
+
+from fedtalos.errors import InputError
+from fedtalos.files import write_atomic
+from fedtalos.models.vision_transformer import VisionTransformer
+
+
+def set_head(model: VisionTransformer, weight: Tensor, bias: Tensor) -> None:
+    """Put weight (C, D) and bias (C,) into the model's head."""
+    with torch.no_grad():
+        model.head.weight.copy_(weight)
+        model.head.bias.copy_(bias)
+
+
+def save_head(path: Path, model: VisionTransformer) -> None:
+    """Write the model's head to a file that --head takes."""
+    tensors = {f"head.{name}": tensor.detach().cpu() for name, tensor in model.head.named_parameters()}
+    write_atomic(path, save_safetensors(tensors))
+
+
+def read_head(path: Path, model: VisionTransformer) -> tuple[Tensor, Tensor]:
+    """weight (C, D) and bias (C,) of a head file; InputError where it is missing, broken or does not fit."""
+    try:
+        tensors = load_safetensors(path.read_bytes())
+        weight, bias = tensors["head.weight"], tensors["head.bias"]
+    except OSError as error:
+        raise InputError(
+            f"--head {path}: cannot be read ({error.strerror}); give weights, random, ridge or a head file"
+        ) from error
+    except (SafetensorError, KeyError) as error:
+        raise InputError(f"--head {path}: not a head file; `fedtalos editing` writes one beside its mask") from error
+    if weight.shape != model.head.weight.shape or bias.shape != model.head.bias.shape:
+        raise InputError(
+            f"--head {path}: weight {tuple(weight.shape)}, but this model and data set need "
+            f"{tuple(model.head.weight.shape)} (classes, width)"
+        )
+    return weight, bias

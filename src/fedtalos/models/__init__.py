@@ -1,0 +1,1 @@
+"""Vision Transformers and where their weights come from."""

@@ -1,0 +1,141 @@
+"""Vision Transformer (Dosovitskiy et al., 2021), with timm's parameter names and numerics.
+
+Shapes: B images, H W pixels, p patch side, N = (H/p)(W/p) patches, T = N + 1 tokens, D width, h heads, C classes.
+"""
+
+import math
+from dataclasses import asdict, dataclass
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fedtalos.errors import InputError
+
+ModelSize = Literal["micro", "tiny", "small", "base", "large"]
+
+WIDTH_DEPTH_HEADS: dict[str, tuple[int, int, int]] = {
+    "micro": (96, 6, 3),
+    "tiny": (192, 12, 3),
+    "small": (384, 12, 6),
+    "base": (768, 12, 12),
+    "large": (1024, 24, 16),
+}
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """What fixes every parameter's shape: size name, pixels a side, pixels per patch side, classes."""
+
+    size: str
+    image_size: int
+    patch_size: int
+    num_classes: int
+
+    def __post_init__(self) -> None:
+        if self.size not in WIDTH_DEPTH_HEADS:
+            raise InputError(f"model size: expected one of {', '.join(WIDTH_DEPTH_HEADS)}, got {self.size!r}")
+        if self.patch_size < 1 or self.image_size < self.patch_size or self.image_size % self.patch_size:
+            raise InputError(
+                f"image size {self.image_size} is not a multiple of patch size {self.patch_size}: "
+                "choose --image_size and --patch_size so that whole patches fill the image"
+            )
+        if self.num_classes < 1:
+            raise InputError(f"number of classes: expected at least 1, got {self.num_classes}")
+
+    def as_dict(self) -> dict[str, str | int]:
+        """Plain values, for a file's header."""
+        return asdict(self)
+
+
+class PatchEmbed(nn.Module):
+    def __init__(self, image_size: int, patch_size: int, dim: int) -> None:
+        super().__init__()
+        self.grid = image_size // patch_size
+        self.proj = nn.Conv2d(3, dim, kernel_size=patch_size, stride=patch_size)
+
+    def forward(self, images: Tensor) -> Tensor:  # (B, 3, H, W) -> (B, N, D)
+        patches: Tensor = self.proj(images)
+        return patches.flatten(2).transpose(1, 2)
+
+
+class Attention(nn.Module):
+    def __init__(self, dim: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.qkv = nn.Linear(dim, 3 * dim)
+        self.proj = nn.Linear(dim, dim)
+
+    def forward(self, x: Tensor) -> Tensor:  # (B, T, D) -> (B, T, D)
+        batch, tokens, dim = x.shape
+        qkv = self.qkv(x).view(batch, tokens, 3, self.heads, dim // self.heads)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (B, h, T, D/h)
+        out = F.scaled_dot_product_attention(q, k, v)
+        mixed: Tensor = self.proj(out.transpose(1, 2).reshape(batch, tokens, dim))
+        return mixed
+
+
+class Mlp(nn.Module):
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(dim, 4 * dim)
+        self.fc2 = nn.Linear(4 * dim, dim)
+
+    def forward(self, x: Tensor) -> Tensor:  # (B, T, D) -> (B, T, D)
+        out: Tensor = self.fc2(F.gelu(self.fc1(x)))
+        return out
+
+
+class Block(nn.Module):
+    def __init__(self, dim: int, heads: int) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(dim, eps=1e-6)
+        self.attn = Attention(dim, heads)
+        self.norm2 = nn.LayerNorm(dim, eps=1e-6)
+        self.mlp = Mlp(dim)
+
+    def forward(self, x: Tensor) -> Tensor:  # (B, T, D) -> (B, T, D)
+        x = x + self.attn(self.norm1(x))
+        out: Tensor = x + self.mlp(self.norm2(x))
+        return out
+
+
+class VisionTransformer(nn.Module):
+    """A ViT classifier; ``forward`` maps normalised images (B, 3, H, W) to logits (B, C)."""
+
+    def __init__(self, architecture: Architecture, generator: torch.Generator) -> None:
+        """Weights are drawn from ``generator``: truncated normal, deviation 0.02, for patches 1 / sqrt(fan in)."""
+        super().__init__()
+        self.architecture = architecture
+        dim, depth, heads = WIDTH_DEPTH_HEADS[architecture.size]
+        self.patch_embed = PatchEmbed(architecture.image_size, architecture.patch_size, dim)
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, dim))
+        self.pos_embed = nn.Parameter(torch.zeros(1, self.patch_embed.grid**2 + 1, dim))
+        self.blocks = nn.Sequential(*(Block(dim, heads) for _ in range(depth)))
+        self.norm = nn.LayerNorm(dim, eps=1e-6)
+        self.head = nn.Linear(dim, architecture.num_classes)
+        self._initialise(generator)
+
+    def _initialise(self, generator: torch.Generator) -> None:
+        nn.init.trunc_normal_(self.pos_embed, std=0.02, generator=generator)
+        nn.init.normal_(self.cls_token, std=1e-6, generator=generator)
+        fan_in = self.patch_embed.proj.weight[0].numel()
+        nn.init.trunc_normal_(self.patch_embed.proj.weight, std=math.sqrt(1 / fan_in), generator=generator)
+        nn.init.zeros_(self.patch_embed.proj.bias)  # type: ignore[arg-type]
+        for module in (*self.blocks.modules(), self.head):
+            if isinstance(module, nn.Linear):
+                nn.init.trunc_normal_(module.weight, std=0.02, generator=generator)
+                nn.init.zeros_(module.bias)
+
+    def features(self, images: Tensor) -> Tensor:
+        """The normalised class token, (B, 3, H, W) -> (B, D): what the head sees."""
+        x = self.patch_embed(images)  # (B, N, D)
+        x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], dim=1) + self.pos_embed  # (B, T, D)
+        x = self.norm(self.blocks(x))
+        out: Tensor = x[:, 0]
+        return out
+
+    def forward(self, images: Tensor) -> Tensor:
+        logits: Tensor = self.head(self.features(images))
+        return logits

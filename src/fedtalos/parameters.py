@@ -1,0 +1,92 @@
+"""theta <-> module: chosen entries of named tensors seen as one flat vector.
+
+Shapes: P all parameters, A chosen (True) entries of them.
+"""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+
+def named_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """The model's own parameters by name, detached but sharing memory: writing to them moves the model."""
+    return {name: parameter.detach() for name, parameter in model.named_parameters()}
+
+
+class Entries:
+    """The True entries of one bool mask per named tensor, as one vector of length A in the masks' order."""
+
+    def __init__(self, masks: Mapping[str, Tensor]) -> None:
+        """Masks are bool tensors shaped as the tensors they speak of; a tensor without a True entry is left out.
+
+        Raises TypeError for another dtype, ValueError where no entry is True.
+        """
+        wrong = [name for name, mask in masks.items() if mask.dtype != torch.bool]
+        if wrong:
+            raise TypeError(f"masks: expected bool tensors, got {masks[wrong[0]].dtype} for {wrong[0]}")
+        self.masks = {name: mask for name, mask in masks.items() if bool(mask.any())}
+        if not self.masks:
+            raise ValueError("masks: expected at least one True entry, got none")
+        # None: the whole tensor, taken and written without an index.
+        self._indices = {
+            name: None if bool(mask.all()) else mask.flatten().nonzero().squeeze(1) for name, mask in self.masks.items()
+        }
+        self._counts = [int(mask.sum()) for mask in self.masks.values()]
+
+    def __len__(self) -> int:
+        return sum(self._counts)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the masks are, which is where the tensors are to be."""
+        return next(iter(self.masks.values())).device
+
+    @property
+    def whole(self) -> bool:
+        """True where every mask is True everywhere: dense training."""
+        return all(index is None for index in self._indices.values())
+
+    def gather(self, tensors: Mapping[str, Tensor]) -> Tensor:
+        """Copy the chosen entries out of ``tensors`` into one vector (A,)."""
+        return torch.cat(self.parts(tensors))
+
+    def parts(self, tensors: Mapping[str, Tensor]) -> list[Tensor]:
+        """The chosen entries tensor by tensor, as vectors; those of whole tensors share their memory."""
+        flats = [(tensors[name].detach().reshape(-1), index) for name, index in self._indices.items()]
+        return [flat if index is None else flat[index] for flat, index in flats]
+
+    def scatter(self, vector: Tensor, tensors: Mapping[str, Tensor]) -> None:
+        """Write ``vector`` (A,) into the chosen entries of ``tensors`` in place; all other entries stay."""
+        for (name, index), part in zip(self._indices.items(), torch.split(vector, self._counts), strict=True):
+            flat = tensors[name].detach().view(-1)
+            if index is None:
+                flat.copy_(part)
+            else:
+                flat[index] = part
+
+    def unflatten(self, vector: Tensor, fill: float | bool) -> dict[str, Tensor]:
+        """``vector`` (A,) as tensors of the masks' shapes, ``fill`` in the entries not chosen."""
+        tensors = {
+            name: torch.full(mask.shape, fill, dtype=vector.dtype, device=vector.device)
+            for name, mask in self.masks.items()
+        }
+        self.scatter(vector, tensors)
+        return tensors
+
+
+def clip_gradients(parameters: Mapping[str, nn.Parameter], entries: Entries, max_norm: float) -> float:
+    """Scale gradients so that the 2-norm over the chosen entries is at most ``max_norm``; returns the norm found.
+
+    Entries that may not move do not count (torch.nn.utils.clip_grad_norm_ would count them).
+    """
+    gradients: dict[str, Tensor] = {}
+    for name in entries.masks:
+        gradient = parameters[name].grad
+        assert gradient is not None, f"{name} has no gradient"
+        gradients[name] = gradient
+    norm = torch.stack([part.norm() for part in entries.parts(gradients)]).norm()
+    factor = (max_norm / (norm + 1e-6)).clamp(max=1.0)
+    for gradient in gradients.values():
+        gradient.mul_(factor)
+    return float(norm)

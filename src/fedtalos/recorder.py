@@ -1,0 +1,157 @@
+"""results/RUN/: config.yaml, metrics.csv, summary.yaml; and the same figures to TensorBoard or wandb where asked."""
+
+import csv
+import importlib.util
+import io
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Protocol
+
+import yaml
+
+from fedtalos import __version__
+from fedtalos.errors import InputError
+from fedtalos.files import write_atomic
+from fedtalos.metrics import Metrics
+
+COLUMNS = ("split", "loss", "accuracy", "examples", "learning_rate", "bytes_down", "bytes_up", "seconds")
+
+
+class Tracker(Protocol):
+    """Where figures go besides metrics.csv."""
+
+    def log(self, step: int, figures: Mapping[str, float]) -> None: ...
+    def close(self) -> None: ...
+
+
+def require_tracker(name: str) -> None:
+    """InputError where the tracker's library is not installed."""
+    if name != "none" and importlib.util.find_spec(name) is None:
+        raise InputError(f"--tracker {name}: not installed; pip install 'fedtalos[{name}]'")
+
+
+class TensorBoardTracker:
+    def __init__(self, folder: Path) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._writer = SummaryWriter(str(folder))
+
+    def log(self, step: int, figures: Mapping[str, float]) -> None:
+        for name, value in figures.items():
+            self._writer.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+class WandbTracker:
+    def __init__(self, folder: Path, name: str, config: Mapping[str, Any]) -> None:
+        import wandb
+
+        folder.mkdir(parents=True, exist_ok=True)
+        self._run = wandb.init(
+            project="fedtalos", name=name, id=name, dir=str(folder), config=dict(config), resume="allow"
+        )
+
+    def log(self, step: int, figures: Mapping[str, float]) -> None:
+        self._run.log(dict(figures), step=step)
+
+    def close(self) -> None:
+        self._run.finish()
+
+
+def made_by(device: str) -> dict[str, Any]:
+    """Where a result comes from: versions, machine, commit, command and time."""
+    return {
+        "fedtalos": __version__,
+        "torch": version("torch"),
+        "numpy": version("numpy"),
+        "python": platform.python_version(),
+        "device": device,
+        "commit": _commit(),
+        "command_line": " ".join(sys.argv),
+        "started": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
+
+
+def _commit() -> str | None:
+    """The git commit of the code, with a + where files differ from it; None outside a checkout."""
+    here = Path(__file__).parent
+    git = ["git", "-C", str(here)]
+    try:
+        head = subprocess.run([*git, "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True, check=True)
+        dirty = subprocess.run([*git, "status", "--porcelain"], capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return head.stdout.strip() + ("+" if dirty.stdout.strip() else "")
+
+
+def write_yaml(path: Path, content: Mapping[str, Any]) -> None:
+    """Write a mapping as YAML, in its own order."""
+    write_atomic(path, yaml.safe_dump(dict(content), sort_keys=False, allow_unicode=True))
+
+
+class Recorder:
+    """Writes one run's rows as they come; ``step_name`` ("round" or "epoch") is the first column's name."""
+
+    def __init__(self, folder: Path, step_name: str, *, keep_to: int = -1, seconds: float = 0.0) -> None:
+        """A killed run's rows after step ``keep_to``, and of the test, are dropped; ``seconds`` were spent before."""
+        self.folder = folder
+        self._path = folder / "metrics.csv"
+        self._start = time.perf_counter() - seconds
+        self._trackers: list[Tracker] = []
+        rows = [[step_name, *COLUMNS]]
+        if keep_to >= 0:
+            rows += [row for row in _whole_rows(self._path) if int(row[0]) <= keep_to and row[1] != "test"]
+        write_atomic(self._path, _csv(rows))
+
+    def track(self, tracker: Tracker) -> None:
+        """Send every row to ``tracker`` too."""
+        self._trackers.append(tracker)
+
+    @property
+    def seconds(self) -> float:
+        """Seconds since the run started, earlier parts of a resumed run included."""
+        return time.perf_counter() - self._start
+
+    def record(
+        self,
+        step: int,
+        split: str,
+        metrics: Metrics,
+        *,
+        learning_rate: float | None = None,
+        bytes_down: int = 0,
+        bytes_up: int = 0,
+    ) -> None:
+        """Add one row; bytes are totals since the run started."""
+        figures = [f"{metrics.loss:.6f}", f"{metrics.accuracy:.6f}", metrics.examples]
+        rate = "" if learning_rate is None else f"{learning_rate:.6g}"
+        row = [step, split, *figures, rate, bytes_down, bytes_up, f"{self.seconds:.2f}"]
+        with self._path.open("a", encoding="utf-8") as file:
+            file.write(_csv([row]))
+        for tracker in self._trackers:
+            tracker.log(step, {f"{split}/loss": metrics.loss, f"{split}/accuracy": metrics.accuracy})
+
+    def close(self) -> None:
+        for tracker in self._trackers:
+            tracker.close()
+
+
+def _csv(rows: list[list[Any]]) -> str:
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows(rows)
+    return text.getvalue()
+
+
+def _whole_rows(path: Path) -> list[list[str]]:
+    """Data rows that were written to their end."""
+    text = path.read_text(encoding="utf-8") if path.exists() else ""
+    whole = text[: text.rfind("\n") + 1]
+    return [row for row in csv.reader(io.StringIO(whole)) if len(row) == len(COLUMNS) + 1 and row[0].isdigit()]

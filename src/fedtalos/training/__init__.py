@@ -1,0 +1,1 @@
+"""Everything that computes on a model: the inner loop, Fisher scores, masks, federated rounds."""

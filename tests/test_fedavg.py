@@ -1,0 +1,83 @@
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fedtalos.metrics import Metrics
+from fedtalos.parameters import Entries, named_tensors
+from fedtalos.training.fedavg import clients_per_round, fedavg, sample_clients
+from fedtalos.training.local import freeze_all_but, make_optimizer, train
+
+
+def dense(vit):
+    return Entries({name: torch.ones_like(p, dtype=torch.bool) for name, p in vit.named_parameters()})
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.integers(1, 300), st.floats(0.001, 1), st.integers(0, 9), st.integers(1, 50))
+def test_sampling_is_without_replacement_and_a_function_of_its_source(clients, fraction, seed, number):
+    chosen = sample_clients(clients, fraction, seed, number)
+    assert len(set(chosen)) == len(chosen) == clients_per_round(clients, fraction)
+    assert all(0 <= client < clients for client in chosen)
+    assert chosen == sample_clients(clients, fraction, seed, number)
+
+
+def test_sampling_is_uniform():
+    counts = torch.zeros(20)
+    for number in range(2000):
+        counts[list(sample_clients(20, 0.25, 0, number))] += 1
+    assert (counts / 2000 - 0.25).abs().max() < 0.04
+
+
+def test_mean_is_weighted_by_examples_and_bytes_are_counted(vit):
+    entries, tensors = dense(vit), named_tensors(vit)
+    start = entries.gather(tensors)
+    sizes = [10, 30, 60]
+
+    def update(number, client):
+        assert torch.equal(entries.gather(tensors), start)  # every client starts from the global values
+        entries.scatter(start + client + 1, tensors)
+        return Metrics(1.0, 1, sizes[client])
+
+    rounds = fedavg(vit, entries, update, sizes, fraction=1.0, rounds=1, seed=0, first_contact_bytes=7)
+    result = next(rounds)
+    expected = start + (10 * 1 + 30 * 2 + 60 * 3) / 100
+    torch.testing.assert_close(entries.gather(tensors), expected, rtol=1e-5, atol=1e-5)
+    assert result.train.examples == 100
+    assert result.bytes_up == 3 * 4 * len(entries)
+    assert result.bytes_down == result.bytes_up + 3 * 7
+
+
+def test_one_sgd_step_per_client_equals_one_central_step_on_the_union(vit, images, labels):
+    start = {name: p.detach().clone() for name, p in vit.named_parameters()}
+    entries = dense(vit)
+    options = {"rule": "sgd", "learning_rate": 0.1, "momentum": 0.0, "weight_decay": 0.0}
+
+    def step(chosen):
+        optimizer = make_optimizer(vit, entries, **options)
+        batches = [(images[chosen], labels[chosen])]
+        return train(vit, batches, optimizer, entries, learning_rate=lambda _: 0.1, clip_norm=None)
+
+    freeze_all_but(vit, entries)
+    step(slice(0, 12))
+    central = entries.gather(named_tensors(vit))
+    vit.load_state_dict(start)
+    parts = [slice(0, 2), slice(2, 7), slice(7, 12)]
+    sizes = [2, 5, 5]
+    list(fedavg(vit, entries, lambda _, client: step(parts[client]), sizes, fraction=1.0, rounds=1, seed=0))
+    torch.testing.assert_close(entries.gather(named_tensors(vit)), central, rtol=1e-4, atol=1e-6)
+
+
+def test_resumed_rounds_count_first_contacts_as_uninterrupted_ones_do(vit):
+    entries = dense(vit)
+
+    def bytes_down(done):
+        def update(number, client):
+            return Metrics()
+
+        sizes = [1] * 10
+        rounds = fedavg(
+            vit, entries, update, sizes, fraction=0.3, rounds=6, seed=0, done=done, first_contact_bytes=1000
+        )
+        return [r.bytes_down for r in rounds]
+
+    assert bytes_down(0)[3:] == bytes_down(3)

@@ -1,0 +1,161 @@
+import json
+import os
+import warnings
+
+import pytest
+import torch
+import torch.nn.functional as F
+from golden.make_vit_golden import CLASSES, GOLDEN, IMAGE_SIZES, PATCH, images, noise, written_out_weights
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from fedtalos.errors import InputError
+from fedtalos.models.pretrained import HALF, Weights, load_into, read_weights
+from fedtalos.models.vision_transformer import WIDTH_DEPTH_HEADS, Architecture, PatchEmbed, VisionTransformer
+from fedtalos.randomness import torch_generator
+
+
+def written_out(size: str, image_size: int, patch_size: int) -> Weights:
+    """The golden formula's weights for any architecture."""
+    model = VisionTransformer(Architecture(size, image_size, patch_size, CLASSES), torch_generator(0, "test"))
+    tensors = written_out_weights({name: p.shape for name, p in model.named_parameters()})
+    return Weights(tensors, image_size, patch_size, CLASSES, size, *HALF, source="formula", sha256="")
+
+
+@torch.no_grad()
+def our_logits(weights: Weights, image_size: int) -> Tensor:
+    architecture = Architecture(weights.size, image_size, weights.patch_size, weights.num_classes)
+    model = VisionTransformer(architecture, torch_generator(0, "test")).eval()
+    assert load_into(model, weights) == []
+    return model(images(image_size))
+
+
+@torch.no_grad()
+def timms_logits(weights: Weights, image_size: int) -> Tensor:
+    """timm resamples the position embedding by its own means; skips the test where timm cannot be imported."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            from timm.models.vision_transformer import VisionTransformer as TimmsVisionTransformer
+    except (ImportError, RuntimeError) as error:  # RuntimeError: a torchvision built for another torch
+        pytest.skip(f"timm cannot be imported here ({error}); its golden output is tested always")
+    dim, depth, heads = WIDTH_DEPTH_HEADS[weights.size]
+    shape = {"embed_dim": dim, "depth": depth, "num_heads": heads, "num_classes": weights.num_classes}
+    model = TimmsVisionTransformer(weights.image_size, weights.patch_size, **shape).eval()
+    model.load_state_dict(weights.tensors)
+    model.set_input_size(img_size=(image_size, image_size))
+    return model(images(image_size))
+
+
+@pytest.mark.parametrize("image_size", IMAGE_SIZES)
+def test_logits_equal_timms_golden_ones(image_size: int) -> None:
+    golden = torch.tensor(json.loads(GOLDEN.read_text())["logits"][str(image_size)])
+    ours = our_logits(written_out("micro", IMAGE_SIZES[0], PATCH), image_size)
+    torch.testing.assert_close(ours, golden, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("size", "trained_at", "patch_size", "image_size"),
+    [
+        ("micro", 32, 4, 32),
+        ("micro", 28, 7, 28),
+        ("micro", 32, 4, 20),
+        ("tiny", 64, 16, 64),
+        ("tiny", 64, 16, 96),
+        ("small", 64, 16, 48),
+    ],
+)
+def test_logits_equal_timms(size: str, trained_at: int, patch_size: int, image_size: int) -> None:
+    weights = written_out(size, trained_at, patch_size)
+    expected = timms_logits(weights, image_size)
+    torch.testing.assert_close(our_logits(weights, image_size), expected, atol=1e-5, rtol=0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("image_size", [224, 160])
+def test_logits_of_real_weights_equal_timms(image_size: int) -> None:
+    path = os.environ.get("FEDTALOS_WEIGHTS")
+    if path is None:
+        pytest.skip("needs real weights: set FEDTALOS_WEIGHTS to a ViT file")
+    weights = read_weights(path, "tiny")
+    expected = timms_logits(weights, image_size)
+    torch.testing.assert_close(our_logits(weights, image_size), expected, atol=1e-5, rtol=1e-5)
+
+
+@settings(deadline=None)
+@given(patch=st.integers(1, 9), grid=st.integers(1, 6), dim=st.integers(1, 5))
+def test_patches_are_read_row_by_row_at_any_size(patch: int, grid: int, dim: int) -> None:
+    embed = PatchEmbed(patch * grid, patch, dim)
+    batch = images(patch * grid)
+    tokens = torch.stack(
+        [
+            torch.einsum(
+                "bchw,dchw->bd",
+                batch[:, :, row * patch : (row + 1) * patch, column * patch : (column + 1) * patch],
+                embed.proj.weight,
+            )
+            for row in range(grid)
+            for column in range(grid)
+        ],
+        dim=1,
+    )
+    torch.testing.assert_close(embed(batch), tokens + embed.proj.bias, atol=1e-4, rtol=1e-4)
+
+
+@settings(deadline=None, max_examples=10)
+@given(patch=st.integers(2, 16), grid=st.integers(1, 4), classes=st.integers(1, 7))
+def test_any_image_and_patch_size_gives_logits_per_image(patch: int, grid: int, classes: int) -> None:
+    model = VisionTransformer(Architecture("micro", patch * grid, patch, classes), torch_generator(0, "test"))
+    assert model.pos_embed.shape == (1, grid**2 + 1, 96)
+    assert model(images(patch * grid)).shape == (2, classes)
+
+
+def test_an_images_logits_do_not_depend_on_its_batch() -> None:
+    model = VisionTransformer(Architecture("micro", 32, 4, 10), torch_generator(0, "test")).eval()
+    nn.init.trunc_normal_(model.head.weight, generator=torch_generator(0, "head"))
+    batch = noise("batch", (5, 3, 32, 32))
+    with torch.no_grad():
+        together = model(batch)
+        alone = torch.cat([model(image[None]) for image in batch])
+        torch.testing.assert_close(together, alone, atol=1e-5, rtol=0)
+        torch.testing.assert_close(together, F.linear(model.features(batch), model.head.weight, model.head.bias))
+
+
+def test_the_same_generator_gives_the_same_bytes_whatever_torchs_global_state() -> None:
+    architecture = Architecture("micro", 32, 4, 10)
+    models = []
+    for global_seed, source in ((1, "first"), (2, "first"), (1, "second")):
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(global_seed)
+            models.append(VisionTransformer(architecture, torch_generator(0, source)).state_dict())
+    first, again, other = models
+    assert all(torch.equal(first[name], again[name]) for name in first)
+    assert not torch.equal(first["blocks.0.mlp.fc1.weight"], other["blocks.0.mlp.fc1.weight"])
+
+
+def test_fresh_weights_have_the_deviations_they_are_drawn_with() -> None:
+    model = VisionTransformer(Architecture("micro", 32, 4, 10), torch_generator(0, "test"))
+    for name, p in model.named_parameters():
+        if "norm" in name:
+            assert torch.equal(p, torch.full_like(p, float(name.endswith("weight"))))
+        elif name.endswith("bias"):
+            assert not p.any()
+        else:
+            drawn = {"cls_token": 1e-6, "patch_embed.proj.weight": 48**-0.5}.get(name, 0.02)
+            assert p.std().item() == pytest.approx(drawn, rel=0.1)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "message"),
+    [
+        (("huge", 32, 4, 10), "model size"),
+        (("micro", 30, 4, 10), "not a multiple"),
+        (("micro", 2, 4, 10), "not a multiple"),
+        (("micro", 32, 0, 10), "not a multiple"),
+        (("micro", 32, 4, 0), "at least 1"),
+    ],
+)
+def test_impossible_architectures_are_refused(architecture: tuple[str, int, int, int], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        Architecture(*architecture)
