@@ -52,6 +52,9 @@ class DataOptions(Options):
     dataset: DatasetName = Field("cifar100", description="digits needs no download; folder: class folders in data_dir")
     data_dir: Path = Field(Path("data"), description="where the data set is, or is downloaded to")
     val_fraction: float = Field(0.1, gt=0, lt=1, description="share of training images held out for validation")
+    calibration_fraction: float = Field(
+        0.02, ge=0, lt=1, description="share of the others held out to calibrate masks on"
+    )
     train_skip: int = Field(0, ge=0, description="leave out the first n training images")
     train_limit: Annotated[int | None, unset("N", "all")] = Field(
         None, ge=1, description="use only the first n training images, for trials"
@@ -136,7 +139,7 @@ class EditingOptions(Options):
     num_iterations: int = Field(4, ge=1, description="R, rounds of scoring and excluding")
     criterion: Criterion = Field("least_sensitive", description="which entries may move")
     soft_zero: float = Field(0.01, gt=0, le=1, description="factor on excluded entries while scoring (never 0)")
-    calibration_images: int = Field(640, ge=1, description="images scored per round, from the validation split")
+    calibration_images: int = Field(640, ge=1, description="at most this many images of the calibration split scored")
     fisher_chunk: int = Field(8, ge=1, description="examples per backward pass of the scores")
 
 

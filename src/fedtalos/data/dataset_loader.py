@@ -7,7 +7,7 @@ import hashlib
 import io
 import pickle
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -48,14 +48,23 @@ class LabelledImages:
 
 @dataclass(frozen=True, eq=False)
 class Dataset:
-    """Three disjoint splits; ``fingerprint`` is the same where pixels, labels, classes and splits are."""
+    """Four disjoint splits; ``fingerprint`` is the same where pixels, labels, classes and splits are.
+
+    ``calibration`` is what masks are calibrated on: held out like ``val``, so that no client's image is used and
+    validation stays blind.
+    """
 
     name: str
     classes: tuple[str, ...]
     train: LabelledImages
+    calibration: LabelledImages
     val: LabelledImages
     test: LabelledImages
     fingerprint: str
+
+    def to(self, device: torch.device | str) -> "Dataset":
+        splits = {name: getattr(self, name).to(device) for name in ("train", "calibration", "val", "test")}
+        return replace(self, **splits)
 
 
 Download = Callable[[str, Path], Path]  # archive name, folder to put it in -> where it is now
@@ -67,17 +76,19 @@ def load_dataset(
     data_dir: Path,
     *,
     val_fraction: float,
+    calibration_fraction: float,
     seed: int,
     image_size: int,
     download: Download = fetch_archive,
 ) -> Dataset:
-    """Read a data set and take the validation images off its training set.
+    """Read a data set and take validation, then calibration images off its training set.
 
     cifar100 and cifar10 use the original files or archive under ``data_dir``, else ``download`` the
     archive. digits needs no files. folder decodes DIR/CLASS or DIR/train/CLASS and DIR/test/CLASS to
     squares of ``image_size`` pixels a side (unused elsewhere). Validation is stratified, drawn from ``seed``,
-    round(val_fraction N) images; all splits keep the stored order. Where no test set is published, a stratified
-    fifth is, whatever the seed. Raises InputError on missing, damaged or unfit data.
+    round(val_fraction N) images; calibration likewise of the rest (it may come out empty); all splits keep the
+    stored order. Where no test set is published, a stratified fifth is, whatever the seed. Raises InputError on
+    missing, damaged or unfit data.
     """
     if not 0 < val_fraction < 1:
         raise InputError(f"--val_fraction {val_fraction}: expected a share between 0 and 1, such as 0.1")
@@ -91,8 +102,14 @@ def load_dataset(
     if test is None:
         train, test = _stratified_split(train, TEST_SHARE, classes, "the test set", generator(0, "test", name))
     rng = generator(seed, "validation")
+    count = len(train)
     train, val = _stratified_split(train, val_fraction, classes, f"--val_fraction {val_fraction}", rng)
-    return Dataset(name, classes, train, val, test, _fingerprint(classes, train, val, test))
+    if len(val) == 0:
+        raise InputError(f"--val_fraction {val_fraction}: its share of {count} images is none, take more or add images")
+    rng = generator(seed, "calibration")
+    purpose = f"--calibration_fraction {calibration_fraction}"
+    train, calibration = _stratified_split(train, calibration_fraction, classes, purpose, rng)
+    return Dataset(name, classes, train, calibration, val, test, _fingerprint(classes, train, calibration, val, test))
 
 
 def _fingerprint(classes: tuple[str, ...], *splits: LabelledImages) -> str:
@@ -111,8 +128,6 @@ def _stratified_split(
     labels = images.labels.numpy()
     part = stratified_sample(labels, fraction, rng)
     rest = np.setdiff1d(np.arange(len(labels)), part, assume_unique=True)
-    if len(part) == 0:
-        raise InputError(f"{purpose}: its share of {len(labels)} images is none, take more or add images")
     bare = [name for c, name in enumerate(classes) if c not in labels[rest]]
     if bare:
         raise InputError(f"{purpose} leaves class {bare[0]!r} without training images: take less, or add images of it")

@@ -70,7 +70,7 @@ def largest_remainder(shares: NDArray[np.floating], total: int, rng: np.random.G
 
     Each share is rounded down; what is missing goes to the largest remainders, ties at random.
     """
-    whole = np.floor(shares).astype(np.int64)
+    whole: Ids = np.floor(shares).astype(np.int64)
     by_remainder = np.lexsort((rng.random(len(shares)), whole - shares))
     whole[by_remainder[: total - whole.sum()]] += 1
     return whole

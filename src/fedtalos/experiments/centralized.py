@@ -12,8 +12,9 @@ from fedtalos.checkpoint import optimizer_tensors, restore_optimizer
 from fedtalos.config import CentralizedConfig
 from fedtalos.data.batches import steps_per_epoch
 from fedtalos.display import Display
+from fedtalos.experiments.moving import moving_entries, optimizer_for, schedule_for
 from fedtalos.experiments.session import RunPaths, Session, open_run, resume
-from fedtalos.experiments.setup import moving_entries, optimizer_for, prepare, schedule_for
+from fedtalos.experiments.setup import prepare
 from fedtalos.randomness import generator
 from fedtalos.training.fedavg import Round
 
@@ -31,7 +32,7 @@ def run(config: CentralizedConfig, paths: RunPaths, console: Console) -> dict[st
     if saved:
         restore_optimizer(optimizer, saved)
     elif setup.head == "ridge":
-        setup.fit_head(setup.head_sums(images), setup.dataset.val)
+        setup.fit_head(setup.head_sums(images))
 
     def within_epoch(number: int, step: int) -> float:
         return rate(number - 1 + step / steps)

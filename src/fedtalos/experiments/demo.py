@@ -12,7 +12,7 @@ from fedtalos.experiments import centralized, editing, federated, plots
 from fedtalos.experiments.session import RunPaths, choose_run
 
 PUBLIC_IMAGES = 400
-DIGITS = {"dataset": "digits", "model_size": "micro", "image_size": 16, "patch_size": 4}
+DIGITS = {"dataset": "digits", "calibration_fraction": 0.1, "model_size": "micro", "image_size": 16, "patch_size": 4}
 PRETRAINING = {"weights": "none", "train_limit": PUBLIC_IMAGES, "num_epochs": 40, "batch_size": 32, "eval_every": 10}
 EDITING = {"target_sparsity": 0.9, "num_iterations": 4, "calibration_images": 128}
 FEDERATION = {

@@ -4,6 +4,7 @@ import csv
 import io
 import time
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -42,17 +43,21 @@ def run(config: EditingConfig, paths: RunPaths, console: Console) -> dict[str, A
             f"--head random: {options.criterion} scores through an untrained head would mean nothing; "
             "use --head ridge, a head file, or --checkpoint"
         )
-    calibration, tuning = calibration_images(setup, options.calibration_images, config.run.seed)
+    calibration = setup.dataset.calibration
+    if len(calibration) == 0:
+        raise InputError("the calibration split is empty; raise --calibration_fraction, or add images")
     open_run(config, paths)
     if setup.head == "ridge":
-        setup.fit_head(setup.head_sums(calibration), tuning)
+        setup.fit_head(setup.head_sums(calibration))
         save_head(paths.head, setup.model)
+    order = generator(config.run.seed, "scored").permutation(len(calibration))
+    drawn = torch.from_numpy(order[: options.calibration_images])
     eligible = eligible_entries(setup.model)
     kept, rows = resume(paths, eligible)
     with Display(console, "iteration", options.num_iterations, len(rows)) as display:
         before, start = rows[-1]["seconds"] if rows else 0.0, time.perf_counter()
         for iteration in calibrate(
-            scorer(setup, eligible, calibration, config, display),
+            scorer(setup, eligible, calibration.subset(drawn), config, display),
             eligible,
             density=1 - options.target_sparsity,
             iterations=options.num_iterations,
@@ -65,23 +70,24 @@ def run(config: EditingConfig, paths: RunPaths, console: Console) -> dict[str, A
             rows.append({**figures, "seconds": seconds})
             save_checkpoint(paths.checkpoints, "last", iteration.number, {"kept": kept}, {"iterations": rows})
             display.show(iteration.number, f"{100 * iteration.density:.1f} % of {len(eligible)} may move")
-    return write_results(config, paths, setup, eligible, kept, rows, console)
-
-
-def calibration_images(setup: Setup, count: int, seed: int) -> tuple[LabelledImages, LabelledImages]:
-    """Images to score on, and as many more (or what is left) to tune a new head on: both from the validation split.
-
-    Clients' images stay with them, and the test split is for the end.
-    """
-    held_out = setup.dataset.val
-    spare = 1 if setup.head == "ridge" else 0
-    if count > len(held_out) - spare:
-        raise InputError(
-            f"--calibration_images {count}: the validation split has {len(held_out)}"
-            f"{', of which a new head needs some' if spare else ''}; ask for fewer, or raise --val_fraction"
-        )
-    order = torch.from_numpy(generator(seed, "calibration").permutation(len(held_out)))
-    return held_out.subset(order[:count]), held_out.subset(order[count : 2 * count])
+    mask = {name: tensor.cpu() for name, tensor in eligible.unflatten(kept, False).items()}
+    facts = facts_of(config, setup, eligible, kept, len(drawn))
+    save_mask(paths.mask, mask, facts)
+    table = density_table(mask)
+    console.print(density_report(table))
+    write_csv(paths.results / "report.csv", [asdict(row) for row in table])
+    write_csv(paths.results / "iterations.csv", rows)
+    summary = {
+        "command": config.command,
+        "mask": str(paths.mask),
+        **({"head": str(paths.head)} if setup.head == "ridge" else {}),
+        "eligible": facts.eligible,
+        "active": facts.active,
+        "density": facts.density,
+        "seconds": rows[-1]["seconds"],
+    }
+    write_yaml(paths.results / "summary.yaml", summary)
+    return summary
 
 
 def scorer(
@@ -120,20 +126,11 @@ def resume(paths: RunPaths, eligible: Entries) -> tuple[Tensor, list[dict[str, A
     return checkpoint.tensors["kept"].to(eligible.device), checkpoint.facts["iterations"]
 
 
-def write_results(
-    config: EditingConfig,
-    paths: RunPaths,
-    setup: Setup,
-    eligible: Entries,
-    kept: Tensor,
-    rows: list[dict[str, Any]],
-    console: Console,
-) -> dict[str, Any]:
-    """The mask file, report.csv and iterations.csv, the report on the console, and the summary."""
+def facts_of(config: EditingConfig, setup: Setup, eligible: Entries, kept: Tensor, images: int) -> MaskFacts:
+    """How the mask was made, for its header."""
     options = config.editing
-    mask = {name: tensor.cpu() for name, tensor in eligible.unflatten(kept, False).items()}
     scored = options.criterion in LOOKS_AT_IMAGES
-    facts = MaskFacts(
+    return MaskFacts(
         version=__version__,
         criterion=options.criterion,
         fisher="true, one drawn label per example" if scored else "none",
@@ -142,33 +139,17 @@ def write_results(
         eligible=len(eligible),
         active=int(kept.sum()),
         soft_zero=options.soft_zero,
-        calibration_images=options.calibration_images if scored else 0,
+        calibration_images=images if scored else 0,
         seed=config.run.seed,
         model=setup.model.architecture.as_dict(),
         weights=setup.weights,
         data=setup.dataset.fingerprint,
         head=setup.head,
     )
-    save_mask(paths.mask, mask, facts)
-    table = density_table(mask)
-    report = [{"block": r.block, "kind": r.kind, "active": r.active, "entries": r.entries} for r in table]
-    write_csv(paths.results / "report.csv", report)
-    write_csv(paths.results / "iterations.csv", rows)
-    console.print(density_report(table))
-    summary = {
-        "command": config.command,
-        "mask": str(paths.mask),
-        **({"head": str(paths.head)} if setup.head == "ridge" else {}),
-        "eligible": facts.eligible,
-        "active": facts.active,
-        "density": facts.density,
-        "seconds": rows[-1]["seconds"],
-    }
-    write_yaml(paths.results / "summary.yaml", summary)
-    return summary
 
 
 def write_csv(path: Path, rows: list[dict[str, Any]]) -> None:
+    """One line per row, under the first row's keys."""
     text = io.StringIO()
     writer = csv.DictWriter(text, rows[0].keys(), lineterminator="\n")
     writer.writeheader()

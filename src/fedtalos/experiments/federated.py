@@ -13,8 +13,9 @@ from fedtalos.config import FederatedConfig, FederationOptions
 from fedtalos.data.batches import steps_per_epoch
 from fedtalos.data.partition import class_counts, partition
 from fedtalos.display import Display
+from fedtalos.experiments.moving import moving_entries, optimizer_for, schedule_for
 from fedtalos.experiments.session import RunPaths, Session, open_run, resume
-from fedtalos.experiments.setup import Setup, moving_entries, optimizer_for, prepare, schedule_for
+from fedtalos.experiments.setup import Setup, prepare
 from fedtalos.files import write_atomic
 from fedtalos.masks import Mask
 from fedtalos.metrics import Metrics
@@ -109,7 +110,7 @@ def local_steps(federation: FederationOptions, examples: int, batch_size: int) -
 def fit_ridge_head(setup: Setup, clients: list[NDArray[np.int64]]) -> int:
     """The ridge head of all clients' sums (validation tunes it); returns the bytes that they sent."""
     sent = [setup.head_sums(setup.dataset.train.subset(ids)) for ids in clients]
-    setup.fit_head(reduce(add, sent), setup.dataset.val)
+    setup.fit_head(reduce(add, sent))
     return sum(sums.wire_bytes for sums in sent)
 
 

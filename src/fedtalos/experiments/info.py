@@ -13,7 +13,7 @@ from rich.table import Table
 
 from fedtalos import __version__
 from fedtalos.config import InfoConfig
-from fedtalos.experiments.setup import choose_device, choose_precision
+from fedtalos.devices import choose_device, choose_precision
 
 LIBRARIES = ("torch", "numpy", "safetensors", "huggingface_hub", "timm", "tensorboard", "wandb")
 DATA_SETS = {

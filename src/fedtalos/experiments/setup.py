@@ -15,25 +15,17 @@ from fedtalos.checkpoint import Checkpoint, find_checkpoint, load_checkpoint
 from fedtalos.config import CentralizedConfig, Config, EditingConfig, FederatedConfig, TrainOptions
 from fedtalos.data.batches import View, evaluation_batches, training_batches
 from fedtalos.data.dataset_loader import Dataset, LabelledImages, load_dataset
+from fedtalos.devices import choose_device, choose_precision
 from fedtalos.errors import InputError
 from fedtalos.head import read_head, set_head
-from fedtalos.masks import Mask, check_mask, load_mask
 from fedtalos.metrics import Metrics
 from fedtalos.models.pretrained import Weights, load_into, read_weights
 from fedtalos.models.vision_transformer import Architecture, VisionTransformer
-from fedtalos.parameters import Entries, named_tensors
+from fedtalos.parameters import Entries
 from fedtalos.randomness import torch_generator
 from fedtalos.training.evaluation import evaluate, extract_features
 from fedtalos.training.heads import RidgeSums, fit_ridge_head, ridge_sums
-from fedtalos.training.local import (
-    Batches,
-    Precision,
-    autocast,
-    freeze_all_but,
-    learning_rate_schedule,
-    make_optimizer,
-    train,
-)
+from fedtalos.training.local import Batches, Precision, train
 
 HALF = (0.5, 0.5, 0.5)
 
@@ -56,8 +48,12 @@ class Setup:
 
     def evaluate(self, images: LabelledImages) -> Metrics:
         """Loss and accuracy of the resident model, on the first ``eval_limit`` images."""
-        limited = images.subset(torch.arange(len(images))[: self.eval_limit])
-        return evaluate(self.model, evaluation_batches(limited, self.view, self.eval_batch_size), self.precision)
+        batches = evaluation_batches(self.limited(images), self.view, self.eval_batch_size)
+        return evaluate(self.model, batches, self.precision)
+
+    def limited(self, images: LabelledImages) -> LabelledImages:
+        """The first ``eval_limit`` images, or all."""
+        return images.subset(torch.arange(len(images))[: self.eval_limit])
 
     def features(self, images: LabelledImages) -> tuple[Tensor, Tensor]:
         """Backbone features (N, D) and labels (N,)."""
@@ -68,9 +64,9 @@ class Setup:
         """What the holder of ``images`` sends for a ridge head."""
         return ridge_sums(*self.features(images), len(self.dataset.classes))
 
-    def fit_head(self, sums: RidgeSums, tuning: LabelledImages) -> None:
-        """Put the ridge head of ``sums`` on the model, penalty and temperature chosen on the ``tuning`` images."""
-        set_head(self.model, *fit_ridge_head(sums, *self.features(tuning)))
+    def fit_head(self, sums: RidgeSums) -> None:
+        """Put the ridge head of ``sums`` on the model, its penalty and temperature chosen on validation images."""
+        set_head(self.model, *fit_ridge_head(sums, *self.features(self.limited(self.dataset.val))))
 
     def train_on(
         self,
@@ -114,29 +110,6 @@ class Setup:
             "weights": self.weights,
             "classes": self.dataset.classes,
         }
-
-
-def choose_device(name: str) -> torch.device:
-    """The device asked for; auto takes mps, then cuda, then cpu. InputError where it is not there."""
-    there = {"mps": torch.backends.mps.is_available(), "cuda": torch.cuda.is_available(), "cpu": True}
-    if name == "auto":
-        name = next(device for device, is_there in there.items() if is_there)
-    if not there[name]:
-        others = ", ".join(device for device, is_there in there.items() if is_there)
-        raise InputError(f"--device {name}: not available here; available: {others} (or leave it out)")
-    return torch.device(name)
-
-
-def choose_precision(name: str, device: torch.device) -> Precision:
-    """auto: bf16 where CUDA computes it natively, fp32 elsewhere."""
-    if name == "auto":
-        return "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
-    try:
-        with autocast(device, "bf16" if name == "bf16" else "fp32"):
-            pass
-    except RuntimeError as error:
-        raise InputError(f"--precision {name}: not supported on {device.type}; use fp32") from error
-    return "bf16" if name == "bf16" else "fp32"
 
 
 def starting_weights(config: Config) -> Weights | None:
@@ -217,9 +190,7 @@ def prepare(config: ConfigT) -> tuple[ConfigT, Setup]:
     return config, Setup(
         device=device,
         precision=choose_precision(config.run.precision, device),
-        dataset=replace(
-            dataset, train=dataset.train.to(device), val=dataset.val.to(device), test=dataset.test.to(device)
-        ),
+        dataset=dataset.to(device),
         model=model.to(device),
         view=View(options.image_size, weights.mean if weights else HALF, weights.std if weights else HALF),
         weights=weights.sha256 if weights else f"none, seed {config.run.seed}",
@@ -232,7 +203,12 @@ def prepare(config: ConfigT) -> tuple[ConfigT, Setup]:
 def _load_images(config: Config, image_size: int) -> Dataset:
     data = config.data
     dataset = load_dataset(
-        data.dataset, data.data_dir, val_fraction=data.val_fraction, seed=config.run.seed, image_size=image_size
+        data.dataset,
+        data.data_dir,
+        val_fraction=data.val_fraction,
+        calibration_fraction=data.calibration_fraction,
+        seed=config.run.seed,
+        image_size=image_size,
     )
     end = None if data.train_limit is None else data.train_skip + data.train_limit
     chosen = torch.arange(len(dataset.train))[data.train_skip : end]
@@ -254,65 +230,3 @@ def _load_weights(model: VisionTransformer, weights: Weights | None, head: str, 
     elif head != "weights":
         set_head(model, *read_head(Path(head), model))
     return head
-
-
-def moving_entries(setup: Setup, train: TrainOptions) -> tuple[Entries, Mask | None]:
-    """What may move, and the mask that says so, if one does; in prune mode the rest of the mask's tensors is zeroed.
-
-    With a mask: its True entries, and a new head. Without: all, the blocks (and a new head), or the head. Less the
-    head under --freeze_head.
-    """
-    model, mask = setup.model, None
-    if train.mask is not None:
-        if train.trainable != "all":
-            raise InputError(f"--trainable {train.trainable} and --mask both say what may move; give one of them")
-        mask, facts = load_mask(train.mask)
-        check_mask(train.mask, mask, facts, model, model.architecture.as_dict())
-        mask = {name: tensor.to(setup.device) for name, tensor in mask.items()}
-        chosen = dict(mask)
-    else:
-        chosen = {
-            name: torch.ones_like(parameter, dtype=torch.bool, requires_grad=False)
-            for name, parameter in model.named_parameters()
-            if train.trainable == "all" or name.startswith(train.trainable)
-        }
-    for name, parameter in model.head.named_parameters(prefix="head"):
-        if train.freeze_head:
-            chosen.pop(name, None)
-        elif setup.head != "weights":
-            chosen[name] = torch.ones_like(parameter, dtype=torch.bool, requires_grad=False)
-    if not any(bool(tensor.any()) for tensor in chosen.values()):
-        raise InputError("nothing may move: --trainable, --mask and --freeze_head leave no entry; drop one of them")
-    entries = Entries(chosen)
-    if mask is not None and train.mask_mode == "prune":
-        tensors = named_tensors(model)
-        for name, tensor in mask.items():
-            tensors[name].mul_(tensor)
-    return entries, mask
-
-
-def optimizer_for(setup: Setup, entries: Entries, options: TrainOptions) -> Optimizer:
-    """Freeze what may not move, and make the optimiser of what may."""
-    freeze_all_but(setup.model, entries)
-    assert options.learning_rate is not None
-    return make_optimizer(
-        setup.model,
-        entries,
-        rule=options.optimizer,
-        learning_rate=options.learning_rate,
-        momentum=options.momentum,
-        weight_decay=options.weight_decay,
-    )
-
-
-def schedule_for(options: TrainOptions, total: int) -> Callable[[float], float]:
-    """Learning rate as a function of epochs or rounds done."""
-    assert options.learning_rate is not None
-    return learning_rate_schedule(
-        options.schedule,
-        options.learning_rate,
-        total,
-        warmup=options.warmup,
-        step_every=options.step_every,
-        step_gamma=options.step_gamma,
-    )

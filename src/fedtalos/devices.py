@@ -1,0 +1,29 @@
+"""Which device a run computes on, and in which precision."""
+
+import torch
+
+from fedtalos.errors import InputError
+from fedtalos.training.local import Precision, autocast
+
+
+def choose_device(name: str) -> torch.device:
+    """The device asked for; auto takes mps, then cuda, then cpu. InputError where it is not there."""
+    there = {"mps": torch.backends.mps.is_available(), "cuda": torch.cuda.is_available(), "cpu": True}
+    if name == "auto":
+        name = next(device for device, is_there in there.items() if is_there)
+    if not there[name]:
+        others = ", ".join(device for device, is_there in there.items() if is_there)
+        raise InputError(f"--device {name}: not available here; available: {others} (or leave it out)")
+    return torch.device(name)
+
+
+def choose_precision(name: str, device: torch.device) -> Precision:
+    """auto: bf16 where CUDA computes it natively, fp32 elsewhere."""
+    if name == "auto":
+        return "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
+    try:
+        with autocast(device, "bf16" if name == "bf16" else "fp32"):
+            pass
+    except RuntimeError as error:
+        raise InputError(f"--precision {name}: not supported on {device.type}; use fp32") from error
+    return "bf16" if name == "bf16" else "fp32"
