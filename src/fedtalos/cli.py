@@ -12,6 +12,7 @@ from pydantic import ValidationError
 from rich.console import Console
 
 from fedtalos.config import (
+    OTHERS,
     RUN_CONFIGS,
     CentralizedConfig,
     DemoConfig,
@@ -28,7 +29,6 @@ from fedtalos.recorder import require_tracker
 from fedtalos.training.local import TrainingError
 
 AnyConfig = RunConfig | EvaluateConfig | PlotConfig | DemoConfig | InfoConfig
-OTHERS = (EvaluateConfig, PlotConfig, DemoConfig, InfoConfig)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -38,7 +38,7 @@ class RunOptions(Options):
     run_name: Annotated[str | None, unset("NAME", "command and time")] = Field(
         None, description="folder name under results/"
     )
-    resume: bool = Field(False, description="go on with the run of that name (else the newest with these options)")
+    resume: bool = Field(False, description="go on with --run_name, else with the newest unfinished run")
     output_dir: Path = Field(Path(), description="holds results/ checkpoints/ masks/ plots/")
     seed: int = Field(0, ge=0, description="source of every random draw")
     device: Literal["auto", "mps", "cuda", "cpu"] = Field("auto", description="auto: mps, then cuda, then cpu")
@@ -233,3 +233,4 @@ class InfoConfig(Options):
 
 RunConfig = CentralizedConfig | FederatedConfig | EditingConfig
 RUN_CONFIGS: dict[str, type[RunConfig]] = {c.command: c for c in (CentralizedConfig, FederatedConfig, EditingConfig)}
+OTHERS = (EvaluateConfig, PlotConfig, DemoConfig, InfoConfig)

@@ -13,6 +13,7 @@ from fedtalos.errors import InputError
 
 ConfigT = TypeVar("ConfigT", bound=Config)
 PRESETS = Path("configs/experiment_configs.yaml")
+"""Looked for in the working folder, then in the checkout that this code is in."""
 
 
 def groups(config_type: type[BaseModel]) -> dict[str, str | None]:
@@ -93,11 +94,13 @@ def from_file(path: Path, command: str) -> dict[str, Any]:
     for key in values:
         if key not in every | {"command", "made_by"}:
             raise InputError(f"{path}: unknown option {key!r}{nearest(key, every)}")
-    return {key: value for key, value in values.items() if key in mine and key not in ("config", "preset", "resume")}
+    passed_over = {"config", "preset", "resume"} | ({"run_name"} if "made_by" in values else set())
+    return {key: value for key, value in values.items() if key in mine and key not in passed_over}
 
 
-def from_preset(name: str, command: str, path: Path = PRESETS) -> dict[str, Any]:
+def from_preset(name: str, command: str) -> dict[str, Any]:
     """The options of a named preset, which must be one for ``command``."""
+    path = PRESETS if PRESETS.exists() else Path(__file__).parents[2] / PRESETS
     presets = read_yaml(path)
     if name not in presets:
         raise InputError(f"preset: no {name!r} in {path}{nearest(name, presets) or '; it has ' + ', '.join(presets)}")

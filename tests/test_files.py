@@ -1,0 +1,139 @@
+"""Masks and checkpoints on disk."""
+
+import json
+
+import pytest
+import torch
+
+from fedtalos.checkpoint import load_checkpoint, optimizer_tensors, restore_optimizer, save_checkpoint
+from fedtalos.errors import InputError
+from fedtalos.files import write_atomic
+from fedtalos.masks import MaskFacts, check_mask, density_table, load_mask, overlap, save_mask
+from fedtalos.randomness import generator
+from fedtalos.training.editing import eligible_entries
+
+
+def facts(vit, mask, **changes):
+    fields = {
+        "version": "0",
+        "criterion": "random",
+        "fisher": "none",
+        "iterations": 1,
+        "target_density": 0.5,
+        "eligible": sum(t.numel() for t in mask.values()),
+        "active": sum(int(t.sum()) for t in mask.values()),
+        "soft_zero": 0.01,
+        "calibration_images": 0,
+        "seed": 0,
+        "model": vit.architecture.as_dict(),
+        "weights": "none",
+        "data": "none",
+        "head": "none",
+    }
+    return MaskFacts(**{**fields, **changes})
+
+
+@pytest.fixture
+def mask(vit):
+    rng = generator(0, "mask")
+    return {name: torch.from_numpy(rng.random(t.shape) < 0.3) for name, t in eligible_entries(vit).masks.items()}
+
+
+def test_a_mask_comes_back_bit_for_bit_at_one_bit_an_entry(tmp_path, vit, mask):
+    path = tmp_path / "m.safetensors"
+    save_mask(path, mask, facts(vit, mask))
+    loaded, loaded_facts = load_mask(path)
+    assert loaded.keys() == mask.keys()
+    assert all(torch.equal(loaded[name], mask[name]) for name in mask)
+    assert loaded_facts == facts(vit, mask)
+    entries = sum(t.numel() for t in mask.values())
+    assert path.stat().st_size < entries / 8 + 15_000
+    check_mask(path, loaded, loaded_facts, vit, vit.architecture.as_dict())
+
+
+def test_a_mask_with_a_flipped_bit_is_refused(tmp_path, vit, mask):
+    path = tmp_path / "m.safetensors"
+    save_mask(path, mask, facts(vit, mask))
+    content = bytearray(path.read_bytes())
+    content[-1000] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(InputError, match="other bits than its header says"):
+        load_mask(path)
+
+
+def test_density_table_counts_every_entry_once(mask):
+    rows = density_table(mask)
+    assert len(rows) == 6 * 8
+    assert sum(row.active for row in rows) == sum(int(t.sum()) for t in mask.values())
+    assert sum(row.entries for row in rows) == sum(t.numel() for t in mask.values())
+    q = next(row for row in rows if (row.block, row.kind) == (2, "q"))
+    assert q.active == int(mask["blocks.2.attn.qkv.weight"][:96].sum())
+
+
+def test_overlap():
+    one = {"blocks.0.a": torch.tensor([True, True, False, False])}
+    two = {"blocks.0.a": torch.tensor([False, True, True, False])}
+    assert overlap(one, two) == pytest.approx(1 / 3)
+    assert overlap(one, one) == 1
+    with pytest.raises(InputError, match="different models"):
+        overlap(one, {"blocks.0.a": torch.ones(5, dtype=torch.bool)})
+
+
+def test_a_checkpoint_comes_back_and_replaces_the_one_before(tmp_path):
+    tensors = {"w": torch.randn(3, 4), "optimizer/0/step": torch.tensor(3.0)}
+    save_checkpoint(tmp_path, "last", 1, tensors, {"a": 1})
+    path = save_checkpoint(tmp_path, "last", 2, tensors, {"a": 2})
+    loaded = load_checkpoint(path)
+    assert loaded.facts["a"] == 2
+    assert all(torch.equal(loaded.tensors[name], tensors[name]) for name in tensors)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["last-000002.safetensors", "last.json"]
+
+
+@pytest.mark.parametrize("damage", ["flip", "cut", "missing", "json", "format"])
+def test_a_damaged_checkpoint_is_refused(tmp_path, damage):
+    path = save_checkpoint(tmp_path, "last", 1, {"w": torch.randn(30)}, {})
+    file = tmp_path / "last-000001.safetensors"
+    content = bytearray(file.read_bytes())
+    if damage == "flip":
+        content[-3] ^= 4
+        file.write_bytes(content)
+    elif damage == "cut":
+        file.write_bytes(content[:-8])
+    elif damage == "missing":
+        file.unlink()
+    elif damage == "json":
+        path.write_text("{")
+    else:
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"format": 99}))
+    with pytest.raises(InputError, match="last"):
+        load_checkpoint(path)
+
+
+@pytest.mark.parametrize("rule", [torch.optim.AdamW, torch.optim.SGD])
+def test_optimiser_state_comes_back(tmp_path, rule):
+    def steps(optimizer, parameter, numbers):
+        for number in numbers:
+            parameter.grad = torch.full((5,), float(number))
+            optimizer.step()
+
+    options = {"lr": 0.1} | ({"momentum": 0.9} if rule is torch.optim.SGD else {})
+    straight = torch.nn.Parameter(torch.ones(5))
+    optimizer = rule([straight], **options)
+    steps(optimizer, straight, (1, 2))
+    path = save_checkpoint(tmp_path, "last", 2, {"w": straight, **optimizer_tensors(optimizer)}, {})
+    resumed = torch.nn.Parameter(load_checkpoint(path).tensors["w"])
+    again = rule([resumed], **options)
+    restore_optimizer(again, load_checkpoint(path).tensors)
+    steps(optimizer, straight, (3, 4))
+    steps(again, resumed, (3, 4))
+    assert torch.equal(straight, resumed)
+
+
+def test_an_interrupted_write_leaves_the_old_file(tmp_path, monkeypatch):
+    path = tmp_path / "f"
+    write_atomic(path, "old")
+    monkeypatch.setattr("os.fsync", lambda _: (_ for _ in ()).throw(OSError("disk full")))
+    with pytest.raises(OSError, match="disk full"):
+        write_atomic(path, "new")
+    assert path.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [path]
