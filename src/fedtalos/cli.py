@@ -113,7 +113,7 @@ def dispatch(config: AnyConfig, console: Console) -> None:
 def run_experiment(config: RunConfig, console: Console) -> None:
     """Train or edit, draw the figures, and say where everything is."""
     from fedtalos.experiments import centralized, editing, federated, plots
-    from fedtalos.experiments.session import choose_run
+    from fedtalos.experiments.runs import choose_run
 
     require_tracker(config.run.tracker)
     paths = choose_run(config)

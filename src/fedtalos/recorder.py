@@ -54,8 +54,7 @@ class WandbTracker:
     def __init__(self, folder: Path, name: str, config: Mapping[str, Any]) -> None:
         import wandb
 
-        folder.mkdir(parents=True, exist_ok=True)
-        self._run = wandb.init(
+        self._run = wandb.init(  # makes folder/wandb
             project="fedtalos", name=name, id=name, dir=str(folder), config=dict(config), resume="allow"
         )
 

@@ -62,7 +62,8 @@ def class_counts(labels: Ids, clients: list[Ids], num_classes: int) -> Ids:
     """How many examples of each class each client holds, (K, C)."""
     owner = np.repeat(np.arange(len(clients)), [len(ids) for ids in clients])
     cells = owner * num_classes + labels[np.concatenate(clients)]
-    return np.bincount(cells, minlength=len(clients) * num_classes).reshape(len(clients), num_classes)
+    counts: Ids = np.bincount(cells, minlength=len(clients) * num_classes).reshape(len(clients), num_classes)
+    return counts
 
 
 def largest_remainder(shares: NDArray[np.floating], total: int, rng: np.random.Generator) -> Ids:
@@ -100,13 +101,13 @@ def label_skew(labels: Ids, num_clients: int, classes_per_client: int, rng: np.r
     sizes = np.bincount(label)
     owns = _owned_classes(len(classes), num_clients, classes_per_client, int(sizes.min()), rng)
     owner = np.empty(len(labels), np.int64)
-    held = np.zeros(num_clients, np.int64)
+    extras = np.zeros(num_clients, np.int64)
     for c in range(len(classes)):
         owners = rng.permutation(np.flatnonzero(owns[:, c]))
-        owners = owners[np.argsort(held[owners], kind="stable")]  # a remainder goes to those who hold least
+        owners = owners[np.argsort(extras[owners], kind="stable")]  # a class's remainder goes round
         examples = rng.permutation(np.flatnonzero(label == c))
         owner[examples] = owners[np.arange(len(examples)) % len(owners)]
-        held += np.bincount(owner[examples], minlength=num_clients)
+        extras[owners[: len(examples) % len(owners)]] += 1
     return owner
 
 

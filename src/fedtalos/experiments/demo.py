@@ -9,7 +9,7 @@ from rich.table import Table
 from fedtalos.config import CentralizedConfig, DemoConfig, EditingConfig, FederatedConfig
 from fedtalos.config_files import override
 from fedtalos.experiments import centralized, editing, federated, plots
-from fedtalos.experiments.session import RunPaths, choose_run
+from fedtalos.experiments.runs import RunPaths, choose_run
 
 PUBLIC_IMAGES = 400
 DIGITS = {"dataset": "digits", "calibration_fraction": 0.1, "model_size": "micro", "image_size": 16, "patch_size": 4}
@@ -58,7 +58,7 @@ def run(config: DemoConfig, console: Console) -> None:
     for column in ("model", "test accuracy (%)", "sent (MB)", "seconds"):
         table.add_column(column, justify="left" if column == "model" else "right")
     for label, summary in (("pretrained", pretrained), ("federated, dense", dense), ("federated, mask", sparse)):
-        sent = sum(summary["megabytes_sent"].values())
+        sent = sum(summary.get("megabytes_sent", {}).values())
         accuracy = 100 * summary["test_accuracy"]["last"]
         table.add_row(label, f"{accuracy:.1f}", f"{sent:.1f}", f"{summary['seconds']:.0f}")
     console.print(table)

@@ -20,7 +20,7 @@ from fedtalos.data.batches import evaluation_batches, steps_per_epoch
 from fedtalos.data.dataset_loader import LabelledImages
 from fedtalos.display import Display
 from fedtalos.errors import InputError
-from fedtalos.experiments.session import RunPaths, open_run
+from fedtalos.experiments.runs import RunPaths, open_run
 from fedtalos.experiments.setup import Setup, prepare
 from fedtalos.files import write_atomic
 from fedtalos.head import save_head

@@ -14,7 +14,8 @@ from fedtalos.data.batches import steps_per_epoch
 from fedtalos.data.partition import class_counts, partition
 from fedtalos.display import Display
 from fedtalos.experiments.moving import moving_entries, optimizer_for, schedule_for
-from fedtalos.experiments.session import RunPaths, Session, open_run, resume
+from fedtalos.experiments.runs import RunPaths, open_run
+from fedtalos.experiments.session import Session, resume
 from fedtalos.experiments.setup import Setup, prepare
 from fedtalos.files import write_atomic
 from fedtalos.masks import Mask
@@ -69,7 +70,8 @@ def run(config: FederatedConfig, paths: RunPaths, console: Console) -> dict[str,
         Display(console, "round", federation.num_rounds, progress.done) as display,
     ):
         session.follow(rounds, federation.num_rounds, rate, display)
-        return session.finish({"moving_parameters": len(entries)})
+        sent = {"down": round(progress.bytes_down / 1e6, 3), "up": round(progress.bytes_up / 1e6, 3)}
+        return session.finish({"moving_parameters": len(entries), "megabytes_sent": sent})
 
 
 def split(setup: Setup, config: FederatedConfig) -> list[NDArray[np.int64]]:
