@@ -4,7 +4,7 @@ import numpy as np
 import torch
 
 from fedtalos.data.batches import View, augment, batch_positions, evaluation_batches, steps_per_epoch, training_batches
-from fedtalos.data.dataset_loader import LabelledImages
+from fedtalos.data.images import LabelledImages
 from fedtalos.randomness import generator
 
 VIEW = View(8, (0.0, 0.0, 0.0), (1.0, 1.0, 1.0))

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fedtalos.data.dataset_loader import LabelledImages
+from fedtalos.data.images import LabelledImages
 
 Augmentation = Literal["none", "crop", "crop_flip"]
 

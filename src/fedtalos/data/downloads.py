@@ -100,11 +100,12 @@ def read_members(archive: Path, names: set[str]) -> dict[str, bytes]:
     """The content of the named files in a .tar.gz; nothing is extracted. Raises InputError where one is missing."""
     found: dict[str, bytes] = {}
     try:
-        with tarfile.open(archive, "r:gz") as tar:
+        with gzip.open(archive) as stream, tarfile.open(fileobj=stream) as tar:
             for member in tar:  # one pass: going back in a gzip stream means to decompress it anew
                 content = tar.extractfile(member) if member.isfile() and member.name in names else None
                 if content:
                     found[member.name] = content.read()
+            stream.read()  # gzip's own checksum comes at the very end
     except (tarfile.TarError, EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise InputError(f"{archive} is damaged ({error}): delete it, and it is downloaded again") from error
     if missing := sorted(names - found.keys()):

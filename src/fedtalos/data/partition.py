@@ -177,8 +177,8 @@ def _check_dirichlet(num_examples: int, num_clients: int, alpha: float, min_size
         raise InputError(f"--alpha {alpha}: expected a number above 0 and at most {MAX_ALPHA:g}")
     if not 1 <= min_size <= num_examples // num_clients:
         raise InputError(
-            f"--min_size {min_size} with {num_clients} clients and {num_examples} training examples: choose 1 to "
-            f"{num_examples // num_clients}, or fewer clients"
+            f"--min_client_size {min_size} with {num_clients} clients and {num_examples} training examples: "
+            f"choose 1 to {num_examples // num_clients}, or fewer clients"
         )
 
 

@@ -17,7 +17,7 @@ from fedtalos import __version__
 from fedtalos.checkpoint import load_checkpoint, save_checkpoint
 from fedtalos.config import EditingConfig
 from fedtalos.data.batches import evaluation_batches, steps_per_epoch
-from fedtalos.data.dataset_loader import LabelledImages
+from fedtalos.data.images import LabelledImages
 from fedtalos.display import Display
 from fedtalos.errors import InputError
 from fedtalos.experiments.runs import RunPaths, open_run

@@ -14,7 +14,8 @@ from torch.optim import Optimizer
 from fedtalos.checkpoint import Checkpoint, find_checkpoint, load_checkpoint
 from fedtalos.config import CentralizedConfig, Config, EditingConfig, FederatedConfig, TrainOptions
 from fedtalos.data.batches import View, evaluation_batches, training_batches
-from fedtalos.data.dataset_loader import Dataset, LabelledImages, load_dataset
+from fedtalos.data.dataset_loader import Dataset, load_dataset
+from fedtalos.data.images import LabelledImages
 from fedtalos.devices import choose_device, choose_precision
 from fedtalos.errors import InputError
 from fedtalos.head import read_head, set_head

@@ -1,0 +1,142 @@
+"""CIFAR-10 and CIFAR-100 as published: pickles, in a folder or in their archive, read without running what they ask for."""
+
+import io
+import pickle
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from fedtalos.data.downloads import read_members
+from fedtalos.data.images import LabelledImages
+from fedtalos.errors import InputError
+
+Download = Callable[[str, Path], Path]  # archive name, folder to put it in -> where it is now
+
+
+@dataclass(frozen=True)
+class Cifar:
+    """Where a CIFAR set lies, and what its files call things."""
+
+    archive: str
+    folder: str
+    label_key: str
+    names_key: str
+    meta: str
+    train: tuple[str, ...]
+    test: str
+
+
+BATCHES = tuple(f"data_batch_{i}" for i in range(1, 6))
+CIFAR = {
+    "cifar100": Cifar(
+        "cifar-100-python.tar.gz", "cifar-100-python", "fine_labels", "fine_label_names", "meta", ("train",), "test"
+    ),
+    "cifar10": Cifar(
+        "cifar-10-python.tar.gz", "cifar-10-batches-py", "labels", "label_names", "batches.meta", BATCHES, "test_batch"
+    ),
+}
+
+
+def read_cifar(
+    cifar: Cifar, data_dir: Path, download: Download
+) -> tuple[tuple[str, ...], LabelledImages, LabelledImages]:
+    """Class names, training and test images, from the original files or archive under ``data_dir``, else downloaded.
+
+    Raises InputError where a file is damaged, not what it should be, or asks to run code.
+    """
+    files = _cifar_files(cifar, data_dir, download)
+    meta_file, meta = files[cifar.meta]
+    names = _unpickled(meta, meta_file).get(cifar.names_key)
+    if not (isinstance(names, list) and names and all(isinstance(n, str | bytes) for n in names)):
+        raise _damaged(meta_file, f"holds no list {cifar.names_key!r} of class names")
+    train = [_cifar_images(cifar, *files[name], len(names)) for name in cifar.train]
+    joined = LabelledImages(torch.cat([s.pixels for s in train]), torch.cat([s.labels for s in train]))
+    return tuple(map(_text, names)), joined, _cifar_images(cifar, *files[cifar.test], len(names))
+
+
+def _cifar_files(cifar: Cifar, data_dir: Path, download: Download) -> dict[str, tuple[str, bytes]]:
+    """File name -> (where it lies, for messages; its content)."""
+    wanted = (cifar.meta, *cifar.train, cifar.test)
+    for folder in (data_dir / cifar.folder, data_dir):
+        if all((folder / name).is_file() for name in wanted):
+            return {name: (str(folder / name), (folder / name).read_bytes()) for name in wanted}
+    archive = data_dir / cifar.archive
+    if not archive.is_file():
+        archive = download(cifar.archive, data_dir)
+    members = read_members(archive, {f"{cifar.folder}/{name}" for name in wanted})
+    return {name: (f"{archive}: {name}", members[f"{cifar.folder}/{name}"]) for name in wanted}
+
+
+def _cifar_images(cifar: Cifar, file: str, content: bytes, num_classes: int) -> LabelledImages:
+    batch = _unpickled(content, file)
+    data, labels = batch.get("data"), batch.get(cifar.label_key)
+    if not (isinstance(data, np.ndarray) and data.dtype == np.uint8 and data.ndim == 2 and data.shape[1] == 3072):
+        raise _damaged(file, "holds no uint8 images of 3 x 32 x 32")
+    if not (isinstance(labels, list) and len(labels) == len(data) > 0):
+        raise _damaged(file, f"does not hold one of {cifar.label_key!r} per image")
+    if not all(type(label) is int and 0 <= label < num_classes for label in labels):
+        raise _damaged(file, f"holds {cifar.label_key!r} outside 0..{num_classes - 1}")
+    return LabelledImages(torch.from_numpy(data).reshape(-1, 3, 32, 32), torch.tensor(labels))
+
+
+def _damaged(file: str, how: str) -> InputError:
+    return InputError(f"{file} {how}: replace it by the original")
+
+
+def _unpickled(content: bytes, file: str) -> dict[str, Any]:
+    try:
+        loaded = RestrictedUnpickler(content, file).load()
+    except InputError:
+        raise
+    except Exception as error:  # broken pickles may raise anything
+        raise _damaged(file, f"cannot be read ({error})") from error
+    if not isinstance(loaded, dict):
+        raise _damaged(file, "holds no dictionary")
+    return {_text(key): value for key, value in loaded.items()}
+
+
+def _text(name: str | bytes) -> str:
+    return name.decode("latin1") if isinstance(name, bytes) else str(name)
+
+
+def _encode_latin1(text: str, encoding: str) -> bytes:
+    """What pickles of protocol 2 call ``_codecs.encode`` for, and nothing else of it."""
+    if encoding != "latin1":
+        raise pickle.UnpicklingError(f"codec {encoding!r}")
+    return text.encode("latin1")
+
+
+# numpy keeps its _reconstruct in a private module, under a name that has changed; an array knows it.
+_RECONSTRUCT = np.empty(0).__reduce__()[0]
+
+ADMITTED = {
+    "numpy.ndarray": np.ndarray,
+    "numpy.dtype": np.dtype,
+    "numpy.core.multiarray._reconstruct": _RECONSTRUCT,
+    "numpy._core.multiarray._reconstruct": _RECONSTRUCT,
+    "_codecs.encode": _encode_latin1,
+}
+
+
+class RestrictedUnpickler(pickle.Unpickler):
+    """Unpickles numpy arrays, lists, dicts, strings, bytes and numbers; anything else is an InputError.
+
+    An ordinary unpickler runs whatever code a file asks for.
+    """
+
+    def __init__(self, content: bytes, file: str) -> None:
+        super().__init__(io.BytesIO(content), encoding="bytes")
+        self.file = file
+
+    def find_class(self, module: str, name: str) -> Any:
+        try:
+            return ADMITTED[f"{module}.{name}"]
+        except KeyError:
+            raise InputError(
+                f"{self.file} asks for {module}.{name}, which a data file has no need of: it may be hostile, "
+                "replace it by the original"
+            ) from None

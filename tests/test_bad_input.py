@@ -1,0 +1,462 @@
+"""Bad input through the real command line: exit code 2, one sentence that names it, no traceback, nothing written."""
+
+import importlib.util
+import json
+import os
+import pickle
+import shlex
+import shutil
+import subprocess
+import sys
+import types
+from importlib.machinery import ModuleSpec
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from fedtalos import config_files
+from fedtalos.cli import main, parse
+from fedtalos.config import FederatedConfig
+from fedtalos.data import downloads
+from fedtalos.experiments import plots
+
+ROOT = Path(__file__).parents[1]
+DIGITS = "--dataset digits --model_size micro --weights none --image_size 8 --patch_size 2 --device cpu "
+SMALL = DIGITS + "--train_limit 100 --eval_limit 20 "
+RUNS = {
+    "centralized": SMALL + "--num_epochs 1 --optimizer sgd --momentum 0",
+    "federated": SMALL + "--num_clients 4 --num_rounds 1",
+    "editing": SMALL + "--calibration_fraction 0.05 --calibration_images 16 --num_iterations 1",
+}
+YAML = {
+    "unknown.yaml": "num_clents: 3",
+    "group.yaml": "train: {learning_rate: 3}",
+    "list.yaml": "- num_clients",
+    "broken.yaml": "seed: 1\nnum_clients: [1, 2",
+    "number.yaml": "3: 4",
+    "date.yaml": "run_name: 2020-13-45",
+    "null.yaml": "num_clients: null",
+    "several.yaml": "num_clients: [1, 2]",
+    "mapping.yaml": "learning_rate: {peak: 1}",
+    "word.yaml": "num_clients: many",
+    "half.yaml": "num_clients: 2.5",
+    "true.yaml": "num_clients: true",
+    "device.yaml": "device: tpu",
+    "nobody.yaml": "client_fraction: 0",
+    "sparse.yaml": "target_sparsity: 1.0",
+    "still.yaml": "learning_rate: 0",
+    "warm.yaml": "warmup: 150",
+    "configs/experiment_configs.yaml": "quick: {command: federated, num_rounds: 1}\n"
+    "typo: {command: federated, num_ronds: 1}\nempty: {command: federated, num_clients: 0}\n"
+    "sharp: {command: editing, target_sparsity: 1.5}\nnumber: 3\nodd: {command: federated, 3: 4}\n"
+    "nobody: {num_rounds: 1}\n",
+}
+BOX = "a flag out of range: tyro prints pydantic's own report, not a sentence"
+OSERROR = "an OSError goes through as a traceback"
+
+
+class Hostile:
+    def __reduce__(self):
+        return os.system, ("touch pwned",)
+
+
+def spelled(command: str) -> list[str]:
+    """The words of a command, small options after its name; what it says itself comes later and wins."""
+    words = shlex.split(command)
+    return [*words[:1], *shlex.split(RUNS.get("".join(words[:1]), "")), *words[1:]]
+
+
+def write(path: str, content: bytes | str) -> None:
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    Path(path).write_bytes(content.encode() if isinstance(content, str) else content)
+
+
+def cut_checkpoint(name: str, tensors: bytes | None = None, text: str | None = None, **facts: object) -> None:
+    """A copy of the run `done`, unfinished, with other tensors, or other facts (None: left out), or other text."""
+    saved = json.loads(Path("checkpoints/done/last.json").read_text())
+    changed = {key: value for key, value in {**saved, **facts}.items() if value is not None}
+    write(f"checkpoints/{name}/last.json", json.dumps(changed) if text is None else text)
+    content = Path("checkpoints/done", saved["file"]).read_bytes() if tensors is None else tensors
+    write(f"checkpoints/{name}/{saved['file']}", content)
+    write(f"results/{name}/config.yaml", Path("results/done/config.yaml").read_bytes())
+
+
+@pytest.fixture(scope="module")
+def material(tmp_path_factory) -> Path:
+    """A folder with a finished run, masks, and every kind of broken file."""
+    torch.set_num_threads(1)
+    folder = tmp_path_factory.mktemp("material")
+    with pytest.MonkeyPatch.context() as patched:
+        patched.chdir(folder)
+        patched.setattr(plots, "plot_run", lambda *_: [])
+        patched.setattr(plots, "plot_masks", lambda *_: [])
+        main(spelled("centralized --run_name done"))
+        main(spelled("editing --run_name m"))
+        main(spelled("editing --run_name tiny --model_size tiny --criterion random --head random"))
+        shutil.rmtree("checkpoints/tiny")
+        for name, text in YAML.items():
+            write(name, text)
+        noise = np.random.default_rng(0).bytes(300)
+        mask = Path("masks/m.safetensors").read_bytes()
+        tensors = next(Path("checkpoints/done").glob("last-*.safetensors")).read_bytes()
+        flipped = tensors[:-9] + bytes([tensors[-9] ^ 1]) + tensors[-8:]
+        files = {"noise.yaml": noise, "noise.safetensors": noise, "cut.safetensors": mask[:-100], "file.txt": "x"}
+        files |= {"bit.safetensors": mask[:-5] + bytes([mask[-5] ^ 1]) + mask[-4:], "masks/kept.safetensors": mask}
+        files |= {"weights.safetensors": tensors, "half.safetensors": tensors[:-1000], "empty.safetensors": b""}
+        files |= {"hostile.pth": pickle.dumps(Hostile(), 2), "gone/cifar-100-python.tar.gz": noise}
+        files |= {f"hostile/{name}": pickle.dumps(Hostile()) for name in ("meta", "train", "test")}
+        files |= {"results/empty/metrics.csv": "", "results/noise/metrics.csv": noise}
+        for name, content in files.items():
+            write(name, content)
+        cut_checkpoint("stopped")
+        cut_checkpoint("flipped", tensors=flipped)
+        cut_checkpoint("truncated", tensors=tensors[:-1000])
+        cut_checkpoint("foreign", text='{"hello": 1}')
+        cut_checkpoint("torn", text='{"format": 1, "file": "la')
+        cut_checkpoint("newer", format=2)
+        cut_checkpoint("bare", options=None, progress=None)
+        cut_checkpoint("later", options={"run_name": "later", "an_option_of_tomorrow": 1})
+        cut_checkpoint("lost")
+        for path in Path("checkpoints/lost").glob("*.safetensors"):
+            path.unlink()
+        shutil.copytree("checkpoints/done", "checkpoints/orphan")
+        write("results/garbled/config.yaml", "- a list")
+        for number in range(24):
+            for place in ("images", "torn"):
+                path = Path(place, "ab"[number % 2], f"{number}.png")
+                path.parent.mkdir(parents=True, exist_ok=True)
+                Image.fromarray(np.full((8, 8, 3), number, np.uint8)).save(path)
+        write("torn/b/7.png", Path("images/b/7.png").read_bytes()[:45])
+        Path("void").mkdir()
+        Path("hollow/cat").mkdir(parents=True)
+    return folder
+
+
+def link_tensors(source: str, target: str) -> None:
+    """Tensor files are large, and only ever replaced as a whole."""
+    (os.link if source.endswith(".safetensors") else shutil.copy)(source, target)
+
+
+@pytest.fixture(autouse=True)
+def here(material, tmp_path, monkeypatch) -> Path:
+    folder = tmp_path / "here"
+    shutil.copytree(material, folder, copy_function=link_tensors)
+    monkeypatch.chdir(folder)
+    return folder
+
+
+def everything() -> dict[Path, tuple[int, int] | None]:
+    """Every path under the working folder, with size and time of the files."""
+    stats = {path: path.stat() for path in Path().rglob("*")}
+    return {p: None if p.is_dir() else (s.st_size, s.st_mtime_ns) for p, s in stats.items()}
+
+
+def refused(arguments: list[str], capsys) -> str:
+    """What a refusal says; it has exit code 2, no traceback, and writes nothing."""
+    before = everything()
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        main(arguments)
+    says = capsys.readouterr().err
+    assert stop.value.code == 2
+    assert "Traceback" not in says
+    assert "pydantic" not in says
+    assert everything() == before
+    return says
+
+
+def sentence(arguments: list[str], capsys) -> str:
+    says = refused(arguments, capsys).splitlines()
+    assert len(says) == 1, says
+    assert says[0].startswith("fedtalos: ")
+    return says[0]
+
+
+def case(command: str, *said: str, wrong: str | None = None):
+    """``wrong``: what the program still does instead."""
+    marks = [pytest.mark.xfail(strict=True, reason=wrong)] if wrong else []
+    return pytest.param(command, said, id=command or "nothing", marks=marks)
+
+
+@pytest.mark.parametrize(
+    ("command", "said"),
+    [
+        case("", "federated, editing, evaluate"),
+        case("fedrated", "fedrated", "federated"),
+        case("--seed 1", "--seed", "centralized, federated, editing"),
+        case("federated --num_clents 3", "--num_clents", "--num_clients INT"),
+        case("federated --learning-rte=1", "--learning-rte", "--learning_rate FLOAT"),
+        case("federated --target_sparsity 0.5", "--target_sparsity", "in fedtalos editing --help"),
+        case("plot --nam x", "--nam", "--name NAME"),
+        case("federated extra", "extra", "fedtalos --help"),
+        case("federated --num_clients", "--num_clients", "Expected 1 value"),
+        case("federated --num_clients many", "--num_clients", "'many'", "INT"),
+        case("federated --learning_rate fast", "--learning_rate", "fast", "FLOAT"),
+        case("federated --device tpu", "'tpu'", "--device", "'cuda', 'cpu'"),
+        case("federated --dataset digit", "'digit'", "--dataset", "'digits'"),
+        case("editing --criterion talos", "'talos'", "--criterion", "'least_sensitive'"),
+        case("federated --config", "--config", "expected one argument"),
+        case("federated --preset", "--preset", "expected one argument"),
+        case("evaluate", "evaluate", "run name, or a file under checkpoints/"),
+        case("evaluate done --split all", "'all'", "--split", "'val'"),
+    ],
+)
+def test_what_tyro_refuses(command, said, capsys):
+    says = " ".join(refused(spelled(command), capsys).split())
+    assert [words for words in said if words not in says] == []
+
+
+SENTENCES = [
+    # an unknown command, with flags after it
+    case("fedrated --seed 1", "'fedrated'", "did you mean 'federated'", wrong="tyro complains of --seed too"),
+    # config files
+    case("federated --config unknown.yaml", "unknown.yaml", "'num_clents'", "did you mean 'num_clients'"),
+    case("federated --config group.yaml", "group.yaml", "unknown option 'train'"),
+    case("federated --config list.yaml", "list.yaml", "expected 'option: value' lines, got list"),
+    case("federated --config file.txt", "file.txt", "expected 'option: value' lines, got str"),
+    case("federated --config broken.yaml", "broken.yaml", "not valid YAML"),
+    case("federated --config broken.yaml", "line 2", wrong="says (^), the last line of PyYAML's message"),
+    case("federated --config number.yaml", "number.yaml", "3", wrong="says: got dict"),
+    case("federated --config date.yaml", "date.yaml", "not valid YAML", wrong="ValueError traceback from PyYAML"),
+    case("federated --config noise.yaml", "noise.yaml", "not valid YAML"),
+    case("federated --config nowhere.yaml", "nowhere.yaml", "give an existing YAML file"),
+    case("federated --config images", "images", "Is a directory"),
+    case("federated --config null.yaml", "null.yaml: num_clients", "integer, got None"),
+    case("federated --config several.yaml", "several.yaml: num_clients", "integer, got [1, 2]"),
+    case("federated --config mapping.yaml", "mapping.yaml: learning_rate", "number, got {'peak': 1}"),
+    case("federated --config word.yaml", "word.yaml: num_clients", "got 'many'"),
+    case("federated --config half.yaml", "half.yaml: num_clients", "got 2.5"),
+    case("federated --config true.yaml", "true.yaml: num_clients", wrong="true counts as 1: one client"),
+    case("federated --config device.yaml", "device.yaml: device", "'cuda' or 'cpu', got 'tpu'"),
+    case("federated --config nobody.yaml", "nobody.yaml: client_fraction", "greater than 0, got 0"),
+    case("federated --config still.yaml", "still.yaml: learning_rate", "greater than 0, got 0"),
+    case("editing --config sparse.yaml", "sparse.yaml: target_sparsity", "less than 1, got 1.0"),
+    case("federated --config warm.yaml", "warmup 150 must be below num_rounds"),
+    # presets
+    case("federated --preset quik", "'quik'", "did you mean 'quick'"),
+    case("federated --preset zzz", "'zzz'", "it has quick, typo"),
+    case("editing --preset quick", "'quick' is for `federated`, not for `editing`"),
+    case("federated --preset typo", "'typo'", "'num_ronds'", "did you mean 'num_rounds'"),
+    case("federated --preset empty", "'empty': num_clients", "got 0"),
+    case("editing --preset sharp", "'sharp': target_sparsity", "less than 1, got 1.5"),
+    case("federated --preset number", "'number'", wrong="TypeError traceback: dict(3)"),
+    case("federated --preset odd", "'odd'", "3", wrong="TypeError traceback from difflib"),
+    case("federated --preset nobody", "'nobody'", "command", wrong="says: is for `None`"),
+    # flags out of range
+    case("editing --target_sparsity -0.1", "target_sparsity", "-0.1", wrong=BOX),
+    case("editing --target_sparsity 1.0", "target_sparsity", "1.0", wrong=BOX),
+    case("editing --target_sparsity 1.5", "target_sparsity", "1.5", wrong=BOX),
+    case("editing --num_iterations 0", "num_iterations", "0", wrong=BOX),
+    case("editing --soft_zero 0", "soft_zero", "0", wrong=BOX),
+    case("federated --client_fraction 0", "client_fraction", "0", wrong=BOX),
+    case("federated --num_clients 0", "num_clients", "0", wrong=BOX),
+    case("federated --learning_rate 0", "learning_rate", "0", wrong=BOX),
+    case("federated --seed -1", "seed", "-1", wrong=BOX),
+    case("demo --seed -1", "seed", "-1", wrong=BOX),
+    case("federated --warmup 1", "warmup 1", "num_rounds 1", wrong=BOX),
+    case("centralized --warmup 1", "warmup 1", "num_epochs 1", wrong="trains, and never leaves the warm-up"),
+    case("federated --learning_rate inf", "learning_rate", "inf", wrong="accepted: exit 1 after the run is opened"),
+    case("federated --weight_decay inf", "weight_decay", "inf", wrong="accepted: exit 1 after the run is opened"),
+    case("editing --target_sparsity 0.99999999", "target_sparsity", wrong="writes a mask without a True entry"),
+    # data that cannot be split as asked
+    case("federated --num_clients 101", "--num_clients 101", "100 training examples", "choose 1 to 100"),
+    case("federated --partition label_skew --classes_per_client 11", "--classes_per_client 11", "choose 1 to 10"),
+    case("federated --partition label_skew --classes_per_client 2", "all 10 classes", "raise --num_clients to 5"),
+    case("federated --partition label_skew --num_clients 90", "the smallest class has", "--partition dirichlet"),
+    case("federated --partition dirichlet --min_client_size 200", "200 with 4 clients", "choose 1 to 25"),
+    case("federated --partition quantity --min_client_size 200", "--min_client_size 200", "choose 1 to 25"),
+    case("federated --partition dirichlet --alpha inf", "alpha inf"),
+    case("federated --train_skip 100000", "--train_skip 100000", "training images"),
+    case("federated --val_fraction 1e-9", "--val_fraction 1e-09", "take more or add images"),
+    case("federated --val_fraction 0.9999", "--val_fraction 0.9999", "take less, or add images"),
+    case("editing --calibration_fraction 0", "calibration split is empty", "raise --calibration_fraction"),
+    # masks and what moves
+    case("federated --mask nowhere.safetensors", "mask nowhere.safetensors: no such file", "fedtalos editing"),
+    case("federated --mask images", "mask images: no such file"),
+    case("federated --mask masks/tiny.safetensors", "made for size tiny, this model has micro"),
+    case("federated --mask masks/m.safetensors --patch_size 4", "made for patch_size 2, this model has 4"),
+    case("federated --mask noise.safetensors", "noise.safetensors: not a readable fedtalos mask", "make it anew"),
+    case("federated --mask empty.safetensors", "empty.safetensors: not a readable fedtalos mask"),
+    case("federated --mask cut.safetensors", "cut.safetensors: not a readable fedtalos mask"),
+    case("federated --mask weights.safetensors", "weights.safetensors: not a readable fedtalos mask"),
+    case("federated --mask masks/m.head.safetensors", "m.head.safetensors: not a readable fedtalos mask"),
+    case("federated --mask bit.safetensors", "bit.safetensors: holds other bits", "make it anew"),
+    case("centralized --mask masks/m.safetensors --trainable head", "--trainable head and --mask", "give one"),
+    case("federated --trainable head --freeze_head", "nothing may move", "drop one"),
+    case(f"federated --mask {'a' * 300}", "aaa", wrong=OSERROR),
+    case(
+        "federated --dataset cifar100 --mask nowhere.safetensors",
+        "mask nowhere.safetensors",
+        wrong="wants the data first: downloads weights and data before it looks at --mask",
+    ),
+    # heads, sizes, devices
+    case("federated --head nowhere", "--head nowhere: cannot be read", "random, ridge or a head file"),
+    case("federated --head masks/m.safetensors", "m.safetensors: not a head file", "beside its mask"),
+    case("federated --head noise.safetensors", "noise.safetensors: not a head file"),
+    case("federated --model_size tiny --head masks/m.head.safetensors", "(10, 96)", "need (10, 192)"),
+    case("federated --head weights", "--head weights", "use random, ridge or a head file"),
+    case("editing --head random", "--head random", "use --head ridge"),
+    case("federated --image_size 9", "image size 9 is not a multiple of patch size 2", "choose --image_size"),
+    case("federated --patch_size 16", "image size 8 is not a multiple of patch size 16"),
+    case(
+        "federated --dataset folder --data_dir images --image_size 9",
+        "not a multiple of patch size 2",
+        wrong="decodes the folder and writes its cache (cifar: downloads) before it looks at the sizes",
+    ),
+    # weights and checkpoints
+    case("centralized --weights nowhere.safetensors", "--weights nowhere.safetensors: no such file", "none"),
+    case("centralized --weights pretraned", "--weights pretraned: expected none, pretrained, dino"),
+    case("centralized --weights pretrained", "--weights pretrained", "not for micro", "--model_size"),
+    case("centralized --weights half.safetensors", "half.safetensors: neither a whole safetensors file"),
+    case("centralized --weights masks/m.safetensors", "m.safetensors", "give weights in float32"),
+    case("centralized --weights masks/m.head.safetensors", "m.head.safetensors: no cls_token"),
+    case("centralized --weights hostile.pth", "hostile.pth: neither a whole safetensors file"),
+    case("centralized --weights weights.safetensors --patch_size 4", "got a ViT-micro/2", "--patch_size 2"),
+    case(
+        "centralized --weights nowhere/last.json", "checkpoint nowhere/last.json", "give a run's name or its .json file"
+    ),
+    case("centralized --weights checkpoints/flipped/last.json", "flipped", "checksum differs"),
+    case("centralized --weights checkpoints/foreign/last.json", "foreign", "not a fedtalos checkpoint"),
+    case("evaluate nowhere", "checkpoint nowhere", "give a run's name or its .json file"),
+    case("evaluate truncated", "truncated/last.json", "checksum differs"),
+    case("evaluate flipped", "flipped/last.json", "checksum differs"),
+    case("evaluate foreign", "foreign/last.json", "not a fedtalos checkpoint"),
+    case("evaluate torn", "torn/last.json", "broken"),
+    case("evaluate newer", "newer/last.json: format 2, this version reads 1"),
+    case("evaluate lost", "lost/last.json: cannot read", "No such file"),
+    case("evaluate m", "m/last.json: holds no trained model"),
+    case("evaluate bare", "bare/last.json", wrong="KeyError traceback: no options in the JSON"),
+    case("evaluate later", "later/last.json", "an_option_of_tomorrow", wrong="KeyError traceback: an unknown option"),
+    case("editing --checkpoint nowhere", "checkpoint nowhere", "give a run's name or its .json file"),
+    case("editing --checkpoint truncated", "truncated/last.json", "checksum differs"),
+    case("editing --checkpoint foreign", "foreign/last.json", "not a fedtalos checkpoint"),
+    case("editing --checkpoint m", "m/last.json", "not a fedtalos checkpoint"),
+    # names, resuming, places to write to
+    case("federated --run_name done", "results/done exists: add --resume", "another --run_name"),
+    case("federated --run_name orphan", "checkpoints/orphan exists but results/orphan does not", "another --run_name"),
+    case("editing --run_name kept --criterion random", "masks/kept.safetensors", wrong="overwrites that mask"),
+    case("federated --run_name a/b", "--run_name 'a/b': expected a plain folder name"),
+    case("federated --run_name ..", "--run_name '..': expected a plain folder name"),
+    case(f"federated --run_name {'a' * 300}", "aaa", wrong=OSERROR),
+    case("federated --output_dir file.txt", "file.txt", wrong=OSERROR),
+    case("demo --output_dir file.txt", "file.txt", wrong=OSERROR),
+    case("plot results/done --output_dir file.txt", "file.txt", wrong=OSERROR),
+    case("federated --resume --run_name nowhere", "--resume: no run 'nowhere' under results"),
+    case("federated --resume --output_dir void", "--resume: no unfinished federated run under void/results"),
+    case("centralized --resume --run_name stopped --learning_rate 0.5", "learning_rate was 0.01 in stopped, now 0.5"),
+    case("centralized --resume --run_name stopped --num_epochs 2", "num_epochs was 1 in stopped, now 2"),
+    case("centralized --resume --run_name done --num_epochs 2", "num_epochs", wrong="exit 0: is finished already"),
+    case("federated --resume --run_name stopped", "centralized", wrong="says: eval_every was 1 in stopped, now 10"),
+    case("federated --resume --run_name done", "centralized", wrong="exit 0: done is finished already"),
+    case("centralized --resume --run_name flipped", "flipped/last.json", "checksum differs"),
+    case("centralized --resume --run_name garbled", "results/garbled/config.yaml"),
+    case("centralized --resume --run_name bare", "bare/last.json", wrong="KeyError traceback: no progress in the JSON"),
+    # data sets
+    case("federated --dataset folder --data_dir nowhere", "nowhere is not a folder", "--data_dir"),
+    case("federated --dataset folder --data_dir file.txt", "file.txt is not a folder"),
+    case("federated --dataset folder --data_dir void", "void holds no class folders: expected void/CLASS/IMAGE"),
+    case("federated --dataset folder --data_dir hollow", "hollow/cat holds no images", "remove it or fill it"),
+    case("federated --dataset folder --data_dir torn", "torn/b/7.png is not a readable image", "replace or remove it"),
+    case("federated --dataset cifar100 --data_dir gone", "cifar-100-python.tar.gz is damaged", "delete it"),
+    case("federated --dataset cifar100 --data_dir hostile", "hostile/meta asks for", "replace it by the original"),
+    # plots
+    case("plot", "expected runs or --masks, got neither"),
+    case("plot nowhere", "run results/nowhere", "found no metrics.csv"),
+    case("plot done nowhere", "run results/nowhere", "found no metrics.csv"),
+    case("plot done done", "each with its own name, got 2 named done"),
+    case("plot empty", "results/empty/metrics.csv", "got an empty file"),
+    case("plot noise", "results/noise/metrics.csv: not a readable CSV file"),
+    case("plot --masks nowhere.safetensors", "mask nowhere.safetensors: no such file"),
+    case("plot --masks weights.safetensors", "weights.safetensors: not a readable fedtalos mask"),
+    case("plot --masks masks/m.safetensors masks/tiny.safetensors", "made for different models"),
+    case("plot done --name ..", "--name", wrong="draws outside plots/"),
+]
+
+
+@pytest.mark.parametrize(("command", "said"), SENTENCES)
+def test_one_sentence(command, said, capsys, monkeypatch):
+    without_network(monkeypatch)
+    says = sentence(spelled(command), capsys)
+    assert [words for words in said if words not in says] == []
+
+
+def without_network(monkeypatch):
+    for name in ("HTTPS_PROXY", "https_proxy", "HTTP_PROXY", "http_proxy"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")
+    for name in ("NO_PROXY", "no_proxy"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(downloads, "RETRIES", 0)  # they wait for seconds in between
+
+
+def test_no_network_for_a_download(capsys, monkeypatch):
+    without_network(monkeypatch)
+    says = refused(spelled("federated --dataset cifar100 --data_dir void"), capsys).splitlines()[-1]
+    assert says.startswith("fedtalos: cifar-100-python.tar.gz could not be fetched from https://")
+    assert "put the file into void by hand" in says
+
+
+@pytest.mark.parametrize("device", ["cuda", "mps"])
+@pytest.mark.parametrize("command", ["federated", "editing", "evaluate done", "demo"])
+def test_a_device_that_is_not_there(command, device, capsys, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    says = sentence(spelled(f"{command} --device {device}"), capsys)
+    assert f"--device {device}: not available here; available: cpu" in says
+
+
+@pytest.mark.parametrize("tracker", ["tensorboard", "wandb"])
+def test_a_tracker_that_is_not_installed(tracker, capsys, monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    says = sentence(spelled(f"federated --tracker {tracker}"), capsys)
+    assert f"--tracker {tracker}: not installed; pip install 'fedtalos[{tracker}]'" in says
+
+
+@pytest.mark.xfail(strict=True, reason="wandb's own error goes through as a traceback, after the run is opened")
+def test_a_tracker_that_refuses(capsys, monkeypatch):
+    class UsageError(Exception):
+        pass
+
+    def init(**_options):
+        raise UsageError("No API key configured. Use `wandb login` to log in.")
+
+    wandb = types.ModuleType("wandb")
+    wandb.init, wandb.__spec__ = init, ModuleSpec("wandb", None)
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    says = sentence(spelled("federated --tracker wandb"), capsys)
+    assert "--tracker wandb" in says
+    assert "No API key configured" in says
+
+
+def test_no_preset_file(capsys, monkeypatch):
+    monkeypatch.setattr(config_files, "PRESETS", Path("nowhere/presets.yaml"))
+    says = sentence(spelled("federated --preset quick"), capsys)
+    assert "nowhere/presets.yaml: cannot be read" in says
+
+
+@pytest.mark.xfail(strict=True, reason="the file is judged before the flag that mends it")
+def test_a_flag_mends_what_a_file_leaves_impossible():
+    config = parse(spelled("federated --config warm.yaml --num_rounds 200"))
+    assert isinstance(config, FederatedConfig)
+    assert (config.train.warmup, config.federation.num_rounds) == (150, 200)
+
+
+@pytest.mark.parametrize(
+    ("command", "said"),
+    [
+        ("federated --num_clents 3", "--num_clients INT"),
+        ("evaluate flipped", "checksum differs"),
+        ("centralized --model_size tiny --weights pretrained", "give --weights FILE or none"),
+    ],
+)
+def test_as_a_process(command, said):
+    before = everything()
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_HOME": "nowhere", "OMP_NUM_THREADS": "1"}
+    arguments = [sys.executable, str(ROOT / "main.py"), *spelled(command)]
+    ended = subprocess.run(arguments, capture_output=True, text=True, env=environment, check=False)
+    assert ended.returncode == 2
+    assert said in ended.stderr
+    assert "Traceback" not in ended.stderr
+    assert everything() == before
