@@ -74,7 +74,45 @@ def write(path: str, content: bytes | str) -> None:
     Path(path).write_bytes(content.encode() if isinstance(content, str) else content)
 
 
-def cut_checkpoint(name: str, tensors: bytes | None = None, text: str | None = None, **facts: object) -> None:
+def make_runs() -> None:
+    main(spelled("centralized --run_name done"))
+    main(spelled("editing --run_name m"))
+    main(spelled("editing --run_name tiny --model_size tiny --criterion random --head random"))
+    shutil.rmtree("checkpoints/tiny")
+
+
+def break_files() -> None:
+    noise = np.random.default_rng(0).bytes(300)
+    mask = Path("masks/m.safetensors").read_bytes()
+    tensors = next(Path("checkpoints/done").glob("last-*.safetensors")).read_bytes()
+    files: dict[str, bytes | str] = dict(YAML)
+    files |= {"noise.yaml": noise, "noise.safetensors": noise, "empty.safetensors": b"", "file.txt": "x"}
+    files |= {"cut.safetensors": mask[:-100], "bit.safetensors": flip(mask), "masks/kept.safetensors": mask}
+    files |= {"weights.safetensors": tensors, "half.safetensors": tensors[:-1000]}
+    files |= {"hostile.pth": pickle.dumps(Hostile(), 2), "gone/cifar-100-python.tar.gz": noise}
+    files |= {f"hostile/{name}": pickle.dumps(Hostile()) for name in ("meta", "train", "test")}
+    files |= {"results/empty/metrics.csv": "", "results/noise/metrics.csv": noise}
+    files |= {"results/garbled/config.yaml": "- a list"}
+    for name, content in files.items():
+        write(name, content)
+    break_checkpoint("stopped")
+    break_checkpoint("flipped", tensors=flip(tensors))
+    break_checkpoint("truncated", tensors=tensors[:-1000])
+    break_checkpoint("foreign", text='{"hello": 1}')
+    break_checkpoint("torn", text='{"format": 1, "file": "la')
+    break_checkpoint("newer", format=2)
+    break_checkpoint("bare", options=None, progress=None)
+    break_checkpoint("later", options={"run_name": "later", "an_option_of_tomorrow": 1})
+    break_checkpoint("lost", file="elsewhere.safetensors")
+    shutil.copytree("checkpoints/done", "checkpoints/orphan")
+
+
+def flip(content: bytes) -> bytes:
+    """One bit is another."""
+    return content[:-9] + bytes([content[-9] ^ 1]) + content[-8:]
+
+
+def break_checkpoint(name: str, tensors: bytes | None = None, text: str | None = None, **facts: object) -> None:
     """A copy of the run `done`, unfinished, with other tensors, or other facts (None: left out), or other text."""
     saved = json.loads(Path("checkpoints/done/last.json").read_text())
     changed = {key: value for key, value in {**saved, **facts}.items() if value is not None}
@@ -82,6 +120,16 @@ def cut_checkpoint(name: str, tensors: bytes | None = None, text: str | None = N
     content = Path("checkpoints/done", saved["file"]).read_bytes() if tensors is None else tensors
     write(f"checkpoints/{name}/{saved['file']}", content)
     write(f"results/{name}/config.yaml", Path("results/done/config.yaml").read_bytes())
+
+
+def make_image_folders() -> None:
+    Path("void").mkdir()
+    Path("hollow/cat").mkdir(parents=True)
+    for folder in ("images/a", "images/b", "torn/a", "torn/b"):
+        Path(folder).mkdir(parents=True)
+        for number in range(12):
+            Image.fromarray(np.full((8, 8, 3), number, np.uint8)).save(Path(folder, f"{number}.png"))
+    write("torn/b/7.png", Path("images/b/7.png").read_bytes()[:45])
 
 
 @pytest.fixture(scope="module")
@@ -93,45 +141,9 @@ def material(tmp_path_factory) -> Path:
         patched.chdir(folder)
         patched.setattr(plots, "plot_run", lambda *_: [])
         patched.setattr(plots, "plot_masks", lambda *_: [])
-        main(spelled("centralized --run_name done"))
-        main(spelled("editing --run_name m"))
-        main(spelled("editing --run_name tiny --model_size tiny --criterion random --head random"))
-        shutil.rmtree("checkpoints/tiny")
-        for name, text in YAML.items():
-            write(name, text)
-        noise = np.random.default_rng(0).bytes(300)
-        mask = Path("masks/m.safetensors").read_bytes()
-        tensors = next(Path("checkpoints/done").glob("last-*.safetensors")).read_bytes()
-        flipped = tensors[:-9] + bytes([tensors[-9] ^ 1]) + tensors[-8:]
-        files = {"noise.yaml": noise, "noise.safetensors": noise, "cut.safetensors": mask[:-100], "file.txt": "x"}
-        files |= {"bit.safetensors": mask[:-5] + bytes([mask[-5] ^ 1]) + mask[-4:], "masks/kept.safetensors": mask}
-        files |= {"weights.safetensors": tensors, "half.safetensors": tensors[:-1000], "empty.safetensors": b""}
-        files |= {"hostile.pth": pickle.dumps(Hostile(), 2), "gone/cifar-100-python.tar.gz": noise}
-        files |= {f"hostile/{name}": pickle.dumps(Hostile()) for name in ("meta", "train", "test")}
-        files |= {"results/empty/metrics.csv": "", "results/noise/metrics.csv": noise}
-        for name, content in files.items():
-            write(name, content)
-        cut_checkpoint("stopped")
-        cut_checkpoint("flipped", tensors=flipped)
-        cut_checkpoint("truncated", tensors=tensors[:-1000])
-        cut_checkpoint("foreign", text='{"hello": 1}')
-        cut_checkpoint("torn", text='{"format": 1, "file": "la')
-        cut_checkpoint("newer", format=2)
-        cut_checkpoint("bare", options=None, progress=None)
-        cut_checkpoint("later", options={"run_name": "later", "an_option_of_tomorrow": 1})
-        cut_checkpoint("lost")
-        for path in Path("checkpoints/lost").glob("*.safetensors"):
-            path.unlink()
-        shutil.copytree("checkpoints/done", "checkpoints/orphan")
-        write("results/garbled/config.yaml", "- a list")
-        for number in range(24):
-            for place in ("images", "torn"):
-                path = Path(place, "ab"[number % 2], f"{number}.png")
-                path.parent.mkdir(parents=True, exist_ok=True)
-                Image.fromarray(np.full((8, 8, 3), number, np.uint8)).save(path)
-        write("torn/b/7.png", Path("images/b/7.png").read_bytes()[:45])
-        Path("void").mkdir()
-        Path("hollow/cat").mkdir(parents=True)
+        make_runs()
+        break_files()
+        make_image_folders()
     return folder
 
 
@@ -446,7 +458,6 @@ def test_a_flag_mends_what_a_file_leaves_impossible():
 @pytest.mark.parametrize(
     ("command", "said"),
     [
-        ("federated --num_clents 3", "--num_clients INT"),
         ("evaluate flipped", "checksum differs"),
         ("centralized --model_size tiny --weights pretrained", "give --weights FILE or none"),
     ],

@@ -1,4 +1,4 @@
-"""CIFAR-10 and CIFAR-100 as published: pickles, in a folder or in their archive, read without running what they ask for."""
+"""CIFAR-10 and CIFAR-100 as published: pickles, read without running what they ask for."""
 
 import io
 import pickle

@@ -69,6 +69,9 @@ def load_dataset(
     """
     if not 0 < val_fraction < 1:
         raise InputError(f"--val_fraction {val_fraction}: expected a share between 0 and 1, such as 0.1")
+    classes: tuple[str, ...]
+    train: LabelledImages
+    test: LabelledImages | None  # None: none is published
     match name:
         case "cifar100" | "cifar10":
             classes, train, test = read_cifar(CIFAR[name], data_dir, download)
