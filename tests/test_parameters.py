@@ -40,7 +40,7 @@ def test_unflatten_is_the_inverse_of_gather(shapes, seed):
         return
     entries = Entries(masks)
     vector = torch.arange(len(entries)).float() + 1
-    tensors = entries.unflatten(vector, 0.0)
+    tensors = entries.unflatten(vector)
     assert torch.equal(entries.gather(tensors), vector)
     assert sum(int(t.count_nonzero()) for t in tensors.values()) == len(entries)
 

@@ -34,7 +34,9 @@ class Checkpoint:
 
 def save_checkpoint(folder: Path, name: str, step: int, tensors: dict[str, Tensor], facts: dict[str, Any]) -> Path:
     """Write ``folder/name.json`` and its tensor file, then drop the tensor file that it replaces."""
-    content = save_safetensors({key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()})
+    # In the tensor file too, so that it can be used as a weights file by itself.
+    metadata = {str(key): json.dumps(facts[key]) for key in ("mean", "std") if key in facts}
+    content = save_safetensors({key: t.detach().cpu().contiguous() for key, t in tensors.items()}, metadata)
     file = folder / f"{name}-{step:06d}.safetensors"
     write_atomic(file, content)
     header = {"format": FORMAT, "file": file.name, "sha256": hashlib.sha256(content).hexdigest(), **facts}
@@ -54,17 +56,15 @@ def load_checkpoint(path: Path) -> Checkpoint:
     try:
         facts = json.loads(path.read_text(encoding="utf-8"))
         if facts["format"] != FORMAT:
-            raise InputError(f"checkpoint {path}: format {facts['format']}, this version reads {FORMAT}")
+            raise InputError(f"checkpoint {path}: format {facts['format']}, this version reads {FORMAT}; make it anew")
         content = (path.parent / Path(facts["file"]).name).read_bytes()
         if hashlib.sha256(content).hexdigest() != facts["sha256"]:
-            raise InputError(f"checkpoint {path}: {facts['file']} is not the file that was saved (checksum differs)")
+            raise InputError(f"checkpoint {path}: {facts['file']} is not what was saved (checksum); give another")
         tensors: dict[str, Tensor] = load_safetensors(content)
     except OSError as error:
-        raise InputError(f"checkpoint {path}: cannot read {error.filename} ({error.strerror})") from error
+        raise InputError(f"checkpoint {path}: cannot read {error.filename} ({error.strerror}); give another") from error
     except (ValueError, KeyError, TypeError, SafetensorError) as error:
-        if isinstance(error, InputError):
-            raise
-        raise InputError(f"checkpoint {path}: broken or not a fedtalos checkpoint") from error
+        raise InputError(f"checkpoint {path}: broken, or not a fedtalos checkpoint; give another") from error
     return Checkpoint(tensors, facts, facts["sha256"])
 
 

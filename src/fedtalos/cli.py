@@ -8,7 +8,6 @@ from typing import Annotated, Any, Union, cast
 
 import tyro
 import yaml
-from pydantic import ValidationError
 from rich.console import Console
 
 from fedtalos.config import (
@@ -22,9 +21,11 @@ from fedtalos.config import (
     InfoConfig,
     PlotConfig,
     RunConfig,
+    check_together,
 )
-from fedtalos.config_files import from_file, from_preset, override, sentence
+from fedtalos.config_files import from_file, from_preset, nearest, override
 from fedtalos.errors import InputError
+from fedtalos.experiments.runs import choose_run, run_to_resume
 from fedtalos.recorder import require_tracker
 from fedtalos.training.local import TrainingError
 
@@ -38,10 +39,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         dispatch(parse(arguments), Console())
     except InputError as error:
-        errors.print(f"fedtalos: {error}", style="red", highlight=False, markup=False, soft_wrap=True)
+        say(errors, f"fedtalos: {error}")
+        sys.exit(2)
+    except OSError as error:
+        say(errors, f"fedtalos: {error.filename or 'a file'}: {error.strerror or error}; check the path and its rights")
         sys.exit(2)
     except TrainingError as error:
-        errors.print(f"fedtalos: {error}", style="red", highlight=False, markup=False, soft_wrap=True)
+        say(errors, f"fedtalos: {error}")
         sys.exit(1)
     except KeyboardInterrupt:
         sys.exit(130)
@@ -50,36 +54,45 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def parse(arguments: list[str]) -> AnyConfig:
     """The config that the arguments ask for.
 
-    Raises InputError for a bad file, preset or value; tyro prints and exits with 2 for unknown flags.
+    Raises InputError for a bad command, file, preset or value; tyro prints and exits with 2 for unknown flags.
     """
     command = arguments[0] if arguments else None
+    commands = [*RUN_CONFIGS, *(other.command for other in OTHERS)]
+    if command is not None and not command.startswith("-") and command not in commands:
+        raise InputError(f"no command {command!r}{nearest(command, commands)} (there are {', '.join(commands)})")
     subcommands: list[Any] = []
     for name, run_config in RUN_CONFIGS.items():
         default = defaults(name, arguments[1:]) if name == command else run_config()
         subcommands.append(Annotated[run_config, tyro.conf.subcommand(name, default=default)])
     for other in OTHERS:
         subcommands.append(Annotated[other, tyro.conf.subcommand(other.command)])
-    try:
-        parsed = tyro.cli(
-            cast(type[AnyConfig], Union[tuple(subcommands)]),  # noqa: UP007
-            prog="fedtalos",
-            description="Sparse, task-localised federated fine-tuning of Vision Transformers.",
-            args=arguments,
-            use_underscores=True,
-            config=(tyro.conf.OmitArgPrefixes,),
-        )
-    except ValidationError as error:
-        raise InputError(sentence(error)) from error
+    parsed = tyro.cli(
+        cast(type[AnyConfig], Union[tuple(subcommands)]),  # noqa: UP007
+        prog="fedtalos",
+        description="Sparse, task-localised federated fine-tuning of Vision Transformers.",
+        args=arguments,
+        use_underscores=True,
+        config=(tyro.conf.OmitArgPrefixes,),
+    )
+    if isinstance(parsed, RunConfig):
+        check_together(parsed)
     return parsed
 
 
 def defaults(command: str, arguments: list[str]) -> RunConfig:
-    """The config that --preset and --config give, before the flags."""
+    """The config before the flags: that of the run to resume, then --config, then --preset."""
     early = argparse.ArgumentParser(prog=f"fedtalos {command}", add_help=False, allow_abbrev=False)
     early.add_argument("--config", type=Path)
     early.add_argument("--preset")
+    early.add_argument("--resume", action="store_true")
+    early.add_argument("--run_name", "--run-name")
+    early.add_argument("--output_dir", "--output-dir", type=Path, default=Path())
     chosen, _ = early.parse_known_args(arguments)
     config = RUN_CONFIGS[command]()
+    if chosen.resume:
+        paths = run_to_resume(chosen.output_dir, chosen.run_name, command)
+        saved = {**from_file(paths.config, command), "run_name": paths.name}
+        config = override(config, saved, str(paths.config))
     if chosen.config is not None:
         config = override(config, from_file(chosen.config, command), str(chosen.config))
     if chosen.preset is not None:
@@ -99,7 +112,8 @@ def dispatch(config: AnyConfig, console: Console) -> None:
         case PlotConfig():
             from fedtalos.experiments import plots
 
-            show_paths(plots.run(config), console)
+            for path in plots.run(config):
+                say(console, str(path))
         case DemoConfig():
             from fedtalos.experiments import demo
 
@@ -113,14 +127,13 @@ def dispatch(config: AnyConfig, console: Console) -> None:
 def run_experiment(config: RunConfig, console: Console) -> None:
     """Train or edit, draw the figures, and say where everything is."""
     from fedtalos.experiments import centralized, editing, federated, plots
-    from fedtalos.experiments.runs import choose_run
 
     require_tracker(config.run.tracker)
     paths = choose_run(config)
     if paths.finished:
-        console.print(f"{paths.name} is finished already: {paths.results / 'summary.yaml'}", highlight=False)
+        say(console, f"{paths.name} is finished already: {paths.results / 'summary.yaml'}")
         return
-    console.print(f"{config.command}: run {paths.name}", highlight=False)
+    say(console, f"{config.command}: run {paths.name}")
     try:
         match config:
             case CentralizedConfig():
@@ -130,17 +143,17 @@ def run_experiment(config: RunConfig, console: Console) -> None:
             case EditingConfig():
                 summary = editing.run(config, paths, console)
     except KeyboardInterrupt:
-        console.print(f"stopped; the same command with --resume --run_name {paths.name} goes on", highlight=False)
+        say(console, f"stopped; fedtalos {config.command} --resume --run_name {paths.name} goes on")
         raise
     if isinstance(config, EditingConfig):
         drawn = plots.plot_masks([paths.mask], paths.plots)
     else:
         drawn = plots.plot_run(paths.results, paths.plots)
-    console.print(yaml.safe_dump(summary, sort_keys=False).rstrip(), highlight=False)
-    show_paths([paths.results, paths.checkpoints, *drawn], console)
+    say(console, yaml.safe_dump(summary, sort_keys=False).rstrip())
+    for path in [paths.results, paths.checkpoints, *drawn]:
+        say(console, str(path))
 
 
-def show_paths(paths: Sequence[Path], console: Console) -> None:
-    """One path a line, unwrapped, so that it can be copied."""
-    for path in paths:
-        console.print(str(path), highlight=False, soft_wrap=True)
+def say(console: Console, text: str) -> None:
+    """Print ``text`` as it is: not wrapped, so that paths can be copied, not coloured, nothing in it read as markup."""
+    console.print(text, highlight=False, markup=False, soft_wrap=True)

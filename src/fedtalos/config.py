@@ -4,13 +4,14 @@ Groups below become the groups of the help; flags and YAML keys are the flat fie
 """
 
 from pathlib import Path
-from typing import Annotated, ClassVar, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 import tyro
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ModelWrapValidatorHandler, ValidationError, model_validator
 
 from fedtalos.data.batches import Augmentation
 from fedtalos.data.dataset_loader import DatasetName
+from fedtalos.errors import InputError
 from fedtalos.models.vision_transformer import ModelSize
 from fedtalos.training.editing import Criterion
 
@@ -21,9 +22,27 @@ def unset(metavar: str, default: str) -> object:
 
 
 class Options(BaseModel):
-    """A group of knobs; unknown keys are refused."""
+    """A group of knobs; unknown keys, and values outside their limits, are InputErrors of one sentence."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    @model_validator(mode="wrap")
+    @classmethod
+    def _one_sentence(cls, values: Any, handler: ModelWrapValidatorHandler[Self]) -> Self:
+        for name, value in values.items() if isinstance(values, dict) else ():
+            if isinstance(value, bool) and name in cls.model_fields and cls.model_fields[name].annotation is not bool:
+                raise InputError(f"{name}: expected no yes or no, got {str(value).lower()}")  # True would count as 1
+        try:
+            return handler(values)
+        except ValidationError as error:
+            raise InputError(sentence(error)) from error
+
+
+def sentence(error: ValidationError) -> str:
+    """The first thing wrong, in one sentence with the knob's name."""
+    first = error.errors()[0]
+    knob = str(first["loc"][-1])
+    return f"{knob}: {first['msg'][0].lower()}{first['msg'][1:]}, got {first['input']!r}"
 
 
 class RunOptions(Options):
@@ -52,6 +71,7 @@ class DataOptions(Options):
     dataset: DatasetName = Field("cifar100", description="digits needs no download; folder: class folders in data_dir")
     data_dir: Path = Field(Path("data"), description="where the data set is, or is downloaded to")
     val_fraction: float = Field(0.1, gt=0, lt=1, description="share of training images held out for validation")
+    split_seed: int = Field(0, ge=0, description="draws validation and calibration images, the same for every seed")
     calibration_fraction: float = Field(
         0.02, ge=0, lt=1, description="share of the others held out to calibrate masks on"
     )
@@ -68,7 +88,9 @@ class DataOptions(Options):
 class ModelOptions(Options):
     """Which Vision Transformer, and from which weights it starts."""
 
-    model_size: ModelSize = Field("small", description="micro 1 M, tiny 6 M, small 22 M, base 86 M, large 303 M")
+    model_size: Annotated[ModelSize | None, unset("{micro,tiny,small,base,large}", "as the weights; small")] = Field(
+        None, description="parameters: 0.7, 5.7, 22, 86, 303 million"
+    )
     weights: str = Field("pretrained", description="none, pretrained, dino, a timm model NAME, a FILE or a checkpoint")
     image_size: Annotated[int | None, unset("PX", "as the weights had; 32 for none")] = Field(
         None, ge=1, description="pixels a side"
@@ -170,12 +192,6 @@ class FederatedConfig(Config):
     train: TrainOptions = TrainOptions()
     federation: FederationOptions = FederationOptions()
 
-    @model_validator(mode="after")
-    def _warm_up_ends(self) -> Self:
-        if self.train.warmup >= self.federation.num_rounds:
-            raise ValueError(f"warmup {self.train.warmup} must be below num_rounds {self.federation.num_rounds}")
-        return self
-
 
 class EditingConfig(Config):
     """Make a TaLoS mask: score weights on calibration images, keep the least sensitive."""
@@ -229,6 +245,19 @@ class InfoConfig(Options):
     command: ClassVar[str] = "info"
 
     data_dir: Path = Field(Path("data"), description="where data sets are looked for")
+
+
+def check_together(config: "RunConfig") -> None:
+    """InputError where options contradict each other; asked once all of them are in."""
+    if isinstance(config, EditingConfig):
+        return
+    total = config.num_epochs if isinstance(config, CentralizedConfig) else config.federation.num_rounds
+    if config.train.warmup >= total:
+        raise InputError(f"--warmup {config.train.warmup}: must be below the {total} epochs or rounds of the run")
+    if config.train.mask is None and config.train.mask_mode == "prune":
+        raise InputError("--mask_mode prune: prunes by a mask; give --mask FILE too")
+    if config.train.mask is not None and config.train.trainable != "all":
+        raise InputError(f"--trainable {config.train.trainable} and --mask both say what may move; give one of them")
 
 
 RunConfig = CentralizedConfig | FederatedConfig | EditingConfig

@@ -6,11 +6,12 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import yaml
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel
 
 from fedtalos.config import RUN_CONFIGS, Config, Options
 from fedtalos.errors import InputError
 
+NOT_IN_FILES = {"config", "preset", "resume"}
 ConfigT = TypeVar("ConfigT", bound=Config)
 PRESETS = Path("configs/experiment_configs.yaml")
 """Looked for in the working folder, then in the checkout that this code is in."""
@@ -38,26 +39,20 @@ def flatten(config: BaseModel) -> dict[str, Any]:
 def override(config: ConfigT, values: Mapping[str, Any], source: str) -> ConfigT:
     """``config`` with ``values`` (flat names) in place of its own.
 
-    Raises InputError, naming ``source`` and the knob, for values outside their limits.
+    Raises InputError, naming ``source`` and the knob, for unknown knobs and values outside their limits.
     """
     where = groups(type(config))
     nested: dict[str, Any] = {name: getattr(config, name) for name in type(config).model_fields}
     nested = {name: value.model_dump() if isinstance(value, Options) else value for name, value in nested.items()}
     for key, value in values.items():
+        if key not in where:
+            raise InputError(f"{source}: unknown option {key!r}{nearest(key, where)}")
         group = where[key]
         (nested if group is None else nested[group])[key] = value
     try:
         return type(config)(**nested)
-    except ValidationError as error:
-        raise InputError(f"{source}: {sentence(error)}") from error
-
-
-def sentence(error: ValidationError) -> str:
-    """The first thing wrong, in one sentence with the knob's name."""
-    first = error.errors()[0]
-    knob = ".".join(str(part) for part in first["loc"][-1:])
-    message = first["msg"].removeprefix("Value error, ")
-    return f"{knob}: {message[0].lower()}{message[1:]}, got {first['input']!r}" if knob else message
+    except InputError as error:
+        raise InputError(f"{source}: {error}") from error
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
@@ -66,13 +61,18 @@ def read_yaml(path: Path) -> dict[str, Any]:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror}); give an existing YAML file") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        line = str(error).splitlines()[-1].strip()
-        raise InputError(f"{path}: not valid YAML ({line})") from error
+    except yaml.MarkedYAMLError as error:
+        line = "" if error.problem_mark is None else f", line {error.problem_mark.line + 1}"
+        raise InputError(f"{path}{line}: not valid YAML ({error.problem}); mend it") from error
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise InputError(f"{path}: not valid YAML ({type(error).__name__}); mend it") from error
     if content is None:
         return {}
-    if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
+    if not isinstance(content, dict):
         raise InputError(f"{path}: expected 'option: value' lines, got {type(content).__name__}")
+    for key in content:
+        if not isinstance(key, str):
+            raise InputError(f"{path}: expected options by name, got the key {key!r}")
     return content
 
 
@@ -94,7 +94,7 @@ def from_file(path: Path, command: str) -> dict[str, Any]:
     for key in values:
         if key not in every | {"command", "made_by"}:
             raise InputError(f"{path}: unknown option {key!r}{nearest(key, every)}")
-    passed_over = {"config", "preset", "resume"} | ({"run_name"} if "made_by" in values else set())
+    passed_over = NOT_IN_FILES | ({"run_name"} if "made_by" in values else set())
     return {key: value for key, value in values.items() if key in mine and key not in passed_over}
 
 
@@ -104,12 +104,16 @@ def from_preset(name: str, command: str) -> dict[str, Any]:
     presets = read_yaml(path)
     if name not in presets:
         raise InputError(f"preset: no {name!r} in {path}{nearest(name, presets) or '; it has ' + ', '.join(presets)}")
+    if not isinstance(presets[name], dict):
+        raise InputError(f"preset {name!r} in {path}: expected 'option: value' lines, got {presets[name]!r}")
     values = dict(presets[name])
     made_for = values.pop("command", None)
+    if made_for not in RUN_CONFIGS:
+        raise InputError(f"preset {name!r} in {path}: expected command: {' | '.join(RUN_CONFIGS)}, got {made_for!r}")
     if made_for != command:
         raise InputError(f"preset {name!r} is for `{made_for}`, not for `{command}`")
-    mine = groups(RUN_CONFIGS[command])
+    mine = groups(RUN_CONFIGS[command]).keys() - NOT_IN_FILES
     for key in values:
         if key not in mine:
-            raise InputError(f"preset {name!r} in {path}: unknown option {key!r}{nearest(key, mine)}")
+            raise InputError(f"preset {name!r} in {path}: unknown option {key!r}{nearest(str(key), mine)}")
     return values

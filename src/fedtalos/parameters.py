@@ -65,11 +65,10 @@ class Entries:
             else:
                 flat[index] = part
 
-    def unflatten(self, vector: Tensor, fill: float | bool) -> dict[str, Tensor]:
-        """``vector`` (A,) as tensors of the masks' shapes, ``fill`` in the entries not chosen."""
+    def unflatten(self, vector: Tensor) -> dict[str, Tensor]:
+        """``vector`` (A,) as tensors of the masks' shapes, zero (or False) in the entries not chosen."""
         tensors = {
-            name: torch.full(mask.shape, fill, dtype=vector.dtype, device=vector.device)
-            for name, mask in self.masks.items()
+            name: torch.zeros(mask.shape, dtype=vector.dtype, device=vector.device) for name, mask in self.masks.items()
         }
         self.scatter(vector, tensors)
         return tensors

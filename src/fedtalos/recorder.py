@@ -3,6 +3,7 @@
 import csv
 import importlib.util
 import io
+import os
 import platform
 import subprocess
 import sys
@@ -31,9 +32,16 @@ class Tracker(Protocol):
 
 
 def require_tracker(name: str) -> None:
-    """InputError where the tracker's library is not installed."""
-    if name != "none" and importlib.util.find_spec(name) is None:
+    """InputError where the tracker's library is not installed, or wandb knows no account and was not told offline."""
+    if name == "none":
+        return
+    if importlib.util.find_spec(name) is None:
         raise InputError(f"--tracker {name}: not installed; pip install 'fedtalos[{name}]'")
+    if name == "wandb" and os.environ.get("WANDB_MODE", "online") == "online":
+        import wandb
+
+        if wandb.api.api_key is None:
+            raise InputError("--tracker wandb: no account is set up; run `wandb login`, or set WANDB_MODE=offline")
 
 
 class TensorBoardTracker:
@@ -135,8 +143,11 @@ class Recorder:
         row = [step, split, *figures, rate, bytes_down, bytes_up, f"{self.seconds:.2f}"]
         with self._path.open("a", encoding="utf-8") as file:
             file.write(_csv([row]))
+        logged = {f"{split}/loss": metrics.loss, f"{split}/accuracy": metrics.accuracy, "seconds": self.seconds}
+        logged |= {} if learning_rate is None else {"learning_rate": learning_rate}
+        logged |= {"bytes_down": bytes_down, "bytes_up": bytes_up} if bytes_down else {}
         for tracker in self._trackers:
-            tracker.log(step, {f"{split}/loss": metrics.loss, f"{split}/accuracy": metrics.accuracy})
+            tracker.log(step, logged)
 
     def close(self) -> None:
         for tracker in self._trackers:

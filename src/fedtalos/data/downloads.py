@@ -33,6 +33,7 @@ def fetch_archive(name: str, folder: Path, *, base_url: str = HOME, checksums: M
     What a broken download left in NAME.part is continued, by the retries here or by the next run.
     Raises InputError where the archive cannot be had or its checksum is not the published one.
     """
+    pooch.get_logger().setLevel("ERROR")  # its retries speak for themselves in our one sentence
     archives = pooch.create(path=folder, base_url=base_url, registry=dict(checksums), retry_if_failed=RETRIES)
     try:
         with _progress_bar(name) as report:

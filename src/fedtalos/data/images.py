@@ -23,5 +23,10 @@ class LabelledImages:
         at = torch.as_tensor(indices, device=self.labels.device)
         return LabelledImages(self.pixels[at], self.labels[at])
 
+    def slice(self, start: int, count: int | None) -> "LabelledImages":
+        """``count`` images (None: all) from ``start`` on: a view, no copy."""
+        end = None if count is None else start + count
+        return LabelledImages(self.pixels[start:end], self.labels[start:end])
+
     def to(self, device: torch.device | str) -> "LabelledImages":
         return LabelledImages(self.pixels.to(device), self.labels.to(device))

@@ -23,8 +23,8 @@ from fedtalos.training.fedavg import Round
 def run(config: CentralizedConfig, paths: RunPaths, console: Console) -> dict[str, Any]:
     """Train for ``num_epochs`` epochs; returns the summary."""
     config, setup = prepare(config)
-    entries, _ = moving_entries(setup, config.train)
-    open_run(config, paths)
+    entries = moving_entries(setup, config.train, console)
+    open_run(config, paths, setup.inputs())
     images = setup.dataset.train
     optimizer = optimizer_for(setup, entries, config.train)
     rate = schedule_for(config.train, config.num_epochs)
@@ -48,6 +48,7 @@ def run(config: CentralizedConfig, paths: RunPaths, console: Console) -> dict[st
                 config.train,
                 rng=generator(config.run.seed, "batches", number, 0),
                 learning_rate=partial(within_epoch, number),
+                where=f"epoch {number}",
                 watch=lambda batches: display.watch(batches, 1 / steps),
             )
             yield Round(number, (), metrics, 0, 0)

@@ -66,7 +66,7 @@ def run(config: DemoConfig, console: Console) -> None:
     drawn = plots.plot_comparison([dense_paths.results, sparse_paths.results], folder)
     drawn += plots.plot_split(dense_paths.results, folder) + plots.plot_masks([edit_paths.mask], folder)
     for path in drawn:
-        console.print(str(path), highlight=False, soft_wrap=True)
+        console.print(str(path), highlight=False, markup=False, soft_wrap=True)
 
 
 def _federate(values: dict[str, Any], console: Console) -> tuple[dict[str, Any], RunPaths]:

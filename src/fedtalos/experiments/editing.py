@@ -44,16 +44,18 @@ def run(config: EditingConfig, paths: RunPaths, console: Console) -> dict[str, A
             "use --head ridge, a head file, or --checkpoint"
         )
     calibration = setup.dataset.calibration
-    if len(calibration) == 0:
+    if len(calibration) == 0 and (setup.head == "ridge" or options.criterion in LOOKS_AT_IMAGES):
         raise InputError("the calibration split is empty; raise --calibration_fraction, or add images")
-    open_run(config, paths)
+    eligible = eligible_entries(setup.model)
+    if round((1 - options.target_sparsity) * len(eligible)) == 0:
+        raise InputError(f"--target_sparsity {options.target_sparsity}: leaves none of {len(eligible)} entries to move")
+    open_run(config, paths, setup.inputs())
     if setup.head == "ridge":
         setup.fit_head(setup.head_sums(calibration))
         save_head(paths.head, setup.model)
     order = generator(config.run.seed, "scored").permutation(len(calibration))
     drawn = torch.from_numpy(order[: options.calibration_images])
-    eligible = eligible_entries(setup.model)
-    kept, rows = resume(paths, eligible)
+    kept, rows = iterations_done(paths, eligible)
     with Display(console, "iteration", options.num_iterations, len(rows)) as display:
         before, start = rows[-1]["seconds"] if rows else 0.0, time.perf_counter()
         for iteration in calibrate(
@@ -70,24 +72,7 @@ def run(config: EditingConfig, paths: RunPaths, console: Console) -> dict[str, A
             rows.append({**figures, "seconds": seconds})
             save_checkpoint(paths.checkpoints, "last", iteration.number, {"kept": kept}, {"iterations": rows})
             display.show(iteration.number, f"{100 * iteration.density:.1f} % of {len(eligible)} may move")
-    mask = {name: tensor.cpu() for name, tensor in eligible.unflatten(kept, False).items()}
-    facts = facts_of(config, setup, eligible, kept, len(drawn))
-    save_mask(paths.mask, mask, facts)
-    table = density_table(mask)
-    console.print(density_report(table))
-    write_csv(paths.results / "report.csv", [asdict(row) for row in table])
-    write_csv(paths.results / "iterations.csv", rows)
-    summary = {
-        "command": config.command,
-        "mask": str(paths.mask),
-        **({"head": str(paths.head)} if setup.head == "ridge" else {}),
-        "eligible": facts.eligible,
-        "active": facts.active,
-        "density": facts.density,
-        "seconds": rows[-1]["seconds"],
-    }
-    write_yaml(paths.results / "summary.yaml", summary)
-    return summary
+    return write_results(config, paths, setup, eligible, kept, rows, console)
 
 
 def scorer(
@@ -117,7 +102,7 @@ def scorer(
             return lambda _number, _kept: scores
 
 
-def resume(paths: RunPaths, eligible: Entries) -> tuple[Tensor, list[dict[str, Any]]]:
+def iterations_done(paths: RunPaths, eligible: Entries) -> tuple[Tensor, list[dict[str, Any]]]:
     """Entries kept so far (E,), and a row for every iteration done."""
     path = paths.checkpoints / "last.json"
     if not path.exists():
@@ -126,11 +111,19 @@ def resume(paths: RunPaths, eligible: Entries) -> tuple[Tensor, list[dict[str, A
     return checkpoint.tensors["kept"].to(eligible.device), checkpoint.facts["iterations"]
 
 
-def facts_of(config: EditingConfig, setup: Setup, eligible: Entries, kept: Tensor, images: int) -> MaskFacts:
-    """How the mask was made, for its header."""
+def write_results(
+    config: EditingConfig,
+    paths: RunPaths,
+    setup: Setup,
+    eligible: Entries,
+    kept: Tensor,
+    rows: list[dict[str, Any]],
+    console: Console,
+) -> dict[str, Any]:
+    """The mask file, report.csv, iterations.csv and the summary; the report goes to the console too."""
     options = config.editing
     scored = options.criterion in LOOKS_AT_IMAGES
-    return MaskFacts(
+    facts = MaskFacts(
         version=__version__,
         criterion=options.criterion,
         fisher="true, one drawn label per example" if scored else "none",
@@ -139,13 +132,30 @@ def facts_of(config: EditingConfig, setup: Setup, eligible: Entries, kept: Tenso
         eligible=len(eligible),
         active=int(kept.sum()),
         soft_zero=options.soft_zero,
-        calibration_images=images if scored else 0,
+        calibration_images=min(options.calibration_images, len(setup.dataset.calibration)) if scored else 0,
         seed=config.run.seed,
         model=setup.model.architecture.as_dict(),
         weights=setup.weights,
         data=setup.dataset.fingerprint,
         head=setup.head,
     )
+    mask = {name: tensor.cpu() for name, tensor in eligible.unflatten(kept).items()}
+    save_mask(paths.mask, mask, facts)
+    table = density_table(mask)
+    console.print(density_report(table))
+    write_csv(paths.results / "report.csv", [asdict(row) for row in table])
+    write_csv(paths.results / "iterations.csv", rows)
+    summary = {
+        "command": config.command,
+        "mask": str(paths.mask),
+        **({"head": str(paths.head)} if setup.head == "ridge" else {}),
+        "eligible": facts.eligible,
+        "active": facts.active,
+        "density": facts.density,
+        "seconds": rows[-1]["seconds"],
+    }
+    write_yaml(paths.results / "summary.yaml", summary)
+    return summary
 
 
 def write_csv(path: Path, rows: list[dict[str, Any]]) -> None:

@@ -16,16 +16,19 @@ def run(config: EvaluateConfig, console: Console) -> Metrics:
     facts = load_checkpoint(path).facts
     if facts.get("command") not in ("centralized", "federated"):
         raise InputError(f"checkpoint {path}: holds no trained model (it is of `{facts.get('command')}`)")
-    changes = {"weights": str(path), "head": "weights", "device": config.device}
+    changes = {"weights": str(path), "head": "weights", "mask": None, "device": config.device, "precision": "auto"}
     if config.data_dir is not None:
         changes["data_dir"] = str(config.data_dir)
-    trained = override(RUN_CONFIGS[facts["command"]](), {**facts["options"], **changes}, str(path))
+    if not isinstance(options := facts.get("options"), dict):
+        raise InputError(f"checkpoint {path}: is of another version; give another")
+    trained = override(RUN_CONFIGS[facts["command"]](), {**options, **changes}, str(path))
     _, setup = prepare(trained)
     metrics = setup.evaluate(getattr(setup.dataset, config.split))
     console.print(
         f"{path}: {config.split} loss {metrics.loss:.4f}, accuracy {100 * metrics.accuracy:.2f} % "
         f"({metrics.correct} of {metrics.examples})",
         highlight=False,
+        markup=False,
         soft_wrap=True,
     )
     return metrics

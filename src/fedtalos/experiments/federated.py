@@ -18,7 +18,6 @@ from fedtalos.experiments.runs import RunPaths, open_run
 from fedtalos.experiments.session import Session, resume
 from fedtalos.experiments.setup import Setup, prepare
 from fedtalos.files import write_atomic
-from fedtalos.masks import Mask
 from fedtalos.metrics import Metrics
 from fedtalos.randomness import generator
 from fedtalos.training.fedavg import clients_per_round, fedavg
@@ -29,8 +28,8 @@ def run(config: FederatedConfig, paths: RunPaths, console: Console) -> dict[str,
     config, setup = prepare(config)
     federation = config.federation
     clients = split(setup, config)
-    entries, mask = moving_entries(setup, config.train)
-    open_run(config, paths)
+    entries = moving_entries(setup, config.train, console)
+    open_run(config, paths, setup.inputs())
     write_split(paths, setup, federation, clients)
     optimizer = optimizer_for(setup, entries, config.train)
     rate = schedule_for(config.train, federation.num_rounds)
@@ -51,6 +50,7 @@ def run(config: FederatedConfig, paths: RunPaths, console: Console) -> dict[str,
             config.train,
             rng=generator(config.run.seed, "batches", number, client),
             learning_rate=lambda _: rate(number - 1),
+            where=f"round {number}, client {client}",
             watch=lambda batches: display.watch(batches, 1 / (steps * per_round)),
         )
 
@@ -63,7 +63,7 @@ def run(config: FederatedConfig, paths: RunPaths, console: Console) -> dict[str,
         rounds=federation.num_rounds,
         seed=config.run.seed,
         done=progress.done,
-        first_contact_bytes=first_contact_bytes(setup, mask, head_moves="head.weight" in entries.masks),
+        first_contact_bytes=first_contact_bytes(setup, head_moves="head.weight" in entries.masks),
     )
     with (
         Session(config, paths, setup, progress, unit="round", fresh=not saved) as session,
@@ -116,8 +116,9 @@ def fit_ridge_head(setup: Setup, clients: list[NDArray[np.int64]]) -> int:
     return sum(sums.wire_bytes for sums in sent)
 
 
-def first_contact_bytes(setup: Setup, mask: Mask | None, *, head_moves: bool) -> int:
-    """What a client is sent once: the mask's bits, and a ridge head that does not move (the rest it has)."""
-    bits = sum(-(-tensor.numel() // 8) for tensor in (mask or {}).values())
+def first_contact_bytes(setup: Setup, *, head_moves: bool) -> int:
+    """What a client is sent once: the mask's bits, and a fitted head that does not move (the rest it has)."""
+    mask = {} if setup.mask is None else setup.mask[0]
+    bits = sum(-(-tensor.numel() // 8) for tensor in mask.values())
     head = sum(parameter.nbytes for parameter in setup.model.head.parameters())
-    return bits + (head if setup.head == "ridge" and not head_moves else 0)
+    return bits + (0 if head_moves or setup.head in ("weights", "random") else head)

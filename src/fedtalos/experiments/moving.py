@@ -3,29 +3,30 @@
 from collections.abc import Callable
 
 import torch
+from rich.console import Console
 from torch.optim import Optimizer
 
 from fedtalos.config import TrainOptions
 from fedtalos.errors import InputError
 from fedtalos.experiments.setup import Setup
-from fedtalos.masks import Mask, check_mask, load_mask
+from fedtalos.masks import check_mask
 from fedtalos.parameters import Entries, named_tensors
 from fedtalos.training.local import freeze_all_but, learning_rate_schedule, make_optimizer
 
 
-def moving_entries(setup: Setup, train: TrainOptions) -> tuple[Entries, Mask | None]:
-    """What may move, and the mask that says so, if one does; in prune mode the rest of the mask's tensors is zeroed.
+def moving_entries(setup: Setup, train: TrainOptions, console: Console) -> Entries:
+    """What may move; in prune mode the other entries of the mask's tensors are zeroed.
 
     With a mask: its True entries, and a new head. Without: all, the blocks (and a new head), or the head. Less the
     head under --freeze_head.
     """
-    model, mask = setup.model, None
-    if train.mask is not None:
-        if train.trainable != "all":
-            raise InputError(f"--trainable {train.trainable} and --mask both say what may move; give one of them")
-        mask, facts = load_mask(train.mask)
-        check_mask(train.mask, mask, facts, model, model.architecture.as_dict())
-        mask = {name: tensor.to(setup.device) for name, tensor in mask.items()}
+    model, mask = setup.model, {}
+    if setup.mask is not None and train.mask is not None:
+        loaded, facts = setup.mask
+        check_mask(train.mask, loaded, facts, model, model.architecture.as_dict())
+        if facts.weights != setup.weights:
+            console.print(f"note: {train.mask} was made on other weights than these", markup=False, highlight=False)
+        mask = {name: tensor.to(setup.device) for name, tensor in loaded.items()}
         chosen = dict(mask)
     else:
         chosen = {
@@ -41,11 +42,11 @@ def moving_entries(setup: Setup, train: TrainOptions) -> tuple[Entries, Mask | N
     if not any(bool(tensor.any()) for tensor in chosen.values()):
         raise InputError("nothing may move: --trainable, --mask and --freeze_head leave no entry; drop one of them")
     entries = Entries(chosen)
-    if mask is not None and train.mask_mode == "prune":
+    if train.mask_mode == "prune":
         tensors = named_tensors(model)
         for name, tensor in mask.items():
             tensors[name].mul_(tensor)
-    return entries, mask
+    return entries
 
 
 def optimizer_for(setup: Setup, entries: Entries, options: TrainOptions) -> Optimizer:

@@ -14,6 +14,7 @@ from pydantic import BaseModel, ValidationError
 from fedtalos import figures
 from fedtalos.config import PlotConfig
 from fedtalos.errors import InputError
+from fedtalos.experiments.runs import RunPaths, plain_name
 from fedtalos.figures import History, Row
 from fedtalos.files import write_atomic
 from fedtalos.masks import density_table, load_mask, overlap
@@ -41,14 +42,17 @@ def run(config: PlotConfig) -> list[Path]:
     """Draw what the command line asks for; returns the files."""
     if not config.runs and not config.masks:
         raise InputError("plot: expected runs or --masks, got neither; name a run under results/ or a mask file")
-    run_dirs = [path if path.is_dir() else config.output_dir / "results" / path for path in config.runs]
-    name = config.name or (run_dirs[0].resolve().name if len(run_dirs) == 1 else "comparison" if run_dirs else "masks")
-    plots_dir = config.output_dir / "plots" / name
+    folders = [path if path.is_dir() else config.output_dir / "results" / path for path in config.runs]
+    edits = [path for path in folders if (path / "iterations.csv").is_file()]  # runs of `editing`: draw their masks
+    masks = [*config.masks, *(RunPaths(path.parents[1], path.name).mask for path in edits)]
+    runs = [path for path in folders if path not in edits]
+    name = folders[0].resolve().name if len(folders) == 1 else "comparison" if folders else "masks"
+    plots_dir = config.output_dir / "plots" / (name if config.name is None else plain_name("--name", config.name))
     drawn: list[Path] = []
-    if run_dirs:
-        drawn += plot_run(run_dirs[0], plots_dir) if len(run_dirs) == 1 else plot_comparison(run_dirs, plots_dir)
-    if config.masks:
-        drawn += plot_masks(config.masks, plots_dir)
+    if runs:
+        drawn += plot_run(runs[0], plots_dir) if len(runs) == 1 else plot_comparison(runs, plots_dir)
+    if masks:
+        drawn += plot_masks(masks, plots_dir)
     return drawn
 
 

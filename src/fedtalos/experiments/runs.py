@@ -1,15 +1,18 @@
 """The folders of a run: choosing, opening and resuming them."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
+from typing import Any
 
 from fedtalos.config import RunConfig
 from fedtalos.config_files import flatten, read_yaml
 from fedtalos.errors import InputError
 from fedtalos.recorder import made_by, write_yaml
 
-MAY_DIFFER = ("config", "preset", "run_name", "resume", "output_dir", "data_dir", "device", "tracker")
+MAY_DIFFER = ("config", "preset", "run_name", "resume", "output_dir", "data_dir", "device", "precision", "tracker")
+"""Options that a resumed run may be given anew."""
 
 
 @dataclass(frozen=True)
@@ -22,6 +25,10 @@ class RunPaths:
     @property
     def results(self) -> Path:
         return self.root / "results" / self.name
+
+    @property
+    def config(self) -> Path:
+        return self.results / "config.yaml"
 
     @property
     def checkpoints(self) -> Path:
@@ -44,49 +51,75 @@ class RunPaths:
         return (self.results / "summary.yaml").exists()
 
 
+def plain_name(flag: str, name: str) -> str:
+    """``name``, if it is one that a folder can have."""
+    if name in ("", ".", "..") or Path(name).name != name:
+        raise InputError(f"{flag} {name!r}: expected a plain folder name, without slashes")
+    return name
+
+
+def run_to_resume(root: Path, name: str | None, command: str) -> RunPaths:
+    """The run that --resume means: the named one, else the newest of this command without a summary."""
+    if name is not None:
+        paths = RunPaths(root, plain_name("--run_name", name))
+        if not paths.config.exists():
+            raise InputError(f"--resume: no run {name!r} under {root / 'results'}; leave out --resume to start it")
+        if (made_by_command := read_yaml(paths.config).get("command")) != command:
+            raise InputError(f"--resume: {name} is a run of `{made_by_command}`, not of `{command}`")
+        return paths
+    configs = (root / "results").glob("*/config.yaml")
+    for path in sorted(configs, key=lambda path: path.stat().st_mtime, reverse=True):
+        paths = RunPaths(root, path.parent.name)
+        if not paths.finished and f"command: {command}\n" in path.read_text(encoding="utf-8", errors="replace"):
+            return paths
+    raise InputError(f"--resume: no unfinished {command} run under {root / 'results'}; name one with --run_name")
+
+
 def choose_run(config: RunConfig) -> RunPaths:
     """The folders that this run writes to, or, with --resume, goes on in. Nothing is written yet.
 
-    Raises InputError where the name is taken, is not a plain name, or there is nothing to resume.
+    Raises InputError where the name is taken or not plain, or the run to resume has other options.
     """
     options = config.run
-    results = options.output_dir / "results"
-    name = options.run_name
-    if name is not None and (name in ("", ".", "..") or Path(name).name != name):
-        raise InputError(f"--run_name {name!r}: expected a plain folder name")
-    if options.resume and name is None:
-        name = _newest_unfinished(results, config.command)
-    paths = RunPaths(options.output_dir, name or f"{config.command}-{datetime.now():%Y%m%d-%H%M%S}")
-    if options.resume and not (paths.results / "config.yaml").exists():
-        raise InputError(f"--resume: no run {name!r} under {results}")
-    if not options.resume and paths.results.exists():
-        raise InputError(f"{paths.results} exists: add --resume to go on with it, or choose another --run_name")
-    return paths
-
-
-def _newest_unfinished(results: Path, command: str) -> str:
-    configs = sorted(results.glob("*/config.yaml"), key=lambda path: path.stat().st_mtime, reverse=True)
-    for path in configs:
-        if not (path.parent / "summary.yaml").exists() and read_yaml(path).get("command") == command:
-            return path.parent.name
-    raise InputError(f"--resume: no unfinished {command} run under {results}; name one with --run_name")
-
-
-def open_run(config: RunConfig, paths: RunPaths) -> None:
-    """Write config.yaml, or on --resume check that the resolved options are those of the run."""
-    options = flatten(config)
-    path = paths.results / "config.yaml"
-    if config.run.resume:
-        saved = read_yaml(path)
-        for key, value in options.items():
-            if key not in MAY_DIFFER and saved.get(key) != value:
+    if options.resume:
+        paths = run_to_resume(options.output_dir, options.run_name, config.command)
+        saved = read_yaml(paths.config)
+        for key, value in flatten(config).items():
+            if key not in MAY_DIFFER and value not in (None, "auto") and saved.get(key) != value:
                 raise InputError(
                     f"--resume: {key} was {saved.get(key)!r} in {paths.name}, now {value!r}; "
                     "give the same, or start a run of another name"
                 )
+        return paths
+    name = options.run_name or f"{config.command}-{datetime.now():%Y%m%d-%H%M%S}"
+    paths = RunPaths(options.output_dir, plain_name("--run_name", name))
+    if paths.results.exists():
+        raise InputError(f"{paths.results} exists: add --resume to go on with it, or choose another --run_name")
+    made = (paths.mask, paths.head) if config.command == "editing" else ()
+    for path in (paths.checkpoints, paths.plots, *made):
+        if path.exists():
+            raise InputError(f"{path} exists, of an earlier run: move it away, or choose another --run_name")
+    return paths
+
+
+def open_run(config: RunConfig, paths: RunPaths, inputs: Mapping[str, str]) -> None:
+    """Claim the run's folder and write config.yaml; on --resume check that data, weights and mask are the same.
+
+    ``inputs`` are their fingerprints, by what they are of.
+    """
+    if config.run.resume:
+        saved: dict[str, Any] = read_yaml(paths.config).get("made_by", {}).get("inputs", {})
+        for what, fingerprint in inputs.items():
+            if saved.get(what) != fingerprint:
+                raise InputError(
+                    f"--resume: the {what} of {paths.name} changed since it started; "
+                    "put back what it was, or start a run of another name"
+                )
         return
-    for folder in (paths.checkpoints, paths.plots):
-        if folder.exists():
-            raise InputError(f"{folder} exists but {paths.results} does not: move it away or choose another --run_name")
-    options["run_name"] = paths.name
-    write_yaml(path, {"command": config.command, **options, "made_by": made_by(config.run.device)})
+    try:
+        paths.results.mkdir(parents=True)
+    except FileExistsError:
+        raise InputError(f"{paths.results} exists: another run took the name; choose another --run_name") from None
+    options = {**flatten(config), "run_name": paths.name}
+    origin = {**made_by(config.run.device), "inputs": dict(inputs)}
+    write_yaml(paths.config, {"command": config.command, **options, "made_by": origin})

@@ -3,6 +3,7 @@
 What centralized and federated share: both hand `follow` a generator of rounds (an epoch is a round without clients).
 """
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from types import TracebackType
@@ -14,12 +15,14 @@ from fedtalos.checkpoint import load_checkpoint, save_checkpoint
 from fedtalos.config import CentralizedConfig, FederatedConfig
 from fedtalos.config_files import flatten
 from fedtalos.display import Display
+from fedtalos.errors import InputError
 from fedtalos.experiments.runs import RunPaths
 from fedtalos.experiments.setup import Setup
 from fedtalos.metrics import Metrics
 from fedtalos.parameters import named_tensors
 from fedtalos.recorder import Recorder, TensorBoardTracker, WandbTracker, write_yaml
 from fedtalos.training.fedavg import Round
+from fedtalos.training.local import TrainingError
 
 
 @dataclass
@@ -42,8 +45,12 @@ def resume(paths: RunPaths, setup: Setup) -> tuple[Progress, dict[str, Tensor]]:
     if not path.exists():
         return Progress(), {}
     checkpoint = load_checkpoint(path)
+    try:
+        progress = Progress(**checkpoint.facts["progress"])
+    except (KeyError, TypeError) as error:
+        raise InputError(f"checkpoint {path}: is of another version; start a run of another name") from error
     restore_model(setup, checkpoint.tensors)
-    return Progress(**checkpoint.facts["progress"]), checkpoint.tensors
+    return progress, checkpoint.tensors
 
 
 def restore_model(setup: Setup, tensors: dict[str, Tensor]) -> None:
@@ -115,6 +122,11 @@ class Session:
 
     def _validate(self, number: int) -> Metrics:
         metrics = self.setup.evaluate(self.setup.dataset.val)
+        if not math.isfinite(metrics.loss):
+            raise TrainingError(
+                f"{self._unit} {number}: the validation loss became {metrics.loss}; the checkpoint before it is kept; "
+                "start a run with a lower --learning_rate"
+            )
         self._record(number, "val", metrics)
         self.progress.val_accuracy = metrics.accuracy
         if metrics.accuracy > self.progress.best_accuracy:

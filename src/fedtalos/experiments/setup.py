@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.optim import Optimizer
 
-from fedtalos.checkpoint import Checkpoint, find_checkpoint, load_checkpoint
+from fedtalos.checkpoint import find_checkpoint, load_checkpoint
 from fedtalos.config import CentralizedConfig, Config, EditingConfig, FederatedConfig, TrainOptions
 from fedtalos.data.batches import View, evaluation_batches, training_batches
 from fedtalos.data.dataset_loader import Dataset, load_dataset
@@ -19,23 +19,22 @@ from fedtalos.data.images import LabelledImages
 from fedtalos.devices import choose_device, choose_precision
 from fedtalos.errors import InputError
 from fedtalos.head import read_head, set_head
+from fedtalos.masks import Mask, MaskFacts, fingerprint, load_mask
 from fedtalos.metrics import Metrics
-from fedtalos.models.pretrained import Weights, load_into, read_weights
+from fedtalos.models.pretrained import HALF, STATISTICS, Weights, load_into, read_weights
 from fedtalos.models.vision_transformer import Architecture, VisionTransformer
 from fedtalos.parameters import Entries
 from fedtalos.randomness import torch_generator
 from fedtalos.training.evaluation import evaluate, extract_features
 from fedtalos.training.heads import RidgeSums, fit_ridge_head, ridge_sums
-from fedtalos.training.local import Batches, Precision, train
-
-HALF = (0.5, 0.5, 0.5)
+from fedtalos.training.local import Batches, Precision, TrainingError, train
 
 ConfigT = TypeVar("ConfigT", bound=Config)
 
 
 @dataclass
 class Setup:
-    """What an experiment works with: the one resident model, images on its device, where weights and head are from."""
+    """What an experiment works with: the one resident model, images on its device, and where they are from."""
 
     device: torch.device
     precision: Precision
@@ -44,6 +43,7 @@ class Setup:
     view: View
     weights: str
     head: str
+    mask: tuple[Mask, MaskFacts] | None
     eval_batch_size: int
     eval_limit: int | None
 
@@ -54,7 +54,7 @@ class Setup:
 
     def limited(self, images: LabelledImages) -> LabelledImages:
         """The first ``eval_limit`` images, or all."""
-        return images.subset(torch.arange(len(images))[: self.eval_limit])
+        return images.slice(0, self.eval_limit)
 
     def features(self, images: LabelledImages) -> tuple[Tensor, Tensor]:
         """Backbone features (N, D) and labels (N,)."""
@@ -79,9 +79,13 @@ class Setup:
         *,
         rng: np.random.Generator,
         learning_rate: Callable[[int], float],
+        where: str,
         watch: Callable[[Batches], Batches],
     ) -> Metrics:
-        """``steps`` optimiser steps on the training images at ``indices``, in an order drawn from ``rng``."""
+        """``steps`` optimiser steps on the training images at ``indices``, in an order drawn from ``rng``.
+
+        Raises TrainingError, saying ``where`` in the run, if training diverges.
+        """
         assert options.augmentation != "auto"
         batches = training_batches(
             self.dataset.train,
@@ -92,15 +96,23 @@ class Setup:
             augmentation=options.augmentation,
             rng=rng,
         )
-        return train(
-            self.model,
-            watch(batches),
-            optimizer,
-            entries,
-            learning_rate=learning_rate,
-            clip_norm=options.clip_norm,
-            precision=self.precision,
-        )
+        try:
+            return train(
+                self.model,
+                watch(batches),
+                optimizer,
+                entries,
+                learning_rate=learning_rate,
+                clip_norm=options.clip_norm,
+                precision=self.precision,
+            )
+        except TrainingError as error:
+            raise TrainingError(f"{where}: {error}") from error
+
+    def inputs(self) -> dict[str, str]:
+        """Fingerprints of what the run reads, by what it is."""
+        mask = {} if self.mask is None else {"mask": fingerprint(self.mask[0])}
+        return {"data": self.dataset.fingerprint, "weights": self.weights, **mask}
 
     def facts(self) -> dict[str, Any]:
         """What a checkpoint needs, beside its tensors, to be used again."""
@@ -115,21 +127,19 @@ class Setup:
 
 def starting_weights(config: Config) -> Weights | None:
     """The weights that the config names; None: from scratch."""
-    options = config.model
-    checkpoints = config.run.output_dir / "checkpoints"
+    options, checkpoints = config.model, config.run.output_dir / "checkpoints"
     if isinstance(config, EditingConfig) and config.editing.checkpoint is not None:
-        path = find_checkpoint(config.editing.checkpoint, checkpoints)
-        return checkpoint_weights(load_checkpoint(path), path)
+        return checkpoint_weights(find_checkpoint(config.editing.checkpoint, checkpoints))
     if options.weights == "none":
         return None
-    if options.weights.endswith(".json") or Path(options.weights).is_dir():
-        path = find_checkpoint(Path(options.weights), checkpoints)
-        return checkpoint_weights(load_checkpoint(path), path)
-    return read_weights(options.weights, options.model_size, normalisation=options.normalisation)
+    if options.weights.endswith(".json") or (checkpoints / options.weights / "last.json").exists():
+        return checkpoint_weights(find_checkpoint(Path(options.weights), checkpoints))
+    return read_weights(options.weights, options.model_size or "small", normalisation=options.normalisation)
 
 
-def checkpoint_weights(checkpoint: Checkpoint, path: Path) -> Weights:
+def checkpoint_weights(path: Path) -> Weights:
     """A checkpoint of ours as weights to start from."""
+    checkpoint = load_checkpoint(path)
     facts = checkpoint.facts
     try:
         return Weights(
@@ -139,19 +149,21 @@ def checkpoint_weights(checkpoint: Checkpoint, path: Path) -> Weights:
             std=tuple(facts["std"]),
             source=str(path),
             sha256=checkpoint.sha256,
+            classes=tuple(facts["classes"]),
         )
     except (KeyError, TypeError) as error:
-        raise InputError(f"checkpoint {path}: broken or not a fedtalos checkpoint ({error} missing)") from error
+        raise InputError(f"checkpoint {path}: holds no model, or is of another version; give another") from error
 
 
-def _resolve(config: ConfigT, weights: Weights | None) -> ConfigT:
+def _resolve(config: ConfigT, weights: Weights | None, device: torch.device) -> ConfigT:
     """The config with `auto` and None settled (but for the head), so that what is recorded is what ran."""
     options = config.model
-    device = choose_device(config.run.device)
+    if weights and options.model_size not in (None, weights.size):
+        raise InputError(f"--model_size {options.model_size}: {weights.source} is a ViT-{weights.size}; leave it out")
     groups: dict[str, Any] = {
         "run": {"device": device.type, "precision": choose_precision(config.run.precision, device)},
         "model": {
-            "model_size": weights.size if weights else options.model_size,
+            "model_size": weights.size if weights else options.model_size or "small",
             "image_size": options.image_size or (weights.image_size if weights else 32),
             "patch_size": options.patch_size or (weights.patch_size if weights else 4),
         },
@@ -174,31 +186,38 @@ def _training_defaults(config: Config, train: TrainOptions, *, from_scratch: boo
 
 
 def prepare(config: ConfigT) -> tuple[ConfigT, Setup]:
-    """The resolved config, with its device, images and model.
+    """The resolved config, with its device, images, model and mask; what is quick to check comes first.
 
     The head is as the weights or a file have it, or random; a ridge head is the caller's to fit, on what it may see.
     """
+    device = choose_device(config.run.device)
     weights = starting_weights(config)
-    config = _resolve(config, weights)
-    device, options = torch.device(config.run.device), config.model
+    config = _resolve(config, weights, device)
+    options, train = config.model, getattr(config, "train", None)
+    assert options.model_size is not None
     assert options.image_size is not None
     assert options.patch_size is not None
+    architecture = Architecture(options.model_size, options.image_size, options.patch_size, num_classes=1)
+    mask = load_mask(train.mask) if train is not None and train.mask is not None else None
     dataset = _load_images(config, options.image_size)
-    architecture = Architecture(options.model_size, options.image_size, options.patch_size, len(dataset.classes))
+    architecture = replace(architecture, num_classes=len(dataset.classes))
     model = VisionTransformer(architecture, torch_generator(config.run.seed, "weights"))
-    head = _load_weights(model, weights, options.head, default="ridge" if config.command == "editing" else "random")
-    config = config.model_copy(update={"model": options.model_copy(update={"head": head})})
-    return config, Setup(
+    default_head = "ridge" if isinstance(config, EditingConfig) else "random"
+    head = _load_weights(model, weights, options.head, dataset.classes, default_head)
+    mean, std = STATISTICS.get(options.normalisation) or ((weights.mean, weights.std) if weights else HALF)
+    setup = Setup(
         device=device,
         precision=choose_precision(config.run.precision, device),
         dataset=dataset.to(device),
         model=model.to(device),
-        view=View(options.image_size, weights.mean if weights else HALF, weights.std if weights else HALF),
+        view=View(options.image_size, mean, std),
         weights=weights.sha256 if weights else f"none, seed {config.run.seed}",
         head=head,
+        mask=mask,
         eval_batch_size=config.data.eval_batch_size,
         eval_limit=config.data.eval_limit,
     )
+    return config.model_copy(update={"model": options.model_copy(update={"head": head})}), setup
 
 
 def _load_images(config: Config, image_size: int) -> Dataset:
@@ -208,24 +227,27 @@ def _load_images(config: Config, image_size: int) -> Dataset:
         data.data_dir,
         val_fraction=data.val_fraction,
         calibration_fraction=data.calibration_fraction,
-        seed=config.run.seed,
+        seed=data.split_seed,
         image_size=image_size,
     )
-    end = None if data.train_limit is None else data.train_skip + data.train_limit
-    chosen = torch.arange(len(dataset.train))[data.train_skip : end]
-    if len(chosen) == 0:
+    if data.train_skip >= len(dataset.train):
         raise InputError(f"--train_skip {data.train_skip}: there are only {len(dataset.train)} training images")
-    return replace(dataset, train=dataset.train.subset(chosen))
+    return replace(dataset, train=dataset.train.slice(data.train_skip, data.train_limit))
 
 
-def _load_weights(model: VisionTransformer, weights: Weights | None, head: str, default: str) -> str:
-    """Load the backbone, and the head where it is wanted and fits; returns where the head comes from."""
+def _load_weights(
+    model: VisionTransformer, weights: Weights | None, head: str, classes: tuple[str, ...], default: str
+) -> str:
+    """Load the backbone, and the head where it is wanted and fits; returns where the head comes from.
+
+    `auto` takes the weights' head only where its classes are known to be these: a count alone says little.
+    """
     initial = {name: tensor.clone() for name, tensor in model.head.state_dict().items()}
-    came_along = weights is not None and not load_into(model, weights)
-    if head == "weights" and not came_along:
+    fits = weights is not None and not load_into(model, weights) and weights.classes in (None, classes)
+    if head == "weights" and not fits:
         raise InputError("--head weights: they hold no head for these classes; use random, ridge or a head file")
     if head == "auto":
-        head = "weights" if came_along else default
+        head = "weights" if fits and weights is not None and weights.classes is not None else default
     if head in ("random", "ridge"):
         model.head.load_state_dict(initial)
     elif head != "weights":

@@ -10,7 +10,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -25,6 +25,8 @@ Channels = tuple[float, float, float]
 
 IMAGENET: tuple[Channels, Channels] = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 HALF: tuple[Channels, Channels] = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
+STATISTICS = {"imagenet": IMAGENET, "half": HALF}
+"""Pixel mean and deviation by name."""
 
 _FILES = (".safetensors", ".pth", ".pt")
 _HUB_NAMES = {
@@ -60,15 +62,16 @@ class Weights:
     std: Channels
     source: str
     sha256: str
+    classes: tuple[str, ...] | None = None
+    """Names of the head's classes, where they are known (in our checkpoints)."""
 
 
-def read_weights(
-    source: str, size: ModelSize, *, normalisation: Literal["auto", "imagenet", "half"] = "auto"
-) -> Weights:
+def read_weights(source: str, size: ModelSize, *, normalisation: str = "auto") -> Weights:
     """Read ``source``: "pretrained" or "dino" (for ``size``), a timm model name, or a .safetensors/.pth/.pt file.
 
     Mean and std are those of the hub's config.json, of a JSON file beside the weights with the same stem, or of
-    the safetensors metadata; else ImageNet's where the name says dino, else 0.5; ``normalisation`` overrides.
+    the safetensors metadata; else ImageNet's where the name says dino, else 0.5. A name in STATISTICS as
+    ``normalisation`` overrides them.
     Names with a "/" (optimiser state in our checkpoints) are left out.
 
     Raises InputError where the source is unknown, unreachable, unreadable, not finite, or no plain timm ViT.
@@ -81,7 +84,7 @@ def read_weights(
         path, config, label = _download(_hub_name(source, size))
     raw, metadata = _read_tensors(path)
     tensors = {name: _as_float32(label, name, tensor) for name, tensor in raw.items()}
-    mean, std = {"imagenet": IMAGENET, "half": HALF}.get(normalisation) or _statistics(label, config, metadata)
+    mean, std = STATISTICS.get(normalisation) or _statistics(label, config, metadata)
     with path.open("rb") as file:
         sha256 = hashlib.file_digest(file, "sha256").hexdigest()
     return Weights(tensors, *_geometry(label, tensors), mean, std, label, sha256)
@@ -147,7 +150,9 @@ def _hub_name(source: str, size: ModelSize) -> str:
 def _download(name: str) -> tuple[Path, Path, str]:
     """model.safetensors and config.json of timm/NAME in the hub's cache, and what to call them."""
     from huggingface_hub import constants, hf_hub_download, try_to_load_from_cache
+    from huggingface_hub.utils import logging
 
+    logging.set_verbosity_error()  # its retries speak for themselves in our one sentence
     repo = f"timm/{name}"
     try:
         cached = try_to_load_from_cache(repo, "model.safetensors")  # no request where an earlier run fetched it

@@ -66,17 +66,18 @@ def keep_lowest(scores: Tensor, candidates: Tensor, count: int, seed: int, itera
 
     ``scores`` (E,), ``candidates`` bool (E,) with at least ``count`` True.
     """
+    device, scores, candidates = scores.device, scores.cpu(), candidates.cpu()  # not every device has kthvalue
     kept = torch.zeros_like(candidates)
     if count == 0:
-        return kept
+        return kept.to(device)
     ranked = scores[candidates]
     threshold = ranked.kthvalue(count).values
     kept[candidates] = ranked < threshold
     ties = (candidates & (scores == threshold)).nonzero().squeeze(1)
     missing = count - int(kept.sum())
     order = generator(seed, "ties", iteration).permutation(len(ties))[:missing]
-    kept[ties[torch.from_numpy(order).to(ties.device)]] = True
-    return kept
+    kept[ties[torch.from_numpy(order)]] = True
+    return kept.to(device)
 
 
 def calibrate(

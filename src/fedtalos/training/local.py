@@ -96,7 +96,7 @@ def train(
 ) -> Metrics:
     """Step ``optimizer`` once per batch on the mean cross-entropy; ``learning_rate`` maps the batch's number to a rate.
 
-    Raises TrainingError before the step of a batch whose loss is not finite.
+    Raises TrainingError before the step of a batch whose loss, or clipped gradient, is not finite.
     """
     model.train()
     parameters = dict(model.named_parameters())
@@ -110,12 +110,17 @@ def train(
         if not math.isfinite(loss_value := loss.item()):
             raise TrainingError(
                 f"the loss became {loss_value} at local step {number + 1}, learning rate {learning_rate(number):g}; "
-                "nothing of that step was kept. Try a lower --learning_rate or --clip_norm 1"
+                "nothing of that step was kept; try a lower --learning_rate"
             )
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         if clip_norm is not None:
-            clip_gradients(parameters, entries, clip_norm)
+            norm = clip_gradients(parameters, entries, clip_norm)
+            if not math.isfinite(norm):
+                raise TrainingError(
+                    f"the gradient became {norm} at local step {number + 1}, learning rate "
+                    f"{learning_rate(number):g}; nothing of that step was kept; try a lower --learning_rate"
+                )
         optimizer.step()
         correct = int((logits.argmax(1) == labels).sum())
         total += Metrics(loss_value * len(labels), correct, len(labels))
