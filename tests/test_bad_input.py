@@ -54,7 +54,6 @@ YAML = {
     "sharp: {command: editing, target_sparsity: 1.5}\nnumber: 3\nodd: {command: federated, 3: 4}\n"
     "nobody: {num_rounds: 1}\n",
 }
-BOX = "a flag out of range: tyro prints pydantic's own report, not a sentence"
 OSERROR = "an OSError goes through as a traceback"
 
 
@@ -187,10 +186,8 @@ def sentence(arguments: list[str], capsys) -> str:
     return says[0]
 
 
-def case(command: str, *said: str, wrong: str | None = None):
-    """``wrong``: what the program still does instead."""
-    marks = [pytest.mark.xfail(strict=True, reason=wrong)] if wrong else []
-    return pytest.param(command, said, id=command or "nothing", marks=marks)
+def case(command: str, *said: str):
+    return pytest.param(command, said, id=command or "nothing")
 
 
 @pytest.mark.parametrize(
@@ -223,16 +220,16 @@ def test_what_tyro_refuses(command, said, capsys):
 
 SENTENCES = [
     # an unknown command, with flags after it
-    case("fedrated --seed 1", "'fedrated'", "did you mean 'federated'", wrong="tyro complains of --seed too"),
+    case("fedrated --seed 1", "'fedrated'", "did you mean 'federated'"),
     # config files
     case("federated --config unknown.yaml", "unknown.yaml", "'num_clents'", "did you mean 'num_clients'"),
     case("federated --config group.yaml", "group.yaml", "unknown option 'train'"),
     case("federated --config list.yaml", "list.yaml", "expected 'option: value' lines, got list"),
     case("federated --config file.txt", "file.txt", "expected 'option: value' lines, got str"),
     case("federated --config broken.yaml", "broken.yaml", "not valid YAML"),
-    case("federated --config broken.yaml", "line 2", wrong="says (^), the last line of PyYAML's message"),
-    case("federated --config number.yaml", "number.yaml", "3", wrong="says: got dict"),
-    case("federated --config date.yaml", "date.yaml", "not valid YAML", wrong="ValueError traceback from PyYAML"),
+    case("federated --config broken.yaml", "line 2"),
+    case("federated --config number.yaml", "number.yaml", "3"),
+    case("federated --config date.yaml", "date.yaml", "not valid YAML"),
     case("federated --config noise.yaml", "noise.yaml", "not valid YAML"),
     case("federated --config nowhere.yaml", "nowhere.yaml", "give an existing YAML file"),
     case("federated --config images", "images", "Is a directory"),
@@ -241,12 +238,12 @@ SENTENCES = [
     case("federated --config mapping.yaml", "mapping.yaml: learning_rate", "number, got {'peak': 1}"),
     case("federated --config word.yaml", "word.yaml: num_clients", "got 'many'"),
     case("federated --config half.yaml", "half.yaml: num_clients", "got 2.5"),
-    case("federated --config true.yaml", "true.yaml: num_clients", wrong="true counts as 1: one client"),
+    case("federated --config true.yaml", "true.yaml: num_clients"),
     case("federated --config device.yaml", "device.yaml: device", "'cuda' or 'cpu', got 'tpu'"),
     case("federated --config nobody.yaml", "nobody.yaml: client_fraction", "greater than 0, got 0"),
     case("federated --config still.yaml", "still.yaml: learning_rate", "greater than 0, got 0"),
     case("editing --config sparse.yaml", "sparse.yaml: target_sparsity", "less than 1, got 1.0"),
-    case("federated --config warm.yaml", "warmup 150 must be below num_rounds"),
+    case("federated --config warm.yaml", "--warmup 150: must be below the"),
     # presets
     case("federated --preset quik", "'quik'", "did you mean 'quick'"),
     case("federated --preset zzz", "'zzz'", "it has quick, typo"),
@@ -254,25 +251,25 @@ SENTENCES = [
     case("federated --preset typo", "'typo'", "'num_ronds'", "did you mean 'num_rounds'"),
     case("federated --preset empty", "'empty': num_clients", "got 0"),
     case("editing --preset sharp", "'sharp': target_sparsity", "less than 1, got 1.5"),
-    case("federated --preset number", "'number'", wrong="TypeError traceback: dict(3)"),
-    case("federated --preset odd", "'odd'", "3", wrong="TypeError traceback from difflib"),
-    case("federated --preset nobody", "'nobody'", "command", wrong="says: is for `None`"),
+    case("federated --preset number", "'number'"),
+    case("federated --preset odd", "'odd'", "3"),
+    case("federated --preset nobody", "'nobody'", "command"),
     # flags out of range
-    case("editing --target_sparsity -0.1", "target_sparsity", "-0.1", wrong=BOX),
-    case("editing --target_sparsity 1.0", "target_sparsity", "1.0", wrong=BOX),
-    case("editing --target_sparsity 1.5", "target_sparsity", "1.5", wrong=BOX),
-    case("editing --num_iterations 0", "num_iterations", "0", wrong=BOX),
-    case("editing --soft_zero 0", "soft_zero", "0", wrong=BOX),
-    case("federated --client_fraction 0", "client_fraction", "0", wrong=BOX),
-    case("federated --num_clients 0", "num_clients", "0", wrong=BOX),
-    case("federated --learning_rate 0", "learning_rate", "0", wrong=BOX),
-    case("federated --seed -1", "seed", "-1", wrong=BOX),
-    case("demo --seed -1", "seed", "-1", wrong=BOX),
-    case("federated --warmup 1", "warmup 1", "num_rounds 1", wrong=BOX),
-    case("centralized --warmup 1", "warmup 1", "num_epochs 1", wrong="trains, and never leaves the warm-up"),
-    case("federated --learning_rate inf", "learning_rate", "inf", wrong="accepted: exit 1 after the run is opened"),
-    case("federated --weight_decay inf", "weight_decay", "inf", wrong="accepted: exit 1 after the run is opened"),
-    case("editing --target_sparsity 0.99999999", "target_sparsity", wrong="writes a mask without a True entry"),
+    case("editing --target_sparsity -0.1", "target_sparsity", "-0.1"),
+    case("editing --target_sparsity 1.0", "target_sparsity", "1.0"),
+    case("editing --target_sparsity 1.5", "target_sparsity", "1.5"),
+    case("editing --num_iterations 0", "num_iterations", "0"),
+    case("editing --soft_zero 0", "soft_zero", "0"),
+    case("federated --client_fraction 0", "client_fraction", "0"),
+    case("federated --num_clients 0", "num_clients", "0"),
+    case("federated --learning_rate 0", "learning_rate", "0"),
+    case("federated --seed -1", "seed", "-1"),
+    case("demo --seed -1", "seed", "-1"),
+    case("federated --warmup 1", "--warmup 1: must be below the 1 epochs or rounds"),
+    case("centralized --warmup 1", "--warmup 1: must be below the 1 epochs or rounds"),
+    case("federated --learning_rate inf", "learning_rate", "inf"),
+    case("federated --weight_decay inf", "weight_decay", "inf"),
+    case("editing --target_sparsity 0.99999999", "target_sparsity"),
     # data that cannot be split as asked
     case("federated --num_clients 101", "--num_clients 101", "100 training examples", "choose 1 to 100"),
     case("federated --partition label_skew --classes_per_client 11", "--classes_per_client 11", "choose 1 to 10"),
@@ -280,7 +277,7 @@ SENTENCES = [
     case("federated --partition label_skew --num_clients 90", "the smallest class has", "--partition dirichlet"),
     case("federated --partition dirichlet --min_client_size 200", "200 with 4 clients", "choose 1 to 25"),
     case("federated --partition quantity --min_client_size 200", "--min_client_size 200", "choose 1 to 25"),
-    case("federated --partition dirichlet --alpha inf", "alpha inf"),
+    case("federated --partition dirichlet --alpha inf", "alpha: input should be a finite number"),
     case("federated --train_skip 100000", "--train_skip 100000", "training images"),
     case("federated --val_fraction 1e-9", "--val_fraction 1e-09", "take more or add images"),
     case("federated --val_fraction 0.9999", "--val_fraction 0.9999", "take less, or add images"),
@@ -298,11 +295,10 @@ SENTENCES = [
     case("federated --mask bit.safetensors", "bit.safetensors: holds other bits", "make it anew"),
     case("centralized --mask masks/m.safetensors --trainable head", "--trainable head and --mask", "give one"),
     case("federated --trainable head --freeze_head", "nothing may move", "drop one"),
-    case(f"federated --mask {'a' * 300}", "aaa", wrong=OSERROR),
+    case(f"federated --mask {'a' * 300}", "aaa"),
     case(
         "federated --dataset cifar100 --mask nowhere.safetensors",
         "mask nowhere.safetensors",
-        wrong="wants the data first: downloads weights and data before it looks at --mask",
     ),
     # heads, sizes, devices
     case("federated --head nowhere", "--head nowhere: cannot be read", "random, ridge or a head file"),
@@ -316,7 +312,6 @@ SENTENCES = [
     case(
         "federated --dataset folder --data_dir images --image_size 9",
         "not a multiple of patch size 2",
-        wrong="decodes the folder and writes its cache (cifar: downloads) before it looks at the sizes",
     ),
     # weights and checkpoints
     case("centralized --weights nowhere.safetensors", "--weights nowhere.safetensors: no such file", "none"),
@@ -330,42 +325,42 @@ SENTENCES = [
     case(
         "centralized --weights nowhere/last.json", "checkpoint nowhere/last.json", "give a run's name or its .json file"
     ),
-    case("centralized --weights checkpoints/flipped/last.json", "flipped", "checksum differs"),
+    case("centralized --weights checkpoints/flipped/last.json", "flipped", "is not what was saved (checksum)"),
     case("centralized --weights checkpoints/foreign/last.json", "foreign", "not a fedtalos checkpoint"),
     case("evaluate nowhere", "checkpoint nowhere", "give a run's name or its .json file"),
-    case("evaluate truncated", "truncated/last.json", "checksum differs"),
-    case("evaluate flipped", "flipped/last.json", "checksum differs"),
+    case("evaluate truncated", "truncated/last.json", "is not what was saved (checksum)"),
+    case("evaluate flipped", "flipped/last.json", "is not what was saved (checksum)"),
     case("evaluate foreign", "foreign/last.json", "not a fedtalos checkpoint"),
     case("evaluate torn", "torn/last.json", "broken"),
     case("evaluate newer", "newer/last.json: format 2, this version reads 1"),
     case("evaluate lost", "lost/last.json: cannot read", "No such file"),
     case("evaluate m", "m/last.json: holds no trained model"),
-    case("evaluate bare", "bare/last.json", wrong="KeyError traceback: no options in the JSON"),
-    case("evaluate later", "later/last.json", "an_option_of_tomorrow", wrong="KeyError traceback: an unknown option"),
+    case("evaluate bare", "bare/last.json"),
+    case("evaluate later", "later/last.json", "an_option_of_tomorrow"),
     case("editing --checkpoint nowhere", "checkpoint nowhere", "give a run's name or its .json file"),
-    case("editing --checkpoint truncated", "truncated/last.json", "checksum differs"),
+    case("editing --checkpoint truncated", "truncated/last.json", "is not what was saved (checksum)"),
     case("editing --checkpoint foreign", "foreign/last.json", "not a fedtalos checkpoint"),
-    case("editing --checkpoint m", "m/last.json", "not a fedtalos checkpoint"),
+    case("editing --checkpoint m", "checkpoints/m/last.json: holds no model", "give another"),
     # names, resuming, places to write to
     case("federated --run_name done", "results/done exists: add --resume", "another --run_name"),
-    case("federated --run_name orphan", "checkpoints/orphan exists but results/orphan does not", "another --run_name"),
-    case("editing --run_name kept --criterion random", "masks/kept.safetensors", wrong="overwrites that mask"),
+    case("federated --run_name orphan", "checkpoints/orphan exists, of an earlier run", "another --run_name"),
+    case("editing --run_name kept --criterion random", "masks/kept.safetensors"),
     case("federated --run_name a/b", "--run_name 'a/b': expected a plain folder name"),
     case("federated --run_name ..", "--run_name '..': expected a plain folder name"),
-    case(f"federated --run_name {'a' * 300}", "aaa", wrong=OSERROR),
-    case("federated --output_dir file.txt", "file.txt", wrong=OSERROR),
-    case("demo --output_dir file.txt", "file.txt", wrong=OSERROR),
-    case("plot results/done --output_dir file.txt", "file.txt", wrong=OSERROR),
+    case(f"federated --run_name {'a' * 300}", "aaa"),
+    case("federated --output_dir file.txt", "file.txt"),
+    case("demo --output_dir file.txt", "file.txt"),
+    case("plot results/done --output_dir file.txt", "file.txt"),
     case("federated --resume --run_name nowhere", "--resume: no run 'nowhere' under results"),
     case("federated --resume --output_dir void", "--resume: no unfinished federated run under void/results"),
     case("centralized --resume --run_name stopped --learning_rate 0.5", "learning_rate was 0.01 in stopped, now 0.5"),
     case("centralized --resume --run_name stopped --num_epochs 2", "num_epochs was 1 in stopped, now 2"),
-    case("centralized --resume --run_name done --num_epochs 2", "num_epochs", wrong="exit 0: is finished already"),
-    case("federated --resume --run_name stopped", "centralized", wrong="says: eval_every was 1 in stopped, now 10"),
-    case("federated --resume --run_name done", "centralized", wrong="exit 0: done is finished already"),
-    case("centralized --resume --run_name flipped", "flipped/last.json", "checksum differs"),
+    case("centralized --resume --run_name done --num_epochs 2", "num_epochs"),
+    case("federated --resume --run_name stopped", "centralized"),
+    case("federated --resume --run_name done", "centralized"),
+    case("centralized --resume --run_name flipped", "flipped/last.json", "is not what was saved (checksum)"),
     case("centralized --resume --run_name garbled", "results/garbled/config.yaml"),
-    case("centralized --resume --run_name bare", "bare/last.json", wrong="KeyError traceback: no progress in the JSON"),
+    case("centralized --resume --run_name bare", "bare/last.json"),
     # data sets
     case("federated --dataset folder --data_dir nowhere", "nowhere is not a folder", "--data_dir"),
     case("federated --dataset folder --data_dir file.txt", "file.txt is not a folder"),
@@ -384,7 +379,7 @@ SENTENCES = [
     case("plot --masks nowhere.safetensors", "mask nowhere.safetensors: no such file"),
     case("plot --masks weights.safetensors", "weights.safetensors: not a readable fedtalos mask"),
     case("plot --masks masks/m.safetensors masks/tiny.safetensors", "made for different models"),
-    case("plot done --name ..", "--name", wrong="draws outside plots/"),
+    case("plot done --name ..", "--name"),
 ]
 
 
@@ -426,20 +421,13 @@ def test_a_tracker_that_is_not_installed(tracker, capsys, monkeypatch):
     assert f"--tracker {tracker}: not installed; pip install 'fedtalos[{tracker}]'" in says
 
 
-@pytest.mark.xfail(strict=True, reason="wandb's own error goes through as a traceback, after the run is opened")
-def test_a_tracker_that_refuses(capsys, monkeypatch):
-    class UsageError(Exception):
-        pass
-
-    def init(**_options):
-        raise UsageError("No API key configured. Use `wandb login` to log in.")
-
+def test_a_tracker_without_an_account(capsys, monkeypatch):
     wandb = types.ModuleType("wandb")
-    wandb.init, wandb.__spec__ = init, ModuleSpec("wandb", None)
+    wandb.login, wandb.__spec__ = lambda prompt: False, ModuleSpec("wandb", None)
     monkeypatch.setitem(sys.modules, "wandb", wandb)
+    monkeypatch.delenv("WANDB_MODE", raising=False)
     says = sentence(spelled("federated --tracker wandb"), capsys)
-    assert "--tracker wandb" in says
-    assert "No API key configured" in says
+    assert "--tracker wandb: no account is set up; run `wandb login`, or set WANDB_MODE=offline" in says
 
 
 def test_no_preset_file(capsys, monkeypatch):
@@ -448,7 +436,6 @@ def test_no_preset_file(capsys, monkeypatch):
     assert "nowhere/presets.yaml: cannot be read" in says
 
 
-@pytest.mark.xfail(strict=True, reason="the file is judged before the flag that mends it")
 def test_a_flag_mends_what_a_file_leaves_impossible():
     config = parse(spelled("federated --config warm.yaml --num_rounds 200"))
     assert isinstance(config, FederatedConfig)
@@ -458,7 +445,7 @@ def test_a_flag_mends_what_a_file_leaves_impossible():
 @pytest.mark.parametrize(
     ("command", "said"),
     [
-        ("evaluate flipped", "checksum differs"),
+        ("evaluate flipped", "is not what was saved (checksum)"),
         ("centralized --model_size tiny --weights pretrained", "give --weights FILE or none"),
     ],
 )

@@ -40,7 +40,7 @@ def require_tracker(name: str) -> None:
     if name == "wandb" and os.environ.get("WANDB_MODE", "online") == "online":
         import wandb
 
-        if wandb.api.api_key is None:
+        if not wandb.login(prompt=False):
             raise InputError("--tracker wandb: no account is set up; run `wandb login`, or set WANDB_MODE=offline")
 
 
