@@ -11,10 +11,10 @@ from fedtalos.config_files import override
 from fedtalos.experiments import centralized, editing, federated, plots
 from fedtalos.experiments.runs import RunPaths, choose_run
 
-PUBLIC_IMAGES = 400
-DIGITS = {"dataset": "digits", "calibration_fraction": 0.1, "model_size": "micro", "image_size": 16, "patch_size": 4}
-PRETRAINING = {"weights": "none", "train_limit": PUBLIC_IMAGES, "num_epochs": 40, "batch_size": 32, "eval_every": 10}
-EDITING = {"target_sparsity": 0.9, "num_iterations": 4, "calibration_images": 128}
+PUBLIC_IMAGES = 200
+DIGITS = {"dataset": "digits", "calibration_fraction": 0.1, "model_size": "micro", "image_size": 8, "patch_size": 4}
+PRETRAINING = {"weights": "none", "train_limit": PUBLIC_IMAGES, "num_epochs": 30, "batch_size": 32, "eval_every": 10}
+EDITING = {"target_sparsity": 0.9, "num_iterations": 4}
 FEDERATION = {
     "train_skip": PUBLIC_IMAGES,
     "num_clients": 20,
