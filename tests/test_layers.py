@@ -1,4 +1,4 @@
-"""Imports point down only (docs/design.md, layers)."""
+"""Imports point down only (CONTRIBUTING.md has the layers)."""
 
 import ast
 from pathlib import Path

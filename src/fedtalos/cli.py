@@ -143,7 +143,8 @@ def run_experiment(config: RunConfig, console: Console) -> None:
             case EditingConfig():
                 summary = editing.run(config, paths, console)
     except KeyboardInterrupt:
-        say(console, f"stopped; fedtalos {config.command} --resume --run_name {paths.name} goes on")
+        place = "" if paths.root == Path() else f" --output_dir {paths.root}"
+        say(console, f"stopped; fedtalos {config.command} --resume --run_name {paths.name}{place} goes on")
         raise
     if isinstance(config, EditingConfig):
         drawn = plots.plot_masks([paths.mask], paths.plots)
