@@ -118,7 +118,7 @@ class TrainOptions(Options):
     )
     mask_mode: Literal["finetune", "prune"] = Field("finetune", description="frozen entries keep their value, or are 0")
     optimizer: Literal["sgd", "adamw"] = Field("adamw", description="update rule on each client, or of the epoch")
-    learning_rate: Annotated[float | None, unset("FLOAT", "1e-4; with a mask 3e-4; weights none 1e-3")] = Field(
+    learning_rate: Annotated[float | None, unset("FLOAT", "1e-4; with a mask or weights none 1e-3")] = Field(
         None, gt=0, description="peak; sgd takes ten times adamw's default"
     )
     momentum: float = Field(0.9, ge=0, lt=1, description="of sgd")

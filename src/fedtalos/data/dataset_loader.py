@@ -28,8 +28,8 @@ TEST_SHARE = 0.2  # of the images of a data set that comes without a test set
 class Dataset:
     """Four disjoint splits; ``fingerprint`` is the same where pixels, labels, classes and splits are.
 
-    ``calibration`` is what masks are calibrated on: held out like ``val``, so that no client's image is used and
-    validation stays blind.
+    ``calibration`` is what masks are calibrated on: held out like ``val``, so that no client's image is used
+    and validation images are not learned from.
     """
 
     name: str
