@@ -1,4 +1,4 @@
-"""Pretrained weights, from the Hugging Face hub or a file: read, checked, fitted to a model.
+"""Pretrained weights, from the Hugging Face hub (hub.py) or a file: read, checked, fitted to a model.
 
 Letters: D width, g patches a side; 1 + g² tokens, the class token first.
 """
@@ -6,7 +6,6 @@ Letters: D width, g patches a side; 1 + g² tokens, the class token first.
 import hashlib
 import json
 import math
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +17,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from fedtalos.errors import InputError
+from fedtalos.models.hub import FILES, download, hub_name
 from fedtalos.models.vision_transformer import WIDTH_DEPTH_HEADS, ModelSize, VisionTransformer
 
 Channels = tuple[float, float, float]
@@ -28,11 +28,6 @@ HALF: tuple[Channels, Channels] = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
 STATISTICS = {"imagenet": IMAGENET, "half": HALF}
 """Pixel mean and deviation by name."""
 
-_FILES = (".safetensors", ".pth", ".pt")
-_HUB_NAMES = {
-    "pretrained": {s: f"vit_{s}_patch16_224.augreg_in21k_ft_in1k" for s in ("tiny", "small", "base", "large")},
-    "dino": {s: f"vit_{s}_patch16_224.dino" for s in ("small", "base")},
-}
 _FOREIGN_PARTS = {
     "reg_token": "register tokens",
     "register_tokens": "register tokens",
@@ -76,12 +71,12 @@ def read_weights(source: str, size: ModelSize, *, normalisation: str = "auto") -
 
     Raises InputError where the source is unknown, unreachable, unreadable, not finite, or no plain timm ViT.
     """
-    if source.endswith(_FILES):
+    if source.endswith(FILES):
         path, config, label = Path(source), Path(source).with_suffix(".json"), Path(source).name
         if not path.is_file():
             raise InputError(f"--weights {source}: no such file; give an existing file, a timm model name or none")
     else:
-        path, config, label = _download(_hub_name(source, size))
+        path, config, label = download(hub_name(source, size))
     raw, metadata = _read_tensors(path)
     tensors = {name: _as_float32(label, name, tensor) for name, tensor in raw.items()}
     mean, std = STATISTICS.get(normalisation) or _statistics(label, config, metadata)
@@ -128,43 +123,6 @@ def resample_position_embedding(pos_embed: Tensor, grid: int) -> Tensor:
     square = patches.reshape(1, old, old, -1).permute(0, 3, 1, 2)  # (1, D, g, g)
     square = F.interpolate(square, size=(grid, grid), mode="bicubic", antialias=True)
     return torch.cat([class_token, square.flatten(2).transpose(1, 2)], dim=1)
-
-
-def _hub_name(source: str, size: ModelSize) -> str:
-    if source in _HUB_NAMES:
-        names = _HUB_NAMES[source]
-        if size not in names:
-            raise InputError(
-                f"--weights {source}: published for model sizes {', '.join(names)}, not for {size}; "
-                "give one of those as --model_size, or --weights none or FILE"
-            )
-        return names[size]
-    if not re.fullmatch(r"(vit|deit)_[\w.]+", source):
-        raise InputError(
-            f"--weights {source}: expected none, pretrained, dino, a timm model name such as "
-            f"vit_base_patch16_224.dino, or a file ending in {', '.join(_FILES)}"
-        )
-    return source
-
-
-def _download(name: str) -> tuple[Path, Path, str]:
-    """model.safetensors and config.json of timm/NAME in the hub's cache, and what to call them."""
-    from huggingface_hub import constants, hf_hub_download, try_to_load_from_cache
-    from huggingface_hub.utils import logging
-
-    logging.set_verbosity_error()  # its retries speak for themselves in our one sentence
-    repo = f"timm/{name}"
-    try:
-        cached = try_to_load_from_cache(repo, "model.safetensors")  # no request where an earlier run fetched it
-        weights = Path(cached if isinstance(cached, str) else hf_hub_download(repo, "model.safetensors"))
-        revision = weights.parent.name  # the cache keeps snapshots/REVISION/FILE
-        config = Path(hf_hub_download(repo, "config.json", revision=revision))
-    except Exception as error:  # httpx's, requests' and the hub's own errors share no narrower base
-        raise InputError(
-            f"--weights: {repo} could not be fetched from {constants.ENDPOINT} ({type(error).__name__}); "
-            "check the name and the connection, or give --weights FILE or none"
-        ) from error
-    return weights, config, f"hub:{repo}@{revision}"
 
 
 def _read_tensors(path: Path) -> tuple[dict[str, Tensor], Mapping[str, str]]:

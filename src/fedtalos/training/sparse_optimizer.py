@@ -4,6 +4,7 @@ A frozen entry is never written, so it keeps its bits under momentum and weight 
 moments) is held for active entries only, as vectors of length A, the True entries of one parameter.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 
-class SparseOptimizer(Optimizer):
+class SparseOptimizer(Optimizer, ABC):
     """What both rules share: the masks, and taking active entries out of a parameter and putting them back."""
 
     def __init__(self, params: Iterable[nn.Parameter], masks: Sequence[Tensor], defaults: dict[str, Any]) -> None:
@@ -52,9 +53,9 @@ class SparseOptimizer(Optimizer):
                     value[index] = active
         return loss
 
+    @abstractmethod
     def update(self, value: Tensor, gradient: Tensor, state: dict[str, Any], group: dict[str, Any]) -> None:
         """Move ``value`` (A,) in place by the rule."""
-        raise NotImplementedError
 
 
 class SparseSGD(SparseOptimizer):
