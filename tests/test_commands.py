@@ -149,6 +149,19 @@ def test_a_killed_process_leaves_a_run_that_resumes():
     same_tensors(tensors("whole"), tensors("cut"))
 
 
+def test_a_run_of_a_preset_resumes_by_the_preset(monkeypatch):
+    Path("configs").mkdir()
+    preset = "quick: {command: federated, run_name: named, output_dir: out, num_rounds: 4, num_clients: 3}"
+    Path("configs/experiment_configs.yaml").write_text(preset)
+    command = ["federated", *SCRATCH, "--preset", "quick"]
+    with monkeypatch.context() as patched:
+        interrupt_after(patched, 1)
+        with pytest.raises(SystemExit):
+            main(command)
+    main([*command, "--resume"])
+    assert Path("out/results/named/summary.yaml").exists()
+
+
 def test_finished_runs_are_left_alone(capsys):
     main([*CENTRALIZED, "--run_name", "a"])
     before = {path: path.read_bytes() for path in Path().rglob("*") if path.is_file()}

@@ -86,17 +86,21 @@ def defaults(command: str, arguments: list[str]) -> RunConfig:
     early.add_argument("--preset")
     early.add_argument("--resume", action="store_true")
     early.add_argument("--run_name", "--run-name")
-    early.add_argument("--output_dir", "--output-dir", type=Path, default=Path())
+    early.add_argument("--output_dir", "--output-dir")
     chosen, _ = early.parse_known_args(arguments)
-    config = RUN_CONFIGS[command]()
-    if chosen.resume:
-        paths = run_to_resume(chosen.output_dir, chosen.run_name, command)
-        saved = {**from_file(paths.config, command), "run_name": paths.name}
-        config = override(config, saved, str(paths.config))
+    layers: list[tuple[str, dict[str, Any]]] = []
     if chosen.config is not None:
-        config = override(config, from_file(chosen.config, command), str(chosen.config))
+        layers.append((str(chosen.config), from_file(chosen.config, command)))
     if chosen.preset is not None:
-        config = override(config, from_preset(chosen.preset, command), f"preset {chosen.preset!r}")
+        layers.append((f"preset {chosen.preset!r}", from_preset(chosen.preset, command)))
+    if chosen.resume:
+        said = {key: value for _, values in layers for key, value in values.items()}
+        root = Path(chosen.output_dir or said.get("output_dir", "."))
+        paths = run_to_resume(root, chosen.run_name or said.get("run_name"), command)
+        layers.insert(0, (str(paths.config), {**from_file(paths.config, command), "run_name": paths.name}))
+    config = RUN_CONFIGS[command]()
+    for source, values in layers:
+        config = override(config, values, source)
     return config
 
 
