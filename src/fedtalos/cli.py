@@ -1,6 +1,7 @@
 """The command line: flags over preset over file over defaults, to one experiment; bad input is one sentence, exit 2."""
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -33,7 +34,7 @@ AnyConfig = RunConfig | EvaluateConfig | PlotConfig | DemoConfig | InfoConfig
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run one command; exits with 0, 2 for bad input, 1 where training failed, 130 on Ctrl-C."""
+    """Run one command; exits with 0, 2 for bad input, 1 where training failed, 130 on Ctrl-C, 141 on a closed pipe."""
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     errors = Console(stderr=True)
     try:
@@ -41,6 +42,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except InputError as error:
         say(errors, f"fedtalos: {error}")
         sys.exit(2)
+    except BrokenPipeError:  # `fedtalos ... | head`: nobody is left to read
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)
     except OSError as error:
         say(errors, f"fedtalos: {error.filename or 'a file'}: {error.strerror or error}; check the path and its rights")
         sys.exit(2)
