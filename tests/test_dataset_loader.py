@@ -419,10 +419,11 @@ def test_a_wrong_checksum_is_refused_and_nothing_stays(server, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_server_that_is_down_is_one_sentence(server, tmp_path):
+def test_a_server_that_is_down_is_one_sentence_and_leaves_no_folder(server, tmp_path):
     server.server_close()
     with pytest.raises(InputError, match=rf"a\.tar\.gz could not be fetched from {server.url} \(no connection"):
-        fetch(server, tmp_path)
+        fetch(server, tmp_path / "new")
+    assert not (tmp_path / "new").exists()
 
 
 def test_load_dataset_downloads_where_nothing_lies(server, tmp_path, monkeypatch):

@@ -33,12 +33,15 @@ def fetch_archive(name: str, folder: Path, *, base_url: str = HOME, checksums: M
     What a broken download left in NAME.part is continued, by the retries here or by the next run.
     Raises InputError where the archive cannot be had or its checksum is not the published one.
     """
+    is_new = not folder.exists()
     pooch.get_logger().setLevel("ERROR")  # its retries speak for themselves in our one sentence
     archives = pooch.create(path=folder, base_url=base_url, registry=dict(checksums), retry_if_failed=RETRIES)
     try:
         with _progress_bar(name) as report:
             return Path(archives.fetch(name, downloader=partial(_download, report=report)))
     except (requests.RequestException, OSError, ValueError) as error:
+        if is_new and folder.is_dir() and not any(folder.iterdir()):  # pooch makes it before it asks
+            folder.rmdir()
         raise InputError(
             f"{name} could not be fetched from {base_url} ({_reason(error)}): try again where there is a network, "
             f"or put the file into {folder} by hand (another folder: --data_dir)"

@@ -1,4 +1,4 @@
-"""From a config to what every experiment starts from: device, images, model, and what of it may move."""
+"""From a config to what every experiment starts from: device, images, model and mask."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
