@@ -6,7 +6,8 @@ from typing import Any, get_args, get_origin
 
 from pydantic.fields import FieldInfo
 
-from fedtalos.config import OTHERS, RUN_CONFIGS, Options
+from fedtalos.config import RUN_CONFIGS, Options
+from fedtalos.config_tools import OTHERS
 
 INTRODUCTION = """# Every option
 

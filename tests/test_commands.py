@@ -41,6 +41,7 @@ def in_a_folder_of_its_own(request, tmp_path, monkeypatch):
     if "draws" not in request.keywords:  # figures take a second a run; one test looks at them
         monkeypatch.setattr(plots, "plot_run", lambda *_: [])
         monkeypatch.setattr(plots, "plot_masks", lambda *_: [])
+        monkeypatch.setattr(plots, "plot_iterations", lambda *_: [])
 
 
 def tensors(run: str, name: str = "last") -> dict[str, torch.Tensor]:
@@ -110,10 +111,10 @@ def test_a_resumed_run_equals_an_uninterrupted_one(command, calls, monkeypatch):
 
 
 def test_a_resumed_edit_equals_an_uninterrupted_one(monkeypatch):
-    from fedtalos.experiments import editing
+    from fedtalos.experiments import scoring
 
     main([*EDITING, "--run_name", "whole"])
-    original, seen = editing.fisher_scores, []
+    original, seen = scoring.fisher_scores, []
 
     def scores(*args, **kwargs):
         seen.append(1)
@@ -122,7 +123,7 @@ def test_a_resumed_edit_equals_an_uninterrupted_one(monkeypatch):
         return original(*args, **kwargs)
 
     with monkeypatch.context() as patched:
-        patched.setattr(editing, "fisher_scores", scores)
+        patched.setattr(scoring, "fisher_scores", scores)
         with pytest.raises(SystemExit):
             main([*EDITING, "--run_name", "cut"])
     main([*EDITING, "--run_name", "cut", "--resume"])
@@ -238,7 +239,7 @@ def test_editing_leaves_a_head_a_report_and_an_exact_mask():
     mask, facts = load_mask(edited("m", "--target_sparsity", "0.8"))
     assert facts.active == sum(int(tensor.sum()) for tensor in mask.values()) == round(0.2 * facts.eligible)
     assert load_file("masks/m.head.safetensors").keys() == {"head.weight", "head.bias"}
-    report = rows("m", "report.csv")
+    report = [row for row in rows("m", "report.csv") if row["iteration"] == "3"]
     assert sum(int(row["active"]) for row in report) == facts.active
     assert {row["kind"] for row in report} == {"q", "k", "v", "proj", "fc1", "fc2", "norms", "biases"}
     densities = [float(row["density"]) for row in rows("m", "iterations.csv")]

@@ -48,7 +48,7 @@ def test_flags_beat_the_preset_which_beats_the_file(tmp_path, monkeypatch):
     Path("f.yaml").write_text("num_clients: 3\nnum_rounds: 4\nbatch_size: 5\nnum_epochs: 6\n")
     config = parse(["federated", "--config", "f.yaml", "--preset", "p", "--num-rounds", "9"])
     assert isinstance(config, FederatedConfig)
-    assert (config.federation.num_clients, config.federation.num_rounds, config.train.batch_size) == (7, 9, 5)
+    assert (config.split.num_clients, config.federation.num_rounds, config.train.batch_size) == (7, 9, 5)
 
 
 def test_the_three_commands_of_the_design():

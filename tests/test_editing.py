@@ -3,8 +3,18 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fedtalos.parameters import named_tensors
 from fedtalos.randomness import generator
-from fedtalos.training.editing import calibrate, eligible_entries, keep_lowest, score_by_weights, soften
+from fedtalos.training.editing import (
+    Groups,
+    calibrate,
+    eligible_entries,
+    grouped,
+    keep_lowest,
+    keep_lowest_groups,
+    score_by_weights,
+    soften,
+)
 
 CRITERIA = ("lowest_magnitude", "highest_magnitude", "random")
 
@@ -116,3 +126,83 @@ def test_eligible_entries_are_those_inside_the_blocks(vit):
     assert len(masks) == 6 * 12
     inside = sum(p.numel() for name, p in vit.named_parameters() if name.startswith("blocks."))
     assert len(eligible_entries(vit)) == inside - 6 * 96
+
+
+def test_eligible_can_be_less_than_the_blocks(vit):
+    sizes = {which: len(eligible_entries(vit, which)) for which in ("blocks", "attention", "qk", "biases")}
+    width, depth = 96, 6
+    assert sizes["attention"] == depth * (4 * width**2 + 3 * width)  # the key bias is out
+    assert sizes["qk"] == depth * (2 * width**2 + width)
+    assert sizes["biases"] == depth * (2 + 1 + 4 + 1 + 2) * width  # qkv without k, proj, fc1, fc2, two norms
+    qkv = eligible_entries(vit, "qk").masks["blocks.0.attn.qkv.weight"]
+    assert bool(qkv[: 2 * width].all())
+    assert not qkv[2 * width :].any()
+
+
+def test_groups_are_rows_heads_and_tensors(vit):
+    eligible = eligible_entries(vit)
+    assert grouped(eligible, "entry", 3) is None
+    sizes = {kind: grouped(eligible, kind, 3).sizes for kind in ("row", "head", "tensor")}
+    for found in sizes.values():
+        assert int(found.sum()) == len(eligible)
+    tensor_of_q = grouped(eligible, "tensor", 3).of[eligible_position(eligible, "blocks.0.attn.qkv.weight")]
+    assert tensor_of_q.unique(return_counts=True)[1].tolist() == [96 * 96] * 3
+    head = grouped(eligible, "head", 3).of[eligible_position(eligible, "blocks.0.attn.qkv.weight")]
+    assert head.unique(return_counts=True)[1].tolist() == [32 * 96] * 9
+    row = grouped(eligible, "row", 3).of[eligible_position(eligible, "blocks.1.mlp.fc2.weight")]
+    assert row.unique(return_counts=True)[1].tolist() == [384] * 96
+    assert int((sizes["tensor"] > 0).sum()) == 6 * (12 + 2 + 1)  # q, k, v of the weight; of the bias q and v
+
+
+def eligible_position(eligible, name):
+    marks = {n: torch.full(m.shape, n == name) for n, m in eligible.masks.items()}
+    return eligible.gather(marks)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(1, 60), st.integers(1, 8), st.integers(0, 1000))
+def test_whole_groups_with_the_lowest_mean_are_kept(size, count_groups, seed):
+    rng = generator(seed, "groups")
+    of = torch.from_numpy(rng.integers(0, count_groups, size))
+    groups = Groups(of, torch.bincount(of, minlength=count_groups))
+    alive = torch.from_numpy(rng.random(count_groups) < 0.8)
+    before = alive[of]
+    if not before.any():
+        before[:] = True
+    scores = torch.from_numpy(rng.integers(0, 4, size)).float()
+    count = int(rng.integers(1, int(before.sum()) + 1))
+    kept = keep_lowest_groups(scores, before, count, groups, seed, 1)
+    assert not (kept & ~before).any()
+    chosen, left = set(of[kept].tolist()), set(of[before & ~kept].tolist())
+    assert not chosen & left
+    assert int(kept.sum()) <= count or len(chosen) == 1
+    assert chosen
+    mean = {g: float(scores[of == g].mean()) for g in chosen | left}
+    if left:
+        assert max(mean[g] for g in chosen) <= min(mean[g] for g in left)
+        lowest_left = min(left, key=lambda g: mean[g])
+        ties = [g for g in left if mean[g] == mean[lowest_left]]
+        assert int(kept.sum()) + max(int((of == g).sum()) for g in ties) > count  # no more would have fitted
+
+
+@pytest.mark.parametrize("granularity", ["row", "head", "tensor"])
+@pytest.mark.parametrize("criterion", CRITERIA)
+def test_rounds_with_groups_are_monotone_and_near_the_density(vit, criterion, granularity):
+    eligible = eligible_entries(vit)
+    groups = grouped(eligible, granularity, 3)
+    scores = score_by_weights(criterion, vit, eligible, 0, groups)
+    before = torch.ones(len(eligible), dtype=torch.bool)
+    for iteration in calibrate(lambda n, k: scores, eligible, density=0.2, iterations=3, seed=0, groups=groups):
+        assert not (iteration.kept & ~before).any()
+        before = iteration.kept
+        for group in groups.of.unique()[:50]:
+            assert len(before[groups.of == group].unique()) == 1
+    largest = float(groups.sizes.max()) / len(eligible)
+    assert 0.2 - largest < iteration.density <= 0.2
+
+
+def test_scores_of_weights_are_magnitudes(vit):
+    eligible = eligible_entries(vit)
+    magnitude = eligible.gather(named_tensors(vit)).abs()
+    assert torch.equal(score_by_weights("lowest_magnitude", vit, eligible, 0), magnitude)
+    assert torch.equal(score_by_weights("highest_magnitude", vit, eligible, 0), -magnitude)

@@ -11,20 +11,9 @@ import tyro
 import yaml
 from rich.console import Console
 
-from fedtalos.config import (
-    OTHERS,
-    RUN_CONFIGS,
-    CentralizedConfig,
-    DemoConfig,
-    EditingConfig,
-    EvaluateConfig,
-    FederatedConfig,
-    InfoConfig,
-    PlotConfig,
-    RunConfig,
-    check_together,
-)
+from fedtalos.config import RUN_CONFIGS, CentralizedConfig, EditingConfig, FederatedConfig, RunConfig, check_together
 from fedtalos.config_files import from_file, from_preset, nearest, override
+from fedtalos.config_tools import OTHERS, DemoConfig, EvaluateConfig, InfoConfig, PlotConfig
 from fedtalos.errors import InputError
 from fedtalos.experiments.runs import choose_run, run_to_resume
 from fedtalos.recorder import require_tracker
@@ -155,7 +144,7 @@ def run_experiment(config: RunConfig, console: Console) -> None:
         say(console, f"stopped; fedtalos {config.command} --resume --run_name {paths.name}{place} goes on")
         raise
     if isinstance(config, EditingConfig):
-        drawn = plots.plot_masks([paths.mask], paths.plots)
+        drawn = plots.plot_masks([paths.mask], paths.plots) + plots.plot_iterations(paths.results, paths.plots)
     else:
         drawn = plots.plot_run(paths.results, paths.plots)
     say(console, yaml.safe_dump(summary, sort_keys=False).rstrip())

@@ -4,16 +4,28 @@ Groups below become the groups of the help; flags and YAML keys are the flat fie
 """
 
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self, get_args
 
 import tyro
-from pydantic import BaseModel, ConfigDict, Field, ModelWrapValidatorHandler, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ModelWrapValidatorHandler,
+    ValidationError,
+    model_validator,
+)
 
 from fedtalos.data.batches import Augmentation
 from fedtalos.data.dataset_loader import DatasetName
 from fedtalos.errors import InputError
+from fedtalos.masks import JoinRule
 from fedtalos.models.vision_transformer import ModelSize
-from fedtalos.training.editing import Criterion
+from fedtalos.training.editing import Criterion, Eligible, Granularity
+from fedtalos.training.fisher import FisherMode
+
+LOOKS_AT_IMAGES: tuple[Criterion, ...] = ("least_sensitive", "most_sensitive")
 
 
 def unset(metavar: str, default: str) -> object:
@@ -30,7 +42,8 @@ class Options(BaseModel):
     @classmethod
     def _one_sentence(cls, values: Any, handler: ModelWrapValidatorHandler[Self]) -> Self:
         for name, value in values.items() if isinstance(values, dict) else ():
-            if isinstance(value, bool) and name in cls.model_fields and cls.model_fields[name].annotation is not bool:
+            expected = cls.model_fields[name].annotation if name in cls.model_fields else bool
+            if isinstance(value, bool) and expected is not bool and str(value).lower() not in get_args(expected):
                 raise InputError(f"{name}: expected no yes or no, got {str(value).lower()}")  # True would count as 1
         try:
             return handler(values)
@@ -116,6 +129,7 @@ class TrainOptions(Options):
     mask: Annotated[Path | None, unset("FILE", "none")] = Field(
         None, description="only its True entries move (and a new head)"
     )
+    force_mask: bool = Field(False, description="use a mask that was made on other weights, too")
     mask_mode: Literal["finetune", "prune"] = Field("finetune", description="frozen entries keep their value, or are 0")
     optimizer: Literal["sgd", "adamw"] = Field("adamw", description="update rule on each client, or of the epoch")
     learning_rate: Annotated[float | None, unset("FLOAT", "1e-4; with a mask or weights none 1e-3")] = Field(
@@ -135,20 +149,25 @@ class TrainOptions(Options):
     )
 
 
-class FederationOptions(Options):
-    """Clients and rounds."""
+class SplitOptions(Options):
+    """Who holds which training images."""
 
     num_clients: int = Field(100, ge=1, description="K, clients that hold the training images")
+    partition: Literal["iid", "label_skew", "dirichlet", "quantity"] = Field("iid", description="how images are split")
+    classes_per_client: int = Field(5, ge=1, description="Nc, of label_skew")
+    alpha: float = Field(0.3, gt=0, description="concentration of dirichlet and quantity; smaller: more skew")
+    min_client_size: int = Field(10, ge=1, description="fewest images of a client under dirichlet and quantity")
+
+
+class FederationOptions(Options):
+    """Rounds."""
+
     num_rounds: int = Field(100, ge=1, description="aggregations")
     client_fraction: float = Field(0.1, gt=0, le=1, description="C, share of clients sampled each round")
     local_steps: int = Field(4, ge=1, description="J, optimiser steps per client and round")
     local_epochs: Annotated[int | None, unset("N", "none")] = Field(
         None, ge=1, description="passes over the client's images, instead of local_steps"
     )
-    partition: Literal["iid", "label_skew", "dirichlet", "quantity"] = Field("iid", description="how images are split")
-    classes_per_client: int = Field(5, ge=1, description="Nc, of label_skew")
-    alpha: float = Field(0.3, gt=0, description="concentration of dirichlet and quantity; smaller: more skew")
-    min_client_size: int = Field(10, ge=1, description="fewest images of a client under dirichlet and quantity")
 
 
 class EditingOptions(Options):
@@ -160,9 +179,27 @@ class EditingOptions(Options):
     target_sparsity: float = Field(0.9, ge=0, lt=1, description="share of eligible entries that stay frozen")
     num_iterations: int = Field(4, ge=1, description="R, rounds of scoring and excluding")
     criterion: Criterion = Field("least_sensitive", description="which entries may move")
+    eligible: Eligible = Field("blocks", description="entries to choose from: all in the blocks, or only these")
+    granularity: Granularity = Field("entry", description="what stays or goes together; coarser saves more time")
     soft_zero: float = Field(0.01, gt=0, le=1, description="factor on excluded entries while scoring (never 0)")
-    calibration_images: int = Field(640, ge=1, description="at most this many images of the calibration split scored")
-    fisher_chunk: int = Field(8, ge=1, description="examples per backward pass of the scores")
+    fisher: Annotated[FisherMode, BeforeValidator(lambda value: "true" if value is True else value)] = Field(  # YAML
+        "true", description="labels: drawn, all by probability, as given; batch: a common error, to compare"
+    )
+    fisher_samples: int = Field(1, ge=1, description="labels drawn per image, of true")
+    fisher_chunk: Annotated[int | None, unset("N", "as fits; at most 16 on cpu")] = Field(
+        None, ge=1, description="examples per backward pass of the scores"
+    )
+    calibration_images: int = Field(
+        640, ge=1, description="at most about this many images scored per iteration, in all"
+    )
+    calibration: Literal["central", "federated"] = Field(
+        "central", description="the calibration split, or every client's own training images"
+    )
+    merge: Literal["scores"] | JoinRule = Field(
+        "scores", description="federated: the server adds scores, or joins masks that clients made alone"
+    )
+    quorum: float = Field(0.5, gt=0, le=1, description="share of clients that must let an entry move, of merge vote")
+    personal_masks: bool = Field(False, description="also write every client's own mask, under masks/RUN/")
 
 
 class Config(Options):
@@ -190,6 +227,7 @@ class FederatedConfig(Config):
     command: ClassVar[str] = "federated"
 
     train: TrainOptions = TrainOptions()
+    split: SplitOptions = SplitOptions()
     federation: FederationOptions = FederationOptions()
 
 
@@ -199,57 +237,13 @@ class EditingConfig(Config):
     command: ClassVar[str] = "editing"
 
     editing: EditingOptions = EditingOptions()
-
-
-class EvaluateConfig(Options):
-    """Loss and accuracy of a checkpoint on a split."""
-
-    command: ClassVar[str] = "evaluate"
-
-    checkpoint: Annotated[Path, tyro.conf.Positional] = Field(description="run name, or a file under checkpoints/")
-    split: Literal["train", "val", "test"] = Field("test", description="which images")
-    which: Literal["best", "last"] = Field("last", description="which checkpoint of a run")
-    output_dir: Path = Field(Path(), description="holds results/ and checkpoints/")
-    data_dir: Annotated[Path | None, unset("PATH", "where the run had it")] = Field(
-        None, description="where the data set is"
-    )
-    device: Literal["auto", "mps", "cuda", "cpu"] = Field("auto", description="auto: mps, then cuda, then cpu")
-
-
-class PlotConfig(Options):
-    """Draw the figures of one run, or of several compared, and of masks."""
-
-    command: ClassVar[str] = "plot"
-
-    runs: Annotated[tuple[Path, ...], tyro.conf.Positional] = Field((), description="run names or results/ folders")
-    masks: tuple[Path, ...] = Field((), description="mask files")
-    name: Annotated[str | None, unset("NAME", "the run's, or comparison, or masks")] = Field(
-        None, description="folder under plots/"
-    )
-    output_dir: Path = Field(Path(), description="holds results/ and plots/")
-
-
-class DemoConfig(Options):
-    """Two minutes on embedded digits: pretrain, edit, federate dense and sparse."""
-
-    command: ClassVar[str] = "demo"
-
-    seed: int = Field(0, ge=0, description="source of every random draw")
-    device: Literal["auto", "mps", "cuda", "cpu"] = Field("cpu", description="auto: mps, then cuda, then cpu")
-    output_dir: Path = Field(Path(), description="holds results/ checkpoints/ masks/ plots/")
-
-
-class InfoConfig(Options):
-    """What is here: devices, memory, versions, data and weights."""
-
-    command: ClassVar[str] = "info"
-
-    data_dir: Path = Field(Path("data"), description="where data sets are looked for")
+    split: SplitOptions = SplitOptions()
 
 
 def check_together(config: "RunConfig") -> None:
     """InputError where options contradict each other; asked once all of them are in."""
     if isinstance(config, EditingConfig):
+        _check_editing(config.editing)
         return
     total = config.num_epochs if isinstance(config, CentralizedConfig) else config.federation.num_rounds
     if config.train.warmup >= total:
@@ -260,6 +254,18 @@ def check_together(config: "RunConfig") -> None:
         raise InputError(f"--trainable {config.train.trainable} and --mask both say what may move; give one of them")
 
 
+def _check_editing(options: EditingOptions) -> None:
+    if options.criterion not in LOOKS_AT_IMAGES and options.calibration == "federated":
+        raise InputError(f"--calibration federated: {options.criterion} looks at no images; leave it out")
+    if options.merge != "scores" and options.calibration == "central":
+        raise InputError(f"--merge {options.merge}: joins masks of clients; give --calibration federated too")
+    if options.personal_masks and options.merge == "scores":
+        raise InputError("--personal_masks: clients make masks of their own only with --merge union, vote or the like")
+    if options.fisher_samples > 1 and options.fisher != "true":
+        raise InputError(
+            f"--fisher_samples {options.fisher_samples}: --fisher {options.fisher} draws one label or none"
+        )
+
+
 RunConfig = CentralizedConfig | FederatedConfig | EditingConfig
 RUN_CONFIGS: dict[str, type[RunConfig]] = {c.command: c for c in (CentralizedConfig, FederatedConfig, EditingConfig)}
-OTHERS = (EvaluateConfig, PlotConfig, DemoConfig, InfoConfig)

@@ -1,5 +1,6 @@
 """Which device a run computes on, and in which precision."""
 
+import psutil
 import torch
 
 from fedtalos.errors import InputError
@@ -27,3 +28,14 @@ def choose_precision(name: str, device: torch.device) -> Precision:
     except RuntimeError as error:
         raise InputError(f"--precision {name}: not supported on {device.type}; use fp32") from error
     return "bf16" if name == "bf16" else "fp32"
+
+
+def total_memory(device: torch.device) -> int:
+    """Bytes of memory that the device has (of mps: that it advises to use)."""
+    match device.type:
+        case "cuda":
+            return int(torch.cuda.get_device_properties(device).total_memory)
+        case "mps":
+            return int(torch.mps.recommended_max_memory())
+        case _:
+            return int(psutil.virtual_memory().total)

@@ -1,13 +1,15 @@
 """What a run shows while it runs: a live line on a terminal, plain lines elsewhere."""
 
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from types import TracebackType
 from typing import Self, TypeVar
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.table import Table
 
+from fedtalos.masks import KINDS, DensityRow
 from fedtalos.metrics import Metrics
 
 T = TypeVar("T")
@@ -69,3 +71,20 @@ class Display:
             seconds = time.perf_counter() - self._start
             left = seconds / (number - self._first) * (self._total - number)
             self._console.print(f"{name}: {figures}; ETA {left:.0f} s", highlight=False, soft_wrap=True)
+
+
+def density_report(rows: Sequence[DensityRow]) -> Table:
+    """Per cent of entries that may move, by block and kind, and over all blocks."""
+    kinds = [kind for kind in KINDS if any(row.kind == kind for row in rows)]
+    table = Table(title="Entries that may move (%)", title_justify="left")
+    table.add_column("block", justify="right")
+    for kind in kinds:
+        table.add_column(kind, justify="right")
+    for block in sorted({row.block for row in rows}):
+        by_kind = {row.kind: f"{100 * row.density:.1f}" for row in rows if row.block == block}
+        table.add_row(str(block), *(by_kind.get(kind, "") for kind in kinds))
+    table.add_section()
+    overall = [[row for row in rows if row.kind == kind] for kind in kinds]
+    shares = [100 * sum(r.active for r in same) / sum(r.entries for r in same) for same in overall]
+    table.add_row("all", *(f"{share:.1f}" for share in shares))
+    return table

@@ -7,7 +7,7 @@ Figures are made as objects: no pyplot, no global settings. Importing this modul
 import io
 import math
 import textwrap
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -142,6 +142,28 @@ def density(rows: Sequence[DensityRow], title: str) -> Figure:
     _annotate(axes, image, shares, "{:.1f}")
     figure.colorbar(image, ax=axes, label="entries that may move (%)", pad=0.02)
     axes.set_title(title, parse_math=False)
+    return figure
+
+
+def iterations(report: Mapping[int, Sequence[DensityRow]], name: str) -> Figure:
+    """Share of entries that may move after each iteration, by kind of tensor, from the iterations' density rows."""
+    figure = _figure(3.8)
+    axes = figure.subplots()
+    numbers = [0, *report]
+
+    def shares(*kinds: str) -> list[float]:
+        chosen = [[row for row in rows if row.kind in kinds] for rows in report.values()]
+        return [100.0, *(100 * sum(r.active for r in rows) / sum(r.entries for r in rows) for rows in chosen)]
+
+    kinds = [kind for kind in KINDS if any(row.kind == kind for rows in report.values() for row in rows)]
+    for kind, colour in zip(kinds, (*COLOURS, _GREY), strict=False):
+        axes.plot(numbers, shares(kind), color=colour, marker="o", markersize=4, label=kind)
+    axes.plot(numbers, shares(*kinds), color=_GREY, linestyle="--", linewidth=1, label="all")
+    axes.set(xlabel="iteration", ylabel="entries that may move (%)", ylim=(0, None))
+    axes.xaxis.set_major_locator(_whole_numbers(10))
+    _plain(axes)
+    figure.legend(loc="outside right center", frameon=False)
+    axes.set_title(f"What each iteration lets move\n{name}", parse_math=False)
     return figure
 
 

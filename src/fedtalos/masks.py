@@ -2,9 +2,11 @@
 
 import hashlib
 import json
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -20,6 +22,9 @@ from fedtalos.files import write_atomic
 Mask = dict[str, Tensor]
 """Tensor name -> bool tensor of the parameter's shape; True = may move."""
 
+JoinRule = Literal["union", "intersection", "majority", "vote"]
+
+FORMAT = 2
 KINDS = ("q", "k", "v", "proj", "fc1", "fc2", "norms", "biases")
 _HEADER = "fedtalos_mask"
 
@@ -29,21 +34,27 @@ class MaskFacts(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    format: int = 1
+    format: int = FORMAT
     version: str
     criterion: str
-    fisher: str
+    fisher: str  # the mode, or none
+    fisher_samples: int  # labels drawn per image and iteration
     iterations: int
-    target_density: float
+    granularity: str
+    eligible_in: str
     eligible: int
     active: int
+    target_density: float
     soft_zero: float
+    calibration: str
+    clients: int
     calibration_images: int
     seed: int
     model: dict[str, str | int]
     weights: str
     data: str
     head: str
+    made_from: tuple[str, ...] = ()  # fingerprints of the masks that it joins
 
     @property
     def density(self) -> float:
@@ -71,6 +82,8 @@ def load_mask(path: Path) -> tuple[Mask, MaskFacts]:
         bits = load_safetensors(content)
         length = int.from_bytes(content[:8], "little")
         header = json.loads(json.loads(content[8 : 8 + length])["__metadata__"][_HEADER])
+        if (made_in := header["facts"]["format"]) != FORMAT:
+            raise InputError(f"mask {path}: format {made_in}, this version reads {FORMAT}; make it anew")
         shapes: dict[str, list[int]] = header["shapes"]
         facts = MaskFacts(**header["facts"])
         mask = {
@@ -87,23 +100,34 @@ def load_mask(path: Path) -> tuple[Mask, MaskFacts]:
 
 
 def check_mask(
-    path: Path, mask: Mask, facts: MaskFacts, model: nn.Module, architecture: Mapping[str, str | int]
+    path: Path,
+    mask: Mask,
+    facts: MaskFacts,
+    model: nn.Module,
+    *,
+    architecture: Mapping[str, str | int],
+    weights: str,
+    force: bool,
 ) -> None:
-    """Refuse a mask made for another model: size, patch, tensor names and shapes are compared."""
-    for key in ("size", "patch_size"):
-        if facts.model.get(key) != architecture[key]:
-            raise InputError(
-                f"mask {path}: made for {key} {facts.model.get(key)}, this model has {architecture[key]}; "
-                "give the model that the mask was made for, or make a mask for this one"
-            )
+    """Refuse a mask made for another model or other weights, saying what differs.
+
+    ``force`` takes every mask that fits in names and shapes.
+    """
+    pairs = {key: (facts.model.get(key), architecture[key]) for key in ("size", "patch_size")}
+    pairs["weights"] = (facts.weights[:16], weights[:16])
+    differs = ", ".join(f"{what} {there} (here {here})" for what, (there, here) in pairs.items() if there != here)
     shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
     for name, tensor in mask.items():
-        found = shapes.get(name, "no such tensor")
-        if found != tuple(tensor.shape):
+        if (found := shapes.get(name, "no such tensor")) != tuple(tensor.shape):
             raise InputError(
-                f"mask {path}: {name} has shape {tuple(tensor.shape)}, this model has {found}; "
-                "make a mask for this model with `fedtalos editing`"
+                f"mask {path}: made for {differs or 'another model'}: {name} has shape {tuple(tensor.shape)}, this "
+                f"model has {found}; give the model that it was made for, or make one for this with `fedtalos editing`"
             )
+    if differs and not force:
+        raise InputError(
+            f"mask {path}: made for {differs}; give what it was made for, make a mask for this with "
+            "`fedtalos editing`, or add --force_mask"
+        )
 
 
 def fingerprint(mask: Mask) -> str:
@@ -154,8 +178,24 @@ def _kinds(layer: str, tensor: Tensor) -> list[tuple[str, Tensor]]:
 
 def overlap(first: Mask, second: Mask) -> float:
     """Intersection over union of two masks' True entries (1 where both are empty)."""
-    if {n: t.shape for n, t in first.items()} != {n: t.shape for n, t in second.items()}:
-        raise InputError("masks: made for different models, so their overlap has no meaning")
+    check_same_tensors([first, second])
     both = sum(int((first[name] & second[name]).sum()) for name in first)
     either = sum(int((first[name] | second[name]).sum()) for name in first)
     return both / either if either else 1.0
+
+
+def check_same_tensors(masks: Sequence[Mask]) -> None:
+    """InputError where masks do not speak of the same tensors."""
+    shapes = [{name: tensor.shape for name, tensor in mask.items()} for mask in masks]
+    if any(shape != shapes[0] for shape in shapes):
+        raise InputError("masks: made for different models or eligible tensors, so they cannot be compared or joined")
+
+
+def votes_needed(rule: JoinRule, masks: int, quorum: float) -> int:
+    """How many of so many masks must let an entry move for the joined mask to let it."""
+    return {
+        "union": 1,
+        "intersection": masks,
+        "majority": masks // 2 + 1,
+        "vote": max(1, math.ceil(quorum * masks - 1e-9)),  # 0.7 x 10 is a little above 7
+    }[rule]

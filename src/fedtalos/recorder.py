@@ -104,6 +104,15 @@ def write_yaml(path: Path, content: Mapping[str, Any]) -> None:
     write_atomic(path, yaml.safe_dump(dict(content), sort_keys=False, allow_unicode=True))
 
 
+def write_csv(path: Path, rows: list[dict[str, Any]]) -> None:
+    """One line per row, under the first row's keys."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, rows[0].keys(), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    write_atomic(path, text.getvalue())
+
+
 class Recorder:
     """Writes one run's rows as they come; ``step_name`` ("round" or "epoch") is the first column's name."""
 

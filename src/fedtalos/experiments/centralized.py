@@ -23,7 +23,7 @@ from fedtalos.training.fedavg import Round
 def run(config: CentralizedConfig, paths: RunPaths, console: Console) -> dict[str, Any]:
     """Train for ``num_epochs`` epochs; returns the summary."""
     config, setup = prepare(config)
-    entries = moving_entries(setup, config.train, console)
+    entries = moving_entries(setup, config.train)
     open_run(config, paths, setup.inputs())
     images = setup.dataset.train
     optimizer = optimizer_for(setup, entries, config.train)

@@ -6,8 +6,9 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from fedtalos.config import CentralizedConfig, DemoConfig, EditingConfig, FederatedConfig
+from fedtalos.config import CentralizedConfig, EditingConfig, FederatedConfig
 from fedtalos.config_files import override
+from fedtalos.config_tools import DemoConfig
 from fedtalos.experiments import centralized, editing, federated, plots
 from fedtalos.experiments.runs import RunPaths, choose_run
 

@@ -1,150 +1,50 @@
-"""Make a TaLoS mask: score weights on calibration images, keep the least sensitive."""
+"""Make a TaLoS mask: score weights on held-out images, or on clients' own, and keep the least sensitive."""
 
-import csv
-import io
 import time
-from collections.abc import Callable
-from dataclasses import asdict
-from pathlib import Path
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 from rich.console import Console
-from rich.table import Table
 from torch import Tensor
 
 from fedtalos import __version__
 from fedtalos.checkpoint import load_checkpoint, save_checkpoint
-from fedtalos.config import EditingConfig
-from fedtalos.data.batches import evaluation_batches, steps_per_epoch
-from fedtalos.data.images import LabelledImages
-from fedtalos.display import Display
+from fedtalos.config import LOOKS_AT_IMAGES, EditingConfig
+from fedtalos.display import Display, density_report
 from fedtalos.errors import InputError
+from fedtalos.experiments.clients import Clients, fit_ridge_head, split, write_split
 from fedtalos.experiments.runs import RunPaths, open_run
+from fedtalos.experiments.scoring import Holder, Score, chunk_that_fits, fisher_name, image_holders, scorer
 from fedtalos.experiments.setup import Setup, prepare
-from fedtalos.files import write_atomic
 from fedtalos.head import save_head
-from fedtalos.masks import KINDS, DensityRow, MaskFacts, density_table, save_mask
+from fedtalos.masks import Mask, MaskFacts, density_table, save_mask, votes_needed
+from fedtalos.models.vision_transformer import WIDTH_DEPTH_HEADS
 from fedtalos.parameters import Entries
-from fedtalos.randomness import generator
-from fedtalos.recorder import write_yaml
-from fedtalos.training.editing import calibrate, eligible_entries, score_by_weights, soften
-from fedtalos.training.fisher import fisher_scores
+from fedtalos.recorder import write_csv, write_yaml
+from fedtalos.training.editing import Groups, Iteration, calibrate, eligible_entries, grouped
+from fedtalos.training.fisher import Scored
 
-LOOKS_AT_IMAGES = ("least_sensitive", "most_sensitive")
+Rows = list[dict[str, Any]]
 
 
 def run(config: EditingConfig, paths: RunPaths, console: Console) -> dict[str, Any]:
     """Write masks/RUN.safetensors, beside it a head that had to be fitted, and a report; returns the summary."""
     config, setup = prepare(config)
-    options = config.editing
-    if setup.head == "random" and options.criterion in LOOKS_AT_IMAGES:
-        raise InputError(
-            f"--head random: {options.criterion} scores through an untrained head would mean nothing; "
-            "use --head ridge, a head file, or --checkpoint"
-        )
-    calibration = setup.dataset.calibration
-    if len(calibration) == 0 and (setup.head == "ridge" or options.criterion in LOOKS_AT_IMAGES):
-        raise InputError("the calibration split is empty; raise --calibration_fraction, or add images")
-    eligible = eligible_entries(setup.model)
-    if round((1 - options.target_sparsity) * len(eligible)) == 0:
-        raise InputError(f"--target_sparsity {options.target_sparsity}: leaves none of {len(eligible)} entries to move")
+    config, eligible, clients = check(config, setup)
     open_run(config, paths, setup.inputs())
-    if setup.head == "ridge":
-        setup.fit_head(setup.head_sums(calibration))
-        save_head(paths.head, setup.model)
-    order = generator(config.run.seed, "scored").permutation(len(calibration))
-    drawn = torch.from_numpy(order[: options.calibration_images])
-    kept, rows = iterations_done(paths, eligible)
-    with Display(console, "iteration", options.num_iterations, len(rows)) as display:
-        before, start = rows[-1]["seconds"] if rows else 0.0, time.perf_counter()
-        for iteration in calibrate(
-            scorer(setup, eligible, calibration.subset(drawn), config, display),
-            eligible,
-            density=1 - options.target_sparsity,
-            iterations=options.num_iterations,
-            seed=config.run.seed,
-            start=(len(rows), kept),
-        ):
-            kept = iteration.kept
-            seconds = round(before + time.perf_counter() - start, 2)
-            figures = {"iteration": iteration.number, "active": int(kept.sum()), "density": iteration.density}
-            rows.append({**figures, "seconds": seconds})
-            save_checkpoint(paths.checkpoints, "last", iteration.number, {"kept": kept}, {"iterations": rows})
-            display.show(iteration.number, f"{100 * iteration.density:.1f} % of {len(eligible)} may move")
-    return write_results(config, paths, setup, eligible, kept, rows, console)
-
-
-def scorer(
-    setup: Setup, eligible: Entries, images: LabelledImages, config: EditingConfig, display: Display
-) -> Callable[[int, Tensor], Tensor]:
-    """(iteration, kept) -> scores (E,), low = keep, by the rule that the config names."""
-    options, seed, model = config.editing, config.run.seed, setup.model
-    batch_size = setup.eval_batch_size
-    steps = steps_per_epoch(len(images), batch_size)
-
-    def fisher(number: int, kept: Tensor) -> Tensor:
-        uniforms = torch.from_numpy(generator(seed, "labels", number).random(len(images)))
-        batches = evaluation_batches(images, setup.view, batch_size)
-        drawn = ((pixels, u) for (pixels, _), u in zip(batches, uniforms.split(batch_size), strict=True))
-        weights = soften(model, eligible, kept, options.soft_zero)
-        watched = display.watch(drawn, 1 / steps)
-        scores = fisher_scores(model, watched, eligible.masks, weights, chunk=options.fisher_chunk)
-        return eligible.gather(scores)
-
-    match options.criterion:
-        case "least_sensitive":
-            return fisher
-        case "most_sensitive":
-            return lambda number, kept: -fisher(number, kept)
-        case rule:
-            scores = score_by_weights(rule, model, eligible, seed)
-            return lambda _number, _kept: scores
-
-
-def iterations_done(paths: RunPaths, eligible: Entries) -> tuple[Tensor, list[dict[str, Any]]]:
-    """Entries kept so far (E,), and a row for every iteration done."""
-    path = paths.checkpoints / "last.json"
-    if not path.exists():
-        return torch.ones(len(eligible), dtype=torch.bool, device=eligible.device), []
-    checkpoint = load_checkpoint(path)
-    return checkpoint.tensors["kept"].to(eligible.device), checkpoint.facts["iterations"]
-
-
-def write_results(
-    config: EditingConfig,
-    paths: RunPaths,
-    setup: Setup,
-    eligible: Entries,
-    kept: Tensor,
-    rows: list[dict[str, Any]],
-    console: Console,
-) -> dict[str, Any]:
-    """The mask file, report.csv, iterations.csv and the summary; the report goes to the console too."""
-    options = config.editing
-    scored = options.criterion in LOOKS_AT_IMAGES
-    facts = MaskFacts(
-        version=__version__,
-        criterion=options.criterion,
-        fisher="true, one drawn label per example" if scored else "none",
-        iterations=options.num_iterations,
-        target_density=1 - options.target_sparsity,
-        eligible=len(eligible),
-        active=int(kept.sum()),
-        soft_zero=options.soft_zero,
-        calibration_images=min(options.calibration_images, len(setup.dataset.calibration)) if scored else 0,
-        seed=config.run.seed,
-        model=setup.model.architecture.as_dict(),
-        weights=setup.weights,
-        data=setup.dataset.fingerprint,
-        head=setup.head,
-    )
-    mask = {name: tensor.cpu() for name, tensor in eligible.unflatten(kept).items()}
+    if clients:
+        write_split(paths, setup, config.split, clients)
+    sent = fit_head(setup, paths, clients)
+    groups = grouped(eligible, config.editing.granularity, WIDTH_DEPTH_HEADS[setup.model.architecture.size][2])
+    edit = Edit(config, paths, setup, eligible, groups, image_holders(setup, config, clients), *sent)
+    kept, rows, report = edit.one_mask(console) if config.editing.merge == "scores" else edit.joined_mask(console)
+    mask, facts = edit.mask(kept), edit.facts(int(kept.sum()), edit.holders)
     save_mask(paths.mask, mask, facts)
-    table = density_table(mask)
-    console.print(density_report(table))
-    write_csv(paths.results / "report.csv", [asdict(row) for row in table])
-    write_csv(paths.results / "iterations.csv", rows)
+    console.print(density_report(density_table(mask)))
+    write_csv(paths.results / f"{next(iter(rows[0]))}s.csv", rows)  # iterations.csv or clients.csv
+    write_csv(paths.results / "report.csv", report)
     summary = {
         "command": config.command,
         "mask": str(paths.mask),
@@ -152,32 +52,187 @@ def write_results(
         "eligible": facts.eligible,
         "active": facts.active,
         "density": facts.density,
+        **({"megabytes_sent": {way: rows[-1][f"bytes_{way}"] / 1e6 for way in ("down", "up")}} if clients else {}),
         "seconds": rows[-1]["seconds"],
     }
     write_yaml(paths.results / "summary.yaml", summary)
     return summary
 
 
-def write_csv(path: Path, rows: list[dict[str, Any]]) -> None:
-    """One line per row, under the first row's keys."""
-    text = io.StringIO()
-    writer = csv.DictWriter(text, rows[0].keys(), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    write_atomic(path, text.getvalue())
+def check(config: EditingConfig, setup: Setup) -> tuple[EditingConfig, Entries, Clients]:
+    """The config with its chunk settled, the eligible entries, and the clients, if it is they who score.
+
+    Raises InputError where no mask can come of it.
+    """
+    options = config.editing
+    scored = options.criterion in LOOKS_AT_IMAGES
+    if setup.head == "random" and scored:
+        raise InputError(
+            f"--head random: {options.criterion} scores through an untrained head would mean nothing; "
+            "use --head ridge, a head file, or --checkpoint"
+        )
+    clients = split(setup, config.split, config.run.seed) if options.calibration == "federated" else []
+    if not clients and len(setup.dataset.calibration) == 0 and (setup.head == "ridge" or scored):
+        raise InputError("the calibration split is empty; raise --calibration_fraction, or add images")
+    eligible = eligible_entries(setup.model, options.eligible)
+    if round((1 - options.target_sparsity) * len(eligible)) == 0:
+        raise InputError(f"--target_sparsity {options.target_sparsity}: leaves none of {len(eligible)} entries to move")
+    chunk = options.fisher_chunk or (chunk_that_fits(setup) if scored else None)
+    return (
+        config.model_copy(update={"editing": options.model_copy(update={"fisher_chunk": chunk})}),
+        eligible,
+        clients,
+    )
 
 
-def density_report(rows: list[DensityRow]) -> Table:
-    """Per cent of entries that may move, by block and kind, and over all blocks."""
-    table = Table(title="Entries that may move (%)", title_justify="left")
-    table.add_column("block", justify="right")
-    for kind in KINDS:
-        table.add_column(kind, justify="right")
-    for block in sorted({row.block for row in rows}):
-        by_kind = {row.kind: 100 * row.density for row in rows if row.block == block}
-        table.add_row(str(block), *(f"{by_kind[kind]:.1f}" for kind in KINDS))
-    table.add_section()
-    overall = [[row for row in rows if row.kind == kind] for kind in KINDS]
-    shares = [100 * sum(r.active for r in same) / sum(r.entries for r in same) for same in overall]
-    table.add_row("all", *(f"{share:.1f}" for share in shares))
-    return table
+def fit_head(setup: Setup, paths: RunPaths, clients: Clients) -> tuple[int, int]:
+    """Fit and write a ridge head where one is wanted; returns the bytes that clients got and sent for it."""
+    if setup.head != "ridge":
+        return 0, 0
+    if clients:
+        up = fit_ridge_head(setup, clients)
+    else:
+        up = 0
+        setup.fit_head(setup.head_sums(setup.dataset.calibration))
+    save_head(paths.head, setup.model)
+    return len(clients) * sum(parameter.nbytes for parameter in setup.model.head.parameters()), up
+
+
+@dataclass(frozen=True)
+class Edit:
+    """What the two ways to a mask share: one refined by everyone's scores, or many that clients made alone, joined."""
+
+    config: EditingConfig
+    paths: RunPaths
+    setup: Setup
+    eligible: Entries
+    groups: Groups | None
+    holders: list[Holder]
+    head_bytes_down: int
+    head_bytes_up: int
+
+    def one_mask(self, console: Console) -> tuple[Tensor, Rows, Rows]:
+        """Holders send scores, the server adds them, ranks, and sends back what stays, R times.
+
+        Returns the entries kept (E,), a row per iteration, and each iteration's density by block and kind.
+        """
+        kept, rows, report = self._saved(torch.ones(len(self.eligible), dtype=torch.bool))
+        clients = len(self.holders) if self.config.editing.calibration == "federated" else 0
+        with Display(console, "iteration", self.config.editing.num_iterations, len(rows)) as display:
+            score = scorer(self.setup, self.eligible, self.groups, self.config, display.watch)
+            clock = Clock(rows)
+            for iteration in self._calibrate(score, self.holders, (len(rows), kept)):
+                kept, number = iteration.kept, iteration.number
+                figures = {"iteration": number, "active": int(kept.sum()), "density": iteration.density}
+                down = self.head_bytes_down + clients * (number - 1) * self._bits  # what stays, after each but the last
+                up = self.head_bytes_up + clients * number * len(self.eligible) * torch.float32.itemsize
+                rows.append({**figures, "bytes_down": down, "bytes_up": up, "seconds": clock.seconds})
+                report += self._report(number, kept)
+                self._save(kept, rows, report)
+                display.show(number, f"{100 * iteration.density:.1f} % of {len(self.eligible)} may move")
+        return kept, rows, report
+
+    def joined_mask(self, console: Console) -> tuple[Tensor, Rows, Rows]:
+        """Every client makes a mask of its own images, the server joins their bits by votes.
+
+        Returns the entries kept (E,), a row per client, and the density by block and kind.
+        """
+        options = self.config.editing
+        assert options.merge != "scores"
+        votes, rows, _ = self._saved(torch.zeros(len(self.eligible), dtype=torch.int32))
+        with Display(console, "client", len(self.holders), len(rows)) as display:
+
+            def watch(batches: Iterator[Scored], share: float) -> Iterator[Scored]:
+                return display.watch(batches, share / options.num_iterations)
+
+            score = scorer(self.setup, self.eligible, self.groups, self.config, watch)
+            clock = Clock(rows)
+            for client in range(len(rows), len(self.holders)):
+                holder = self.holders[client]
+                *_, last = self._calibrate(score, [holder], None)
+                active = int(last.kept.sum())
+                if options.personal_masks:
+                    save_mask(self.paths.personal_mask(client), self.mask(last.kept), self.facts(active, [holder]))
+                votes = votes + last.kept
+                figures = {"client": client, "images": len(holder.ids), "active": active}
+                up = self.head_bytes_up + (client + 1) * self._bits
+                rows.append({**figures, "bytes_down": self.head_bytes_down, "bytes_up": up, "seconds": clock.seconds})
+                self._save(votes, rows, [])
+                display.show(client + 1, f"{int((votes > 0).sum())} of {len(self.eligible)} in any mask")
+        kept = votes >= votes_needed(options.merge, len(self.holders), options.quorum)
+        if not kept.any():
+            raise InputError(f"--merge {options.merge}: the clients' masks share no entry; take union, or vote at less")
+        return kept, rows, self._report(options.num_iterations, kept)
+
+    def mask(self, kept: Tensor) -> Mask:
+        """The entries kept (E,) as tensors by name."""
+        return {name: tensor.cpu() for name, tensor in self.eligible.unflatten(kept).items()}
+
+    def facts(self, active: int, holders: list[Holder]) -> MaskFacts:
+        """The header of a mask that these made."""
+        options, scored = self.config.editing, self.config.editing.criterion in LOOKS_AT_IMAGES
+        joined = options.merge != "scores" and len(holders) > 1
+        return MaskFacts(
+            version=__version__,
+            criterion=options.criterion,
+            fisher=fisher_name(options) if scored else "none",
+            fisher_samples=options.fisher_samples if scored else 0,
+            iterations=options.num_iterations,
+            granularity=options.granularity,
+            eligible_in=options.eligible,
+            eligible=len(self.eligible),
+            active=active,
+            target_density=1 - options.target_sparsity,
+            soft_zero=options.soft_zero,
+            calibration=f"{options.calibration}, {options.merge} of masks" if joined else options.calibration,
+            clients=len(holders) if options.calibration == "federated" else 0,
+            calibration_images=sum(len(holder.ids) for holder in holders) if scored else 0,
+            seed=self.config.run.seed,
+            model=self.setup.model.architecture.as_dict(),
+            weights=self.setup.weights,
+            data=self.setup.dataset.fingerprint,
+            head=self.setup.head,
+        )
+
+    @property
+    def _bits(self) -> int:
+        """Bytes of one bit per eligible entry."""
+        return -(-len(self.eligible) // 8)
+
+    def _calibrate(self, score: Score, holders: list[Holder], start: tuple[int, Tensor] | None) -> Iterator[Iteration]:
+        options = self.config.editing
+        return calibrate(
+            lambda number, kept: score(holders, number, kept),
+            self.eligible,
+            density=1 - options.target_sparsity,
+            iterations=options.num_iterations,
+            seed=self.config.run.seed,
+            start=start,
+            groups=self.groups,
+        )
+
+    def _report(self, number: int, kept: Tensor) -> Rows:
+        return [{"iteration": number, **asdict(row)} for row in density_table(self.mask(kept))]
+
+    def _saved(self, start: Tensor) -> tuple[Tensor, Rows, Rows]:
+        """The tensor, rows and report that the last checkpoint holds, or a beginning."""
+        path = self.paths.checkpoints / "last.json"
+        if not path.exists():
+            return start.to(self.eligible.device), [], []
+        checkpoint = load_checkpoint(path)
+        facts = checkpoint.facts
+        return checkpoint.tensors["state"].to(self.eligible.device), facts["rows"], facts["report"]
+
+    def _save(self, state: Tensor, rows: Rows, report: Rows) -> None:
+        save_checkpoint(self.paths.checkpoints, "last", len(rows), {"state": state}, {"rows": rows, "report": report})
+
+
+class Clock:
+    """Seconds since the run began, those before it was resumed included."""
+
+    def __init__(self, rows: Rows) -> None:
+        self._before, self._start = rows[-1]["seconds"] if rows else 0.0, time.perf_counter()
+
+    @property
+    def seconds(self) -> float:
+        return round(self._before + time.perf_counter() - self._start, 2)

@@ -3,8 +3,9 @@
 from rich.console import Console
 
 from fedtalos.checkpoint import find_checkpoint, load_checkpoint
-from fedtalos.config import RUN_CONFIGS, EvaluateConfig
+from fedtalos.config import RUN_CONFIGS
 from fedtalos.config_files import override
+from fedtalos.config_tools import EvaluateConfig
 from fedtalos.errors import InputError
 from fedtalos.experiments.setup import prepare
 from fedtalos.metrics import Metrics

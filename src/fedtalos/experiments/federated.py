@@ -1,23 +1,17 @@
 """Train with federated averaging over clients that keep their images."""
 
-import json
-from functools import reduce
-from operator import add
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
 from rich.console import Console
 
 from fedtalos.config import FederatedConfig, FederationOptions
 from fedtalos.data.batches import steps_per_epoch
-from fedtalos.data.partition import class_counts, partition
 from fedtalos.display import Display
+from fedtalos.experiments.clients import fit_ridge_head, split, write_split
 from fedtalos.experiments.moving import moving_entries, optimizer_for, schedule_for
 from fedtalos.experiments.runs import RunPaths, open_run
 from fedtalos.experiments.session import Session, resume
 from fedtalos.experiments.setup import Setup, prepare
-from fedtalos.files import write_atomic
 from fedtalos.metrics import Metrics
 from fedtalos.randomness import generator
 from fedtalos.training.fedavg import clients_per_round, fedavg
@@ -27,10 +21,10 @@ def run(config: FederatedConfig, paths: RunPaths, console: Console) -> dict[str,
     """Train for ``num_rounds`` rounds; returns the summary."""
     config, setup = prepare(config)
     federation = config.federation
-    clients = split(setup, config)
-    entries = moving_entries(setup, config.train, console)
+    clients = split(setup, config.split, config.run.seed)
+    entries = moving_entries(setup, config.train)
     open_run(config, paths, setup.inputs())
-    write_split(paths, setup, federation, clients)
+    write_split(paths, setup, config.split, clients)
     optimizer = optimizer_for(setup, entries, config.train)
     rate = schedule_for(config.train, federation.num_rounds)
     progress, saved = resume(paths, setup)
@@ -74,46 +68,11 @@ def run(config: FederatedConfig, paths: RunPaths, console: Console) -> dict[str,
         return session.finish({"moving_parameters": len(entries), "megabytes_sent": sent})
 
 
-def split(setup: Setup, config: FederatedConfig) -> list[NDArray[np.int64]]:
-    """The training images (positions) of every client."""
-    federation = config.federation
-    return partition(
-        setup.dataset.train.labels.cpu().numpy(),
-        scheme=federation.partition,
-        num_clients=federation.num_clients,
-        seed=config.run.seed,
-        classes_per_client=federation.classes_per_client,
-        alpha=federation.alpha,
-        min_size=federation.min_client_size,
-    )
-
-
-def write_split(paths: RunPaths, setup: Setup, federation: FederationOptions, clients: list[NDArray[np.int64]]) -> None:
-    """split.json: which training images each client holds, by position, and how many of each class."""
-    classes = setup.dataset.classes
-    counts = class_counts(setup.dataset.train.labels.cpu().numpy(), clients, len(classes))
-    manifest = {
-        **federation.model_dump(include={"partition", "num_clients", "classes_per_client", "alpha", "min_client_size"}),
-        "data": setup.dataset.fingerprint,
-        "classes": classes,
-        "class_counts": counts.tolist(),
-        "clients": [ids.tolist() for ids in clients],
-    }
-    write_atomic(paths.results / "split.json", json.dumps(manifest))
-
-
 def local_steps(federation: FederationOptions, examples: int, batch_size: int) -> int:
     """J: as given, or as many as ``local_epochs`` passes take."""
     if federation.local_epochs is None:
         return federation.local_steps
     return federation.local_epochs * steps_per_epoch(examples, batch_size)
-
-
-def fit_ridge_head(setup: Setup, clients: list[NDArray[np.int64]]) -> int:
-    """The ridge head of all clients' sums (validation tunes it); returns the bytes that they sent."""
-    sent = [setup.head_sums(setup.dataset.train.subset(ids)) for ids in clients]
-    setup.fit_head(reduce(add, sent))
-    return sum(sums.wire_bytes for sums in sent)
 
 
 def first_contact_bytes(setup: Setup, *, head_moves: bool) -> int:

@@ -3,7 +3,6 @@
 from collections.abc import Callable
 
 import torch
-from rich.console import Console
 from torch.optim import Optimizer
 
 from fedtalos.config import TrainOptions
@@ -14,18 +13,19 @@ from fedtalos.parameters import Entries, named_tensors
 from fedtalos.training.local import freeze_all_but, learning_rate_schedule, make_optimizer
 
 
-def moving_entries(setup: Setup, train: TrainOptions, console: Console) -> Entries:
+def moving_entries(setup: Setup, train: TrainOptions) -> Entries:
     """What may move; in prune mode the other entries of the mask's tensors are zeroed.
 
     With a mask: its True entries, and a new head. Without: all, the blocks (and a new head), or the head. Less the
-    head under --freeze_head.
+    head under --freeze_head. Raises InputError for a mask of another model, or unless forced of other weights.
     """
     model, mask = setup.model, {}
     if setup.mask is not None and train.mask is not None:
         loaded, facts = setup.mask
-        check_mask(train.mask, loaded, facts, model, model.architecture.as_dict())
-        if facts.weights != setup.weights:
-            console.print(f"note: {train.mask} was made on other weights than these", markup=False, highlight=False)
+        architecture = model.architecture.as_dict()
+        check_mask(
+            train.mask, loaded, facts, model, architecture=architecture, weights=setup.weights, force=train.force_mask
+        )
         mask = {name: tensor.to(setup.device) for name, tensor in loaded.items()}
         chosen = dict(mask)
     else:

@@ -12,12 +12,12 @@ from matplotlib.figure import Figure
 from pydantic import BaseModel, ValidationError
 
 from fedtalos import figures
-from fedtalos.config import PlotConfig
+from fedtalos.config_tools import PlotConfig
 from fedtalos.errors import InputError
 from fedtalos.experiments.runs import RunPaths, plain_name
 from fedtalos.figures import History, Row
 from fedtalos.files import write_atomic
-from fedtalos.masks import density_table, load_mask, overlap
+from fedtalos.masks import DensityRow, density_table, load_mask, overlap
 
 _STEP_NAMES = ("round", "epoch")
 _COLUMNS = ("split", "loss", "accuracy", "bytes_down", "bytes_up")
@@ -43,7 +43,7 @@ def run(config: PlotConfig) -> list[Path]:
     if not config.runs and not config.masks:
         raise InputError("plot: expected runs or --masks, got neither; name a run under results/ or a mask file")
     folders = [path if path.is_dir() else config.output_dir / "results" / path for path in config.runs]
-    edits = [path for path in folders if (path / "iterations.csv").is_file()]  # runs of `editing`: draw their masks
+    edits = [path for path in folders if (path / "report.csv").is_file()]  # runs of `editing`: draw their masks
     masks = [*config.masks, *(RunPaths(path.parents[1], path.name).mask for path in edits)]
     runs = [path for path in folders if path not in edits]
     name = folders[0].resolve().name if len(folders) == 1 else "comparison" if folders else "masks"
@@ -53,6 +53,8 @@ def run(config: PlotConfig) -> list[Path]:
         drawn += plot_run(runs[0], plots_dir) if len(runs) == 1 else plot_comparison(runs, plots_dir)
     if masks:
         drawn += plot_masks(masks, plots_dir)
+    for edit in edits:
+        drawn += plot_iterations(edit, plots_dir)
     return drawn
 
 
@@ -106,6 +108,30 @@ def plot_masks(mask_paths: Sequence[Path], plots_dir: Path) -> list[Path]:
         shares = np.array([[overlap(first, second) for first, _ in masks] for second, _ in masks])
         drawn["overlap"] = figures.overlap(names, shares)
     return _write(drawn, plots_dir)
+
+
+def plot_iterations(run_dir: Path, plots_dir: Path) -> list[Path]:
+    """Draw RUN_iterations.png, what every iteration of an edit let move; nothing where the run had but one.
+
+    Raises InputError where its report cannot be read.
+    """
+    path = run_dir / "report.csv"
+    try:
+        with path.open(encoding="utf-8", newline="") as lines:
+            rows = [
+                (
+                    int(row["iteration"]),
+                    DensityRow(int(row["block"]), row["kind"], int(row["active"]), int(row["entries"])),
+                )
+                for row in csv.DictReader(lines)
+            ]
+    except (OSError, KeyError, TypeError, ValueError) as error:
+        raise InputError(f"{path}: cannot be read as an edit's report; name a run of `fedtalos editing`") from error
+    iterations = {number: [row for at, row in rows if at == number] for number, _ in rows}
+    if len(iterations) < 2:
+        return []
+    name = run_dir.resolve().name
+    return _write({f"{name}_iterations": figures.iterations(iterations, name)}, plots_dir)
 
 
 def _write(drawn: Mapping[str, Figure], plots_dir: Path) -> list[Path]:

@@ -42,6 +42,10 @@ class RunPaths:
     def mask(self) -> Path:
         return self.root / "masks" / f"{self.name}.safetensors"
 
+    def personal_mask(self, client: int) -> Path:
+        """Of one client, where every client makes its own."""
+        return self.root / "masks" / self.name / f"client_{client:03d}.safetensors"
+
     @property
     def head(self) -> Path:
         return self.root / "masks" / f"{self.name}.head.safetensors"
@@ -95,7 +99,7 @@ def choose_run(config: RunConfig) -> RunPaths:
     paths = RunPaths(options.output_dir, plain_name("--run_name", name))
     if paths.results.exists():
         raise InputError(f"{paths.results} exists: add --resume to go on with it, or choose another --run_name")
-    made = (paths.mask, paths.head) if config.command == "editing" else ()
+    made = (paths.mask, paths.head, paths.personal_mask(0).parent) if config.command == "editing" else ()
     for path in (paths.checkpoints, paths.plots, *made):
         if path.exists():
             raise InputError(f"{path} exists, of an earlier run: move it away, or choose another --run_name")

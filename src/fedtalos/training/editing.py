@@ -1,13 +1,14 @@
 """TaLoS: scores -> mask, refined in rounds (Iurada, Ciccone and Tommasi, ICLR 2025, section 4.2 and algorithm 1).
 
 The mask keeps the entries with the lowest scores: what the pretrained task is least sensitive to may move, all else
-is frozen. Letters: E eligible entries, R iterations.
+is frozen. Letters: E eligible entries, R iterations, G groups of entries that stay or go together.
 """
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Literal
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -15,6 +16,8 @@ from fedtalos.parameters import Entries, named_tensors
 from fedtalos.randomness import generator, torch_generator
 
 Criterion = Literal["least_sensitive", "most_sensitive", "lowest_magnitude", "highest_magnitude", "random"]
+Eligible = Literal["blocks", "attention", "qk", "biases"]
+Granularity = Literal["entry", "row", "head", "tensor"]
 
 
 @dataclass(frozen=True)
@@ -26,18 +29,51 @@ class Iteration:
     density: float
 
 
-def eligible_entries(model: nn.Module) -> Entries:
-    """Weights and biases of the layers inside the blocks, but for the key third of each qkv bias.
+@dataclass(frozen=True)
+class Groups:
+    """The group of every eligible entry, int64 (E,), and the groups' sizes (G,)."""
 
-    That third has exactly zero gradient: it shifts all logits of a softmax row alike.
+    of: Tensor
+    sizes: Tensor
+
+
+def eligible_entries(model: nn.Module, which: Eligible = "blocks") -> Entries:
+    """Weights and biases of the layers inside the blocks, or only some, but for the key third of each qkv bias.
+
+    That third has exactly zero gradient: it shifts all logits of a softmax row alike. ``which``: blocks (all),
+    attention (qkv and proj), qk (their rows of qkv), biases (those of the norms too).
     """
+    belongs = {"blocks": "blocks.", "attention": ".attn.", "qk": ".attn.qkv.", "biases": ".bias"}[which]
     masks = {}
     for name, parameter in model.named_parameters():
-        if name.startswith("blocks."):
+        if name.startswith("blocks.") and belongs in name:
             masks[name] = torch.ones_like(parameter, dtype=torch.bool, requires_grad=False)
             if name.endswith("attn.qkv.bias"):
-                masks[name].view(3, -1)[1] = False
+                masks[name].chunk(3)[1].fill_(False)
+            if which == "qk":
+                masks[name].chunk(3)[2].fill_(False)
     return Entries(masks)
+
+
+def grouped(eligible: Entries, granularity: Granularity, heads: int) -> Groups | None:
+    """Which eligible entries stay or go together; None: each for itself.
+
+    row: the weights into one output; head: the rows of one of the ``heads`` attention heads in q, in k or in v, of
+    other layers all; tensor: a whole tensor, where q, k and v of a block count as three. An entry of a bias or of a
+    norm is a row of its own.
+    """
+    if granularity == "entry":
+        return None
+    ids, count = {}, 0
+    for name, mask in eligible.masks.items():
+        rows = len(mask)
+        parts = 3 if ".attn.qkv." in name else 1
+        parts = {"row": rows, "head": parts * heads if parts == 3 else 1, "tensor": parts}[granularity]
+        local = torch.arange(rows, device=mask.device) * parts // rows + count
+        ids[name] = local.view(-1, *[1] * (mask.dim() - 1)).expand(mask.shape)
+        count += parts
+    of = eligible.gather(ids)
+    return Groups(of, torch.bincount(of, minlength=count))
 
 
 def soften(model: nn.Module, eligible: Entries, kept: Tensor, soft_zero: float) -> dict[str, Tensor]:
@@ -53,31 +89,53 @@ def score_by_weights(
     model: nn.Module,
     eligible: Entries,
     seed: int,
+    groups: Groups | None = None,
 ) -> Tensor:
-    """Scores (E,), low = keep, of the rules that look at no data."""
-    magnitude = eligible.gather(named_tensors(model)).abs()
+    """Scores (E,), low = keep, of the rules that look at no data; the random ones are drawn per group."""
     if criterion == "random":
-        return torch.rand(len(eligible), generator=torch_generator(seed, "random mask")).to(magnitude.device)
+        count = len(eligible) if groups is None else len(groups.sizes)
+        drawn = torch.rand(count, generator=torch_generator(seed, "random mask")).to(eligible.device)
+        return drawn if groups is None else drawn[groups.of]
+    magnitude = eligible.gather(named_tensors(model)).abs()
     return magnitude if criterion == "lowest_magnitude" else -magnitude
 
 
-def keep_lowest(scores: Tensor, candidates: Tensor, count: int, seed: int, iteration: int) -> Tensor:
-    """The ``count`` lowest-scored candidates as bool (E,): one global ranking, exact, ties by a named random draw.
+def keep_lowest(scores: Tensor, kept: Tensor, count: int, seed: int, iteration: int) -> Tensor:
+    """The ``count`` lowest-scored of the ``kept`` entries as bool (E,): one global ranking, ties by a named draw.
 
-    ``scores`` (E,), ``candidates`` bool (E,) with at least ``count`` True.
+    ``scores`` (E,) float32, ``kept`` bool (E,) with at least ``count`` True. One copy of the candidates' scores is
+    partitioned, on the CPU; nothing is sorted.
     """
-    device, scores, candidates = scores.device, scores.cpu(), candidates.cpu()  # not every device has kthvalue
-    kept = torch.zeros_like(candidates)
+    values, candidates = scores.cpu().numpy(), kept.cpu().numpy()
     if count == 0:
-        return kept.to(device)
-    ranked = scores[candidates]
-    threshold = ranked.kthvalue(count).values
-    kept[candidates] = ranked < threshold
-    ties = (candidates & (scores == threshold)).nonzero().squeeze(1)
-    missing = count - int(kept.sum())
-    order = generator(seed, "ties", iteration).permutation(len(ties))[:missing]
-    kept[ties[torch.from_numpy(order)]] = True
-    return kept.to(device)
+        return torch.zeros_like(kept)
+    ranked = values[candidates]
+    ranked.partition(count - 1)
+    threshold = ranked[count - 1]
+    del ranked
+    chosen = candidates & (values < threshold)
+    ties = np.flatnonzero(candidates & (values == threshold))
+    order = generator(seed, "ties", iteration).permutation(len(ties))
+    chosen[ties[order[: count - np.count_nonzero(chosen)]]] = True
+    return torch.from_numpy(chosen).to(kept.device)
+
+
+def keep_lowest_groups(scores: Tensor, kept: Tensor, count: int, groups: Groups, seed: int, iteration: int) -> Tensor:
+    """The lowest-scored of the ``kept`` groups, as many as do not exceed ``count`` entries, at least one: bool (E,).
+
+    A group's score is the sum of its entries' scores (E,) per entry: by the bare sum, small tensors would always win.
+    """
+    sizes = groups.sizes.cpu().numpy()
+    of = groups.of.cpu()
+    sums = torch.bincount(of, weights=scores.cpu().double(), minlength=len(sizes)).numpy()
+    alive = torch.bincount(of[kept.cpu()], minlength=len(sizes)).numpy() > 0
+    score = np.where(alive, sums / np.maximum(sizes, 1), np.inf)
+    order = np.lexsort((generator(seed, "ties", iteration).random(len(sizes)), score))
+    fits = sizes[order].cumsum() <= count
+    fits[0] = True
+    chosen = torch.zeros(len(sizes), dtype=torch.bool)
+    chosen[order[fits & alive[order]]] = True
+    return chosen[of].to(kept.device)
 
 
 def calibrate(
@@ -88,14 +146,20 @@ def calibrate(
     iterations: int,
     seed: int,
     start: tuple[int, Tensor] | None = None,
+    groups: Groups | None = None,
 ) -> Iterator[Iteration]:
     """Yield R ever sparser masks; after round r exactly round(density^(r/R) E) eligible entries stay.
 
     ``score(r, kept)`` gives fresh scores (E,), low = keep, of the weights softened by ``kept`` (E,). ``start`` is a
-    finished iteration to go on from. Once excluded, always excluded.
+    finished iteration to go on from. With ``groups``, whole groups stay, as many as that number holds. Once excluded,
+    always excluded.
     """
     done, kept = start or (0, torch.ones(len(eligible), dtype=torch.bool, device=eligible.device))
     for number in range(done + 1, iterations + 1):
         count = round(density ** (number / iterations) * len(eligible))
-        kept = keep_lowest(score(number, kept), kept, count, seed, number)
-        yield Iteration(number, kept, count / len(eligible))
+        scores = score(number, kept)
+        if groups is None:
+            kept = keep_lowest(scores, kept, count, seed, number)
+        else:
+            kept = keep_lowest_groups(scores, kept, count, groups, seed, number)
+        yield Iteration(number, kept, int(kept.sum()) / len(eligible))

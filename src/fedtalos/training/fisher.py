@@ -1,26 +1,33 @@
-"""Per-example diagonal Fisher information of the weights of Linear and LayerNorm layers.
+"""Per-example diagonal Fisher information of the weights of Linear, Conv2d and LayerNorm layers.
 
-    F_i = sum over examples x of ( d log p(y | x) / d theta_i )^2,   y drawn from p(. | x), the model's own prediction
+    F_i = sum over examples x of  E_y [ (d log p(y | x) / d theta_i)^2 ],   y ~ p(. | x), the model's own prediction
 
-(Iurada, Ciccone and Tommasi, ICLR 2025, section 4.2; Kunstner et al., 2019, on why y is drawn and not the label.)
+(Iurada, Ciccone and Tommasi, ICLR 2025, section 4.2; Kunstner et al., 2019, on why y is drawn and is not the label.)
 The square is taken example by example: a batch's gradient is a sum, and its square something else. One backward pass
 serves a chunk of examples: hooks form each example's weight gradient from a layer's input and its output's gradient.
 
-Shapes: B examples of a chunk, T tokens, I in and O out features, C classes.
+Shapes: B examples of a chunk, T tokens, I in and O out features, C classes, S labels drawn per example.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
 from torch.func import functional_call
 
-from fedtalos.training.local import TrainingError
+from fedtalos.training.local import Precision, TrainingError, autocast
 
 Scores = dict[str, Tensor]
 """Tensor name -> float32 tensor of the parameter's shape."""
+
+FisherMode = Literal["true", "exact", "empirical", "batch"]
+
+Scored = tuple[Tensor, Tensor, Tensor]
+"""Images (B, 3, H, W), their labels (B,), and uniform numbers in [0, 1) (B, S), which draw labels from the model."""
 
 
 def draw_labels(log_p: Tensor, uniforms: Tensor) -> Tensor:
@@ -30,34 +37,74 @@ def draw_labels(log_p: Tensor, uniforms: Tensor) -> Tensor:
     return below.clamp(max=log_p.shape[1] - 1).to(log_p.device)
 
 
+def output_gradients(mode: FisherMode, log_p: Tensor, labels: Tensor, uniforms: Tensor) -> list[Tensor]:
+    """What to send back from log p (B, C), pass by pass, so that the squares at the weights add up to the mode's score.
+
+    true: S drawn labels, averaged; exact: every class, weighted by its probability; empirical: the labels given, which
+    is no Fisher information; batch: drawn labels too, but its squares are taken of sums over examples.
+    """
+    classes = log_p.shape[1]
+    match mode:
+        case "true" | "batch":
+            drawn = [draw_labels(log_p, u) for u in uniforms.unbind(1)]
+            return [F.one_hot(y, classes).to(log_p.dtype) / len(drawn) ** 0.5 for y in drawn]
+        case "exact":
+            root_p = (log_p.detach() / 2).exp()
+            return [root_p * F.one_hot(torch.tensor(c, device=log_p.device), classes) for c in range(classes)]
+        case "empirical":
+            return [F.one_hot(labels, classes).to(log_p.dtype)]
+
+
 def fisher_scores(
     model: nn.Module,
-    batches: Iterable[tuple[Tensor, Tensor]],
-    names: Iterable[str],
+    batches: Iterable[Scored],
+    masks: Mapping[str, Tensor],
     weights: Mapping[str, Tensor] | None = None,
     *,
-    chunk: int = 8,
+    mode: FisherMode = "true",
+    chunk: int = 16,
+    precision: Precision = "fp32",
 ) -> Scores:
-    """Sum of squared per-example gradients of log p(y | x) for the named parameters.
+    """Sum over examples of squared gradients of log p(y | x), for the parameters that ``masks`` names.
 
-    ``batches`` yields images (B, 3, H, W) and one uniform number in [0, 1) per image (B,), which draws its label.
-    ``weights`` replaces parameters by name in the forward pass (the softly masked copy); the model is not changed.
-    Memory holds one layer's gradients for ``chunk`` examples, never all layers'.
-    Raises TypeError for a parameter that is not of a Linear or LayerNorm, TrainingError where a score is not finite.
+    ``masks``: bool, of the parameters' shapes; rows of a weight before the first and after the last that holds a True
+    are not scored and stay 0. ``weights`` replaces parameters by name in the forward pass (the softly masked copy); the
+    model is not changed. Forward and backward take ``chunk`` examples at a time, so memory holds their activations and
+    one layer's gradients for each of them, never all layers'; mode batch takes, and squares, whole batches.
+    Raises TypeError for a parameter of another kind of layer, TrainingError where a score is not finite.
     """
-    scores = {name: torch.zeros_like(model.get_parameter(name), requires_grad=False) for name in names}
+    scores = {name: torch.zeros_like(model.get_parameter(name), requires_grad=False) for name in masks}
     model.eval()
-    with _frozen(model), _squares_added_to(scores, model):
-        for images, uniforms in batches:
-            for part, u in zip(images.split(chunk), uniforms.split(chunk), strict=True):
-                log_p = F.log_softmax(functional_call(model, dict(weights or {}), (part,)).float(), dim=1)
-                drawn = draw_labels(log_p, u)
-                # Examples do not meet in the forward pass, so the sum's gradients are each example's own.
-                log_p.gather(1, drawn.unsqueeze(1)).sum().backward()
+    with _frozen(model), _squares_added_to(scores, masks, model, per_example=mode != "batch"):
+        for batch in batches:
+            size = len(batch[0]) if mode == "batch" else chunk
+            for images, labels, uniforms in zip(*(tensor.split(size) for tensor in batch), strict=True):
+                with autocast(images.device, precision):
+                    logits = functional_call(model, dict(weights or {}), (images,))
+                log_p = F.log_softmax(logits.float(), dim=1)
+                # Examples do not meet in the forward pass, so what comes back to each is its own.
+                passes = output_gradients(mode, log_p, labels, uniforms)
+                for number, gradient in enumerate(passes, start=1):
+                    log_p.backward(gradient, retain_graph=number < len(passes))
     bad = [name for name, score in scores.items() if not bool(score.isfinite().all())]
     if bad:
         raise TrainingError(f"the Fisher score of {bad[0]} is not finite: the weights or images hold NaN or infinity")
     return scores
+
+
+def activation_bytes(model: nn.Module, images: Tensor) -> int:
+    """Bytes that autograd keeps of a forward pass over ``images`` (B, 3, H, W), parameters not counted."""
+    own = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    kept: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.enable_grad(), saved_tensors_hooks(pack, lambda tensor: tensor):
+        logits = model(images)  # kept alive, or a freed activation's address would be counted once for two
+    del logits
+    return sum(size for pointer, size in kept.items() if pointer not in own)
 
 
 @contextmanager
@@ -73,13 +120,15 @@ def _frozen(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def _squares_added_to(scores: Scores, model: nn.Module) -> Iterator[None]:
+def _squares_added_to(
+    scores: Scores, masks: Mapping[str, Tensor], model: nn.Module, *, per_example: bool
+) -> Iterator[None]:
+    """Inside, every backward pass adds squared weight gradients to ``scores``: of each example, or of their sum."""
     handles = []
     for path in dict.fromkeys(name.rpartition(".")[0] for name in scores):
-        layer = model.get_submodule(path)
-        weight, bias = scores.get(f"{path}.weight"), scores.get(f"{path}.bias")
-        handles.append(layer.register_forward_pre_hook(_start_graph))
-        handles.append(layer.register_forward_hook(_on_output(layer, weight, bias)))
+        layer, weight, bias = model.get_submodule(path), scores.get(f"{path}.weight"), scores.get(f"{path}.bias")
+        rows = slice(None) if weight is None else _rows(masks[f"{path}.weight"])
+        handles.append(layer.register_forward_hook(_adder(layer, weight, bias, rows, per_example=per_example)))
     try:
         yield
     finally:
@@ -87,33 +136,61 @@ def _squares_added_to(scores: Scores, model: nn.Module) -> Iterator[None]:
             handle.remove()
 
 
-def _start_graph(_layer: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    """The first scored layer starts the graph: with all parameters frozen its input has none."""
-    x = inputs[0]
-    return inputs if x.requires_grad else (x.detach().requires_grad_(),)
+def _rows(mask: Tensor) -> slice:
+    """From the first to the last row of a weight that holds a True."""
+    found = mask.reshape(len(mask), -1).any(1).nonzero()
+    return slice(int(found.min()), int(found.max()) + 1) if len(found) else slice(0)
 
 
-def _on_output(
-    layer: nn.Module, weight: Tensor | None, bias: Tensor | None
+def _adder(
+    layer: nn.Module, weight: Tensor | None, bias: Tensor | None, rows: slice, *, per_example: bool
 ) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
-    if not isinstance(layer, (nn.Linear, nn.LayerNorm)):
-        raise TypeError(f"Fisher scores: expected a Linear or LayerNorm layer, got {type(layer).__name__}")
+    """A forward hook that has the layer's squared gradients added to ``weight`` and ``bias`` in the backward pass."""
+    tokens = _token_view(layer)
+
+    def add_square(score: Tensor, gradients: Tensor) -> None:  # (B, ...)
+        gradients = gradients if per_example else gradients.sum(0, keepdim=True)
+        score.add_(gradients.square_().sum(0))
 
     def forward_hook(_layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        # Nothing below the first scored layer asks for a gradient: the graph starts at its output.
+        if not output.requires_grad:
+            output.requires_grad_()
         x = inputs[0].detach()
 
-        def add_squares(g: Tensor) -> None:  # (B, T, O)
-            g = g.float()
+        def backward_hook(gradient: Tensor) -> None:
+            xs, g = tokens(x.float(), gradient.float())  # (B, T, I), (B, T, O)
             if bias is not None:
-                bias.add_(g.sum(1).square().sum(0))
+                add_square(bias, g.sum(1))
             if weight is None:
                 return
-            if isinstance(layer, nn.Linear):
-                per_example = torch.einsum("bto,bti->boi", g, x.float())
+            if isinstance(layer, nn.LayerNorm):
+                add_square(weight, (g * xs).sum(1))
+            elif per_example:
+                add_square(weight[rows].flatten(1), torch.bmm(g[..., rows].transpose(1, 2), xs))
             else:
-                per_example = (g * F.layer_norm(x.float(), layer.normalized_shape, eps=layer.eps)).sum(1)
-            weight.add_(per_example.square_().sum(0))
+                add_square(weight[rows].flatten(1), (g[..., rows].flatten(0, 1).T @ xs.flatten(0, 1)).unsqueeze(0))
 
-        output.register_hook(add_squares)
+        output.register_hook(backward_hook)
 
     return forward_hook
+
+
+def _token_view(layer: nn.Module) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
+    """How a layer's input and its output's gradient become (B, T, I) and (B, T, O), whose product is a gradient."""
+    match layer:
+        case nn.Linear():
+            return lambda x, g: (_flat(x), _flat(g))
+        case nn.LayerNorm():
+            return lambda x, g: (_flat(F.layer_norm(x, layer.normalized_shape, eps=layer.eps)), _flat(g))
+        case nn.Conv2d(groups=1, padding_mode="zeros", padding=tuple() as padding):
+            kernel, dilation, stride = layer.kernel_size, layer.dilation, layer.stride
+            return lambda x, g: (
+                F.unfold(x, kernel, dilation, padding, stride).transpose(1, 2),
+                g.flatten(2).transpose(1, 2),
+            )
+    raise TypeError(f"Fisher scores: expected a Linear, LayerNorm or plain Conv2d layer, got {layer}")
+
+
+def _flat(x: Tensor) -> Tensor:
+    return x.reshape(len(x), -1, x.shape[-1])  # (B, ..., I) -> (B, T, I)
