@@ -138,3 +138,11 @@ def test_a_resumed_federated_edit_equals_an_uninterrupted_one(merge, monkeypatch
     made("cut", "--resume", *options)
     assert Path("masks/whole.safetensors").read_bytes() == Path("masks/cut.safetensors").read_bytes()
     assert rows("whole", "report.csv") == rows("cut", "report.csv")
+
+
+def test_only_some_clients_may_score():
+    _, facts = made("some", "--num_clients", "6", "--calibration_clients", "2", "--calibration_images", "20")
+    assert (facts.clients, facts.calibration_images) == (2, 20)
+    made("own", "--num_clients", "6", "--calibration_clients", "2", "--merge", "union", "--personal_masks")
+    numbers = [row["client"] for row in rows("own", "clients.csv")]
+    assert sorted(path.stem for path in Path("masks/own").glob("*")) == [f"client_{int(n):03d}" for n in numbers]

@@ -195,6 +195,9 @@ class EditingOptions(Options):
     calibration: Literal["central", "federated"] = Field(
         "central", description="the calibration split, or every client's own training images"
     )
+    calibration_clients: Annotated[int | None, unset("N", "all")] = Field(
+        None, ge=1, description="federated: only so many clients score, drawn"
+    )
     merge: Literal["scores"] | JoinRule = Field(
         "scores", description="federated: the server adds scores, or joins masks that clients made alone"
     )
@@ -259,6 +262,8 @@ def _check_editing(options: EditingOptions) -> None:
         raise InputError(f"--calibration federated: {options.criterion} looks at no images; leave it out")
     if options.merge != "scores" and options.calibration == "central":
         raise InputError(f"--merge {options.merge}: joins masks of clients; give --calibration federated too")
+    if options.calibration_clients is not None and options.calibration == "central":
+        raise InputError("--calibration_clients: says how many clients score; give --calibration federated too")
     if options.personal_masks and options.merge == "scores":
         raise InputError("--personal_masks: clients make masks of their own only with --merge union, vote or the like")
     if options.fisher_samples > 1 and options.fisher != "true":

@@ -54,7 +54,7 @@ class Entries:
     def parts(self, tensors: Mapping[str, Tensor]) -> list[Tensor]:
         """The chosen entries tensor by tensor, as vectors; those of whole tensors share their memory."""
         flats = [(tensors[name].detach().reshape(-1), index) for name, index in self._indices.items()]
-        return [flat if index is None else flat[index] for flat, index in flats]
+        return [flat if index is None else flat.index_select(0, index) for flat, index in flats]
 
     def scatter(self, vector: Tensor, tensors: Mapping[str, Tensor]) -> None:
         """Write ``vector`` (A,) into the chosen entries of ``tensors`` in place; all other entries stay."""
@@ -84,8 +84,6 @@ def clip_gradients(parameters: Mapping[str, nn.Parameter], entries: Entries, max
         gradient = parameters[name].grad
         assert gradient is not None, f"{name} has no gradient"
         gradients[name] = gradient
-    norm = torch.stack([part.norm() for part in entries.parts(gradients)]).norm()
-    factor = (max_norm / (norm + 1e-6)).clamp(max=1.0)
-    for gradient in gradients.values():
-        gradient.mul_(factor)
+    norm = nn.utils.get_total_norm(entries.parts(gradients))
+    nn.utils.clip_grads_with_norm_([parameters[name] for name in gradients], max_norm, norm)
     return float(norm)

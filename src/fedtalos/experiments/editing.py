@@ -147,18 +147,19 @@ class Edit:
 
             score = scorer(self.setup, self.eligible, self.groups, self.config, watch)
             clock = Clock(rows)
-            for client in range(len(rows), len(self.holders)):
-                holder = self.holders[client]
+            for done, holder in enumerate(self.holders[len(rows) :], start=len(rows) + 1):
                 *_, last = self._calibrate(score, [holder], None)
                 active = int(last.kept.sum())
                 if options.personal_masks:
-                    save_mask(self.paths.personal_mask(client), self.mask(last.kept), self.facts(active, [holder]))
+                    save_mask(
+                        self.paths.personal_mask(holder.number), self.mask(last.kept), self.facts(active, [holder])
+                    )
                 votes = votes + last.kept
-                figures = {"client": client, "images": len(holder.ids), "active": active}
-                up = self.head_bytes_up + (client + 1) * self._bits
+                figures = {"client": holder.number, "images": len(holder.ids), "active": active}
+                up = self.head_bytes_up + done * self._bits
                 rows.append({**figures, "bytes_down": self.head_bytes_down, "bytes_up": up, "seconds": clock.seconds})
                 self._save(votes, rows, [])
-                display.show(client + 1, f"{int((votes > 0).sum())} of {len(self.eligible)} in any mask")
+                display.show(done, f"{int((votes > 0).sum())} of {len(self.eligible)} in any mask")
         kept = votes >= votes_needed(options.merge, len(self.holders), options.quorum)
         if not kept.any():
             raise InputError(f"--merge {options.merge}: the clients' masks share no entry; take union, or vote at less")

@@ -26,8 +26,9 @@ MOST_ELSEWHERE = 256
 
 @dataclass(frozen=True)
 class Holder:
-    """Someone who scores images: these, whose ids name their random draws."""
+    """Someone who scores images: a client's number, or 0, and the images, whose ids name their random draws."""
 
+    number: int
     ids: NDArray[np.int64]
     images: LabelledImages
 
@@ -37,20 +38,21 @@ Score = Callable[[Sequence[Holder], int, Tensor], Tensor]
 
 
 def image_holders(setup: Setup, config: EditingConfig, clients: Clients) -> list[Holder]:
-    """Every client with a draw of its training images, or, where there are none, one with the calibration split.
+    """Clients, each with a draw of its training images, or, where there are none, one with the calibration split.
 
     Together they score about ``calibration_images``: each client its share of them, at least one.
     """
-    wanted, seed = config.editing.calibration_images, config.run.seed
+    wanted, count, seed = config.editing.calibration_images, config.editing.calibration_clients, config.run.seed
     if not clients:
         ids = generator(seed, "scored").permutation(len(setup.dataset.calibration))[:wanted]
-        return [Holder(ids, setup.dataset.calibration.subset(ids))]
-    share = min(1.0, wanted / sum(len(ids) for ids in clients))
+        return [Holder(0, ids, setup.dataset.calibration.subset(ids))]
+    numbers = np.sort(generator(seed, "scorers").permutation(len(clients))[:count]).tolist()
+    share = min(1.0, wanted / sum(len(clients[number]) for number in numbers))
     holders = []
-    for client, held in enumerate(clients):
-        count = max(1, round(share * len(held)))
-        ids = generator(seed, "scored", client).choice(held, count, replace=False)
-        holders.append(Holder(ids, setup.dataset.train.subset(ids)))
+    for number in numbers:
+        held = clients[number]
+        ids = generator(seed, "scored", number).choice(held, max(1, round(share * len(held))), replace=False)
+        holders.append(Holder(number, ids, setup.dataset.train.subset(ids)))
     return holders
 
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from fedtalos.metrics import Metrics
+from fedtalos.models.linear import Linear, rows_with_true
 from fedtalos.parameters import Entries, clip_gradients
 from fedtalos.training.sparse_optimizer import SparseAdamW, SparseSGD
 
@@ -33,10 +34,14 @@ def autocast(device: torch.device, precision: Precision) -> AbstractContextManag
 
 
 def freeze_all_but(model: nn.Module, entries: Entries) -> None:
-    """Give gradients only to tensors with an entry that may move: the rest costs no weight gradient."""
+    """Give gradients only to tensors, and of Linear weights to rows, with an entry that may move: the rest is free."""
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name in entries.masks)
         parameter.grad = None
+    for name, module in model.named_modules():
+        if isinstance(module, Linear):
+            mask = entries.masks.get(f"{name}.weight")
+            module.active_rows = None if mask is None else rows_with_true(mask)
 
 
 def make_optimizer(

@@ -40,22 +40,27 @@ class SparseOptimizer(Optimizer, ABC):
             with torch.enable_grad():
                 loss = closure()
         for group in self.param_groups:
-            for parameter in group["params"]:
-                if parameter.grad is None:
-                    continue
-                index = self._active[parameter]
-                value, gradient = parameter.view(-1), parameter.grad.reshape(-1)
-                if index is None:
-                    self.update(value, gradient, self.state[parameter], group)
-                else:
-                    active = value[index]
-                    self.update(active, gradient[index], self.state[parameter], group)
-                    value[index] = active
+            moving = [parameter for parameter in group["params"] if parameter.grad is not None]
+            values = [self._taken(parameter, parameter.view(-1)) for parameter in moving]
+            gradients = [self._taken(parameter, parameter.grad.reshape(-1)) for parameter in moving]
+            if moving:
+                self.update(values, gradients, [self.state[parameter] for parameter in moving], group)
+            for parameter, value in zip(moving, values, strict=True):
+                if (index := self._active[parameter]) is not None:
+                    parameter.view(-1).scatter_(0, index, value)
         return loss
 
+    def _taken(self, parameter: nn.Parameter, flat: Tensor) -> Tensor:
+        """The parameter's active entries of a flat tensor, (A,): a copy, or where all are active the tensor itself."""
+        index = self._active[parameter]
+        # On a CPU index_select and scatter_ take a quarter of the time of flat[index].
+        return flat if index is None else flat.index_select(0, index)
+
     @abstractmethod
-    def update(self, value: Tensor, gradient: Tensor, state: dict[str, Any], group: dict[str, Any]) -> None:
-        """Move ``value`` (A,) in place by the rule."""
+    def update(
+        self, values: list[Tensor], gradients: list[Tensor], states: list[dict[str, Any]], group: dict[str, Any]
+    ) -> None:
+        """Move ``values``, one (A,) per parameter, in place by the rule; torch._foreach: one kernel for them all."""
 
 
 class SparseSGD(SparseOptimizer):
@@ -74,16 +79,20 @@ class SparseSGD(SparseOptimizer):
     ) -> None:
         super().__init__(params, masks, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
 
-    def update(self, value: Tensor, gradient: Tensor, state: dict[str, Any], group: dict[str, Any]) -> None:
+    def update(
+        self, values: list[Tensor], gradients: list[Tensor], states: list[dict[str, Any]], group: dict[str, Any]
+    ) -> None:
         if group["weight_decay"]:
-            gradient = gradient.add(value, alpha=group["weight_decay"])
+            gradients = list(torch._foreach_add(gradients, values, alpha=group["weight_decay"]))
         if group["momentum"]:
-            if "momentum_buffer" in state:
-                state["momentum_buffer"].mul_(group["momentum"]).add_(gradient)
-            else:
-                state["momentum_buffer"] = gradient.clone()
-            gradient = state["momentum_buffer"]
-        value.add_(gradient, alpha=-group["lr"])
+            for value, state in zip(values, states, strict=True):
+                if not state:
+                    state["momentum_buffer"] = torch.zeros_like(value)
+            buffers = [state["momentum_buffer"] for state in states]
+            torch._foreach_mul_(buffers, group["momentum"])
+            torch._foreach_add_(buffers, gradients)
+            gradients = buffers
+        torch._foreach_add_(values, gradients, alpha=-group["lr"])
 
 
 class SparseAdamW(SparseOptimizer):
@@ -103,17 +112,23 @@ class SparseAdamW(SparseOptimizer):
     ) -> None:
         super().__init__(params, masks, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
 
-    def update(self, value: Tensor, gradient: Tensor, state: dict[str, Any], group: dict[str, Any]) -> None:
-        if not state:
-            state["step"] = torch.tensor(0.0)
-            state["exp_avg"] = torch.zeros_like(value)
-            state["exp_avg_sq"] = torch.zeros_like(value)
+    def update(
+        self, values: list[Tensor], gradients: list[Tensor], states: list[dict[str, Any]], group: dict[str, Any]
+    ) -> None:
+        for value, state in zip(values, states, strict=True):
+            if not state:
+                state["step"] = torch.tensor(0.0)
+                state["exp_avg"] = torch.zeros_like(value)
+                state["exp_avg_sq"] = torch.zeros_like(value)
+            state["step"] += 1
         beta1, beta2 = group["betas"]
-        state["step"] += 1
-        step = state["step"].item()
-        mean, square = state["exp_avg"], state["exp_avg_sq"]
-        value.mul_(1 - group["lr"] * group["weight_decay"])
-        mean.lerp_(gradient, 1 - beta1)
-        square.mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
-        deviation = (square.sqrt() / (1 - beta2**step) ** 0.5).add_(group["eps"])
-        value.addcdiv_(mean, deviation, value=-group["lr"] / (1 - beta1**step))
+        steps = [state["step"].item() for state in states]
+        means, squares = ([state[key] for state in states] for key in ("exp_avg", "exp_avg_sq"))
+        torch._foreach_mul_(values, 1 - group["lr"] * group["weight_decay"])
+        torch._foreach_lerp_(means, gradients, 1 - beta1)
+        torch._foreach_mul_(squares, beta2)
+        torch._foreach_addcmul_(squares, gradients, gradients, 1 - beta2)
+        deviations = torch._foreach_sqrt(squares)
+        torch._foreach_div_(deviations, [(1 - beta2**step) ** 0.5 for step in steps])
+        torch._foreach_add_(deviations, group["eps"])
+        torch._foreach_addcdiv_(values, means, deviations, [-group["lr"] / (1 - beta1**step) for step in steps])

@@ -1,0 +1,66 @@
+"""A linear layer whose weight gradient costs only the rows that may move.
+
+Shapes: N rows of the input (all leading dimensions flattened), I in and O out features, R active rows.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+Rows = Tensor | slice | None
+"""Rows of a weight (O, I): their numbers, int64 (R,) on its device; one range; or None, all of them."""
+
+
+class Linear(nn.Linear):
+    """``nn.Linear``, (..., I) -> (..., O), that forms its weight's gradient in ``active_rows`` only; elsewhere it is 0.
+
+    Outputs, and the gradients of input and bias, are those of ``nn.Linear``; where ``active_rows`` is None, all is.
+    """
+
+    active_rows: Rows = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.active_rows is None:
+            return super().forward(x)
+        inputs: tuple[Tensor | None, ...] = (x, self.weight, self.bias)
+        if torch.is_autocast_enabled(x.device.type):  # cast out here: gradients come back in the parameters' own type
+            dtype = torch.get_autocast_dtype(x.device.type)
+            inputs = tuple(tensor if tensor is None else tensor.to(dtype) for tensor in inputs)
+        out: Tensor = _RowSparseLinear.apply(*inputs, self.active_rows)  # type: ignore[no-untyped-call]
+        return out
+
+
+class _RowSparseLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, rows: Tensor | slice) -> Tensor:
+        for_x, for_weight, *_ = ctx.needs_input_grad
+        ctx.save_for_backward(x if for_weight else None, weight if for_x else None)
+        ctx.rows, ctx.shape = rows, weight.shape
+        return F.linear(x, weight, bias)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        for_x, for_weight, for_bias, _ = ctx.needs_input_grad
+        flat, rows = gradient.reshape(-1, ctx.shape[0]), ctx.rows  # (N, O)
+        of_weight = None
+        if for_weight:
+            picked = flat[:, rows] if isinstance(rows, slice) else flat.index_select(1, rows)  # (N, R)
+            of_weight = flat.new_zeros(ctx.shape)
+            of_weight[rows] = picked.T @ x.reshape(-1, ctx.shape[1])
+        return gradient @ weight if for_x else None, of_weight, flat.sum(0) if for_bias else None, None
+
+
+def rows_with_true(mask: Tensor) -> Rows:
+    """For ``active_rows``: the rows of a bool mask (O, I) that hold a True, at least one.
+
+    Where they fill most of the range from first to last, the whole range: to pick rows costs more than to leave some
+    out saves.
+    """
+    rows = mask.any(1).nonzero().squeeze(1)
+    first, last = int(rows[0]), int(rows[-1])
+    if len(rows) < 0.75 * (last + 1 - first):
+        return rows
+    return None if last + 1 - first == len(mask) else slice(first, last + 1)
