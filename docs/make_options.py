@@ -4,19 +4,20 @@ import sys
 from pathlib import Path
 from typing import Any, get_args, get_origin
 
+import tyro
 from pydantic.fields import FieldInfo
 
 from fedtalos.config import RUN_CONFIGS, Options
-from fedtalos.config_tools import OTHERS
+from fedtalos.config_tools import MASK_TOOLS, OTHERS, MaskConfig
 
 INTRODUCTION = """# Every option
 
 Made from the schema (`src/fedtalos/config.py`) by `docs/make_options.py`; `fedtalos COMMAND --help` has the same texts.
 
-Flags are written with underscores (`--num_clients 100`); dashes work too. An option comes from its flag, else from
-`--preset NAME` (an entry of `configs/experiment_configs.yaml`), else from `--config FILE`, else from its default.
-`configs/default_config.yaml` holds every option with the reason for its default. `results/RUN/config.yaml` holds what
-a run really used, and can be given to `--config` to run it again.
+Flags are written with underscores (`--num_clients 100`); dashes work too. What is in CAPITALS is given without a flag.
+An option comes from its flag, else from `--preset NAME` (an entry of `configs/experiment_configs.yaml`), else from
+`--config FILE`, else from its default. `configs/default_config.yaml` holds every option with the reason for its
+default. `results/RUN/config.yaml` holds what a run really used, and can be given to `--config` to run it again.
 """
 
 
@@ -47,7 +48,7 @@ def default(field: FieldInfo) -> str:
     for mark in field.metadata:
         hint = getattr(mark, "help_behavior_hint", None)
         if isinstance(hint, str):
-            return hint.removeprefix("(default: ").removesuffix(")")
+            return hint.removeprefix("(default: ").removesuffix(")") if hint.startswith("(default: ") else hint
     return "(needed)" if field.is_required() else f"`{field.default}`"
 
 
@@ -56,7 +57,8 @@ def table(options: type[Options]) -> str:
     rows = ["| option | takes | default | |", "|---|---|---|---|"]
     for name, field in options.model_fields.items():
         if not isinstance(field.default, Options):
-            rows.append(f"| `--{name}` | {values(field)} | {default(field)} | {field.description} |")
+            flag = name.upper() if tyro.conf.Positional in field.metadata else f"--{name}"
+            rows.append(f"| `{flag}` | {values(field)} | {default(field)} | {field.description} |")
     return "\n".join(rows)
 
 
@@ -75,7 +77,10 @@ def page() -> str:
                 parts.append(f"### {title}\n\n{group.__doc__}\n\n{table(group)}\n")
         shown |= set(groups)
     for config in OTHERS:
-        parts.append(f"## {config.command}\n\n{config.__doc__}\n\n{table(config)}\n")
+        if config is MaskConfig:
+            parts += [f"## mask {tool.command}\n\n{tool.__doc__}\n\n{table(tool)}\n" for tool in MASK_TOOLS]
+        else:
+            parts.append(f"## {config.command}\n\n{config.__doc__}\n\n{table(config)}\n")
     return "\n".join(parts)
 
 

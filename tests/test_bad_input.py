@@ -22,6 +22,7 @@ from fedtalos.cli import main, parse
 from fedtalos.config import FederatedConfig
 from fedtalos.data import downloads
 from fedtalos.experiments import plots
+from fedtalos.masks import load_mask, save_mask
 
 ROOT = Path(__file__).parents[1]
 DIGITS = "--dataset digits --model_size micro --weights none --image_size 8 --patch_size 2 --device cpu "
@@ -80,6 +81,15 @@ def make_runs() -> None:
     shutil.rmtree("checkpoints/tiny")
 
 
+def change_masks() -> None:
+    """Beside the mask m one of its frozen entries, and one for other weights."""
+    mask, facts = load_mask(Path("masks/m.safetensors"))
+    rest = {name: ~tensor for name, tensor in mask.items()}
+    active = sum(int(tensor.sum()) for tensor in rest.values())
+    save_mask(Path("masks/rest.safetensors"), rest, facts.model_copy(update={"active": active}))
+    save_mask(Path("masks/foreign.safetensors"), mask, facts.model_copy(update={"weights": "others"}))
+
+
 def break_files() -> None:
     noise = np.random.default_rng(0).bytes(300)
     mask = Path("masks/m.safetensors").read_bytes()
@@ -87,6 +97,7 @@ def break_files() -> None:
     files: dict[str, bytes | str] = dict(YAML)
     files |= {"noise.yaml": noise, "noise.safetensors": noise, "empty.safetensors": b"", "file.txt": "x"}
     files |= {"cut.safetensors": mask[:-100], "bit.safetensors": flip(mask), "masks/kept.safetensors": mask}
+    files["old.safetensors"] = mask.replace(rb"\"format\": 2", rb"\"format\": 1")
     files |= {"weights.safetensors": tensors, "half.safetensors": tensors[:-1000]}
     files |= {"hostile.pth": pickle.dumps(Hostile(), 2), "gone/cifar-100-python.tar.gz": noise}
     files |= {f"hostile/{name}": pickle.dumps(Hostile()) for name in ("meta", "train", "test")}
@@ -141,6 +152,7 @@ def material(tmp_path_factory) -> Path:
         patched.setattr(plots, "plot_run", lambda *_: [])
         patched.setattr(plots, "plot_masks", lambda *_: [])
         make_runs()
+        change_masks()
         break_files()
         make_image_folders()
     return folder
@@ -211,6 +223,11 @@ def case(command: str, *said: str):
         case("federated --preset", "--preset", "expected one argument"),
         case("evaluate", "evaluate", "run name, or a file under checkpoints/"),
         case("evaluate done --split all", "'all'", "--split", "'val'"),
+        case("mask", "show, compare, combine, random"),
+        case("mask --seed 1", "--seed", "show, compare, combine, random"),
+        case("mask show", "FILE", "fedtalos mask show --help"),
+        case("mask combine a b", "--name NAME", "fedtalos mask combine --help"),
+        case("mask combine a b --name x --rule most", "'most'", "--rule", "'majority'"),
     ],
 )
 def test_what_tyro_refuses(command, said, capsys):
@@ -285,8 +302,8 @@ SENTENCES = [
     # masks and what moves
     case("federated --mask nowhere.safetensors", "mask nowhere.safetensors: no such file", "fedtalos editing"),
     case("federated --mask images", "mask images: no such file"),
-    case("federated --mask masks/tiny.safetensors", "made for size tiny, this model has micro"),
-    case("federated --mask masks/m.safetensors --patch_size 4", "made for patch_size 2, this model has 4"),
+    case("federated --mask masks/tiny.safetensors", "made for size tiny (here micro)", "give the model"),
+    case("federated --mask masks/m.safetensors --patch_size 4", "made for patch_size 2 (here 4)", "--force_mask"),
     case("federated --mask noise.safetensors", "noise.safetensors: not a readable fedtalos mask", "make it anew"),
     case("federated --mask empty.safetensors", "empty.safetensors: not a readable fedtalos mask"),
     case("federated --mask cut.safetensors", "cut.safetensors: not a readable fedtalos mask"),
@@ -300,6 +317,35 @@ SENTENCES = [
         "federated --dataset cifar100 --mask nowhere.safetensors",
         "mask nowhere.safetensors",
     ),
+    case("federated --mask masks/foreign.safetensors", "made for weights others", "add --force_mask"),
+    case("mask shwo masks/m.safetensors", "no mask command 'shwo'", "did you mean 'show'"),
+    case("mask show nowhere.safetensors", "mask nowhere.safetensors: no such file", "fedtalos editing"),
+    case("mask show weights.safetensors", "weights.safetensors: not a readable fedtalos mask"),
+    case("mask show old.safetensors", "old.safetensors: format 1, this version reads 2", "make it anew"),
+    case("mask show masks/m.safetensors --output_dir file.txt", "file.txt"),
+    case(
+        "mask compare masks/m.safetensors", "mask compare: expected two or more mask files, got 1", "fedtalos mask show"
+    ),
+    case("mask compare masks/m.safetensors masks/tiny.safetensors", "made for different models"),
+    case("mask compare masks/m.safetensors masks/m.safetensors", "each with its own name, got 2 named m"),
+    case("mask compare masks/m.safetensors masks/rest.safetensors --name ..", "--name '..'"),
+    case("mask combine --name x", "mask combine: expected two or more mask files, got 0"),
+    case("mask combine masks/m.safetensors masks/tiny.safetensors --name x --force", "made for different models"),
+    case("mask combine masks/m.safetensors masks/foreign.safetensors --name x", "weights (", "others)", "add --force"),
+    case(
+        "mask combine masks/m.safetensors masks/rest.safetensors --name x --rule intersection",
+        "no entry may move in 2 of the 2 masks",
+        "take --rule union",
+    ),
+    case("mask combine masks/m.safetensors masks/rest.safetensors --name x --quorum 0", "quorum", "greater than 0"),
+    case("mask combine masks/m.safetensors masks/rest.safetensors --name x --quorum 1.5", "quorum", "1.5"),
+    case("mask combine masks/m.safetensors masks/rest.safetensors --name kept", "masks/kept.safetensors exists"),
+    case("mask combine masks/m.safetensors masks/rest.safetensors --name a/b", "--name 'a/b': expected a plain"),
+    case("mask combine masks/m.safetensors masks/rest.safetensors --name x --output_dir file.txt", "file.txt"),
+    case("mask random nowhere.safetensors --name x", "mask nowhere.safetensors: no such file"),
+    case("mask random masks/rest.safetensors --name x", "rest.safetensors: its header names other eligible entries"),
+    case("mask random masks/m.safetensors --name kept", "masks/kept.safetensors exists", "another --name"),
+    case("mask random masks/m.safetensors --name x --seed -1", "seed", "-1"),
     # heads, sizes, devices
     case("federated --head nowhere", "--head nowhere: cannot be read", "random, ridge or a head file"),
     case("federated --head masks/m.safetensors", "m.safetensors: not a head file", "beside its mask"),

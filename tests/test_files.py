@@ -1,14 +1,18 @@
 """Masks and checkpoints on disk."""
 
 import json
+from fractions import Fraction
+from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from fedtalos.checkpoint import load_checkpoint, optimizer_tensors, restore_optimizer, save_checkpoint
 from fedtalos.errors import InputError
 from fedtalos.files import write_atomic
-from fedtalos.masks import MaskFacts, check_mask, density_table, load_mask, overlap, save_mask
+from fedtalos.masks import MaskFacts, check_mask, density_table, load_mask, overlap, save_mask, votes_needed
 from fedtalos.randomness import generator
 from fedtalos.training.editing import eligible_entries
 
@@ -18,11 +22,16 @@ def facts(vit, mask, **changes):
         "version": "0",
         "criterion": "random",
         "fisher": "none",
+        "fisher_samples": 0,
         "iterations": 1,
+        "granularity": "entry",
+        "eligible_in": "blocks",
         "target_density": 0.5,
         "eligible": sum(t.numel() for t in mask.values()),
         "active": sum(int(t.sum()) for t in mask.values()),
         "soft_zero": 0.01,
+        "calibration": "central",
+        "clients": 0,
         "calibration_images": 0,
         "seed": 0,
         "model": vit.architecture.as_dict(),
@@ -48,7 +57,45 @@ def test_a_mask_comes_back_bit_for_bit_at_one_bit_an_entry(tmp_path, vit, mask):
     assert loaded_facts == facts(vit, mask)
     entries = sum(t.numel() for t in mask.values())
     assert path.stat().st_size < entries / 8 + 15_000
-    check_mask(path, loaded, loaded_facts, vit, vit.architecture.as_dict())
+    check(vit, loaded, loaded_facts)
+
+
+def check(vit, mask, facts, weights="none", force=False):
+    path, architecture = Path("m.safetensors"), vit.architecture.as_dict()
+    check_mask(path, mask, facts, vit, architecture=architecture, weights=weights, force=force)
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"weights": "those of yesterday"}, r"m.safetensors: made for weights those of yesterd \(here none\)"),
+        ({"model": {"size": "micro", "patch_size": 4}}, r"made for patch_size 4 \(here 2\); .* add --force_mask"),
+    ],
+)
+def test_a_mask_made_for_something_else_is_refused_unless_forced(vit, mask, changes, says):
+    made = facts(vit, mask, **changes)
+    with pytest.raises(InputError, match=says):
+        check(vit, mask, made)
+    check(vit, mask, made, force=True)
+
+
+@pytest.mark.parametrize("force", [False, True])
+def test_a_mask_that_does_not_fit_is_refused_even_by_force(vit, mask, force):
+    other = mask | {"blocks.0.attn.qkv.weight": torch.ones(3, 3, dtype=torch.bool)}
+    with pytest.raises(InputError, match=r"blocks.0.attn.qkv.weight has shape \(3, 3\), this model has \(288, 96\)"):
+        check(vit, other, facts(vit, other), force=force)
+
+
+@given(st.integers(1, 300), st.integers(1, 100))
+def test_votes_needed(masks, per_cent):
+    def votes(rule, quorum=0.5):
+        return votes_needed(rule, masks, quorum)
+
+    assert votes("union") == 1
+    assert votes("intersection") == votes("vote", 1.0) == masks
+    assert 2 * votes("majority") > masks >= 2 * (votes("majority") - 1)
+    enough = [count for count in range(1, masks + 1) if count >= Fraction(per_cent, 100) * masks]
+    assert votes("vote", per_cent / 100) == enough[0]
 
 
 def test_a_mask_with_a_flipped_bit_is_refused(tmp_path, vit, mask):

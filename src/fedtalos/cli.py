@@ -13,13 +13,13 @@ from rich.console import Console
 
 from fedtalos.config import RUN_CONFIGS, CentralizedConfig, EditingConfig, FederatedConfig, RunConfig, check_together
 from fedtalos.config_files import from_file, from_preset, nearest, override
-from fedtalos.config_tools import OTHERS, DemoConfig, EvaluateConfig, InfoConfig, PlotConfig
+from fedtalos.config_tools import MASK_TOOLS, OTHERS, DemoConfig, EvaluateConfig, InfoConfig, MaskConfig, PlotConfig
 from fedtalos.errors import InputError
 from fedtalos.experiments.runs import choose_run, run_to_resume
 from fedtalos.recorder import require_tracker
 from fedtalos.training.local import TrainingError
 
-AnyConfig = RunConfig | EvaluateConfig | PlotConfig | DemoConfig | InfoConfig
+AnyConfig = RunConfig | EvaluateConfig | PlotConfig | MaskConfig | DemoConfig | InfoConfig
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -50,9 +50,9 @@ def parse(arguments: list[str]) -> AnyConfig:
     Raises InputError for a bad command, file, preset or value; tyro prints and exits with 2 for unknown flags.
     """
     command = arguments[0] if arguments else None
-    commands = [*RUN_CONFIGS, *(other.command for other in OTHERS)]
-    if command is not None and not command.startswith("-") and command not in commands:
-        raise InputError(f"no command {command!r}{nearest(command, commands)} (there are {', '.join(commands)})")
+    check_known("command", arguments[:1], [*RUN_CONFIGS, *(other.command for other in OTHERS)])
+    if command == MaskConfig.command:
+        check_known("mask command", arguments[1:2], [tool.command for tool in MASK_TOOLS])
     subcommands: list[Any] = []
     for name, run_config in RUN_CONFIGS.items():
         default = defaults(name, arguments[1:]) if name == command else run_config()
@@ -65,11 +65,18 @@ def parse(arguments: list[str]) -> AnyConfig:
         description="Sparse, task-localised federated fine-tuning of Vision Transformers.",
         args=arguments,
         use_underscores=True,
-        config=(tyro.conf.OmitArgPrefixes,),
+        config=(tyro.conf.OmitArgPrefixes, tyro.conf.OmitSubcommandPrefixes),
     )
     if isinstance(parsed, RunConfig):
         check_together(parsed)
     return parsed
+
+
+def check_known(what: str, words: list[str], known: list[str]) -> None:
+    """InputError where a word that is no flag is not among the ``known``."""
+    for word in words:
+        if not word.startswith("-") and word not in known:
+            raise InputError(f"no {what} {word!r}{nearest(word, known)} (there are {', '.join(known)})")
 
 
 def defaults(command: str, arguments: list[str]) -> RunConfig:
@@ -110,6 +117,11 @@ def dispatch(config: AnyConfig, console: Console) -> None:
             from fedtalos.experiments import plots
 
             for path in plots.run(config):
+                say(console, str(path))
+        case MaskConfig():
+            from fedtalos.experiments import mask_tools
+
+            for path in mask_tools.run(config.tool, console):
                 say(console, str(path))
         case DemoConfig():
             from fedtalos.experiments import demo

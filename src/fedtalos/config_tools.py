@@ -1,5 +1,6 @@
 """The schema of the commands that train nothing: they look at, draw, combine or show."""
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal
 
@@ -7,6 +8,7 @@ import tyro
 from pydantic import Field
 
 from fedtalos.config import Options, unset
+from fedtalos.masks import JoinRule
 
 
 class EvaluateConfig(Options):
@@ -55,4 +57,78 @@ class InfoConfig(Options):
     data_dir: Path = Field(Path("data"), description="where data sets are looked for")
 
 
-OTHERS = (EvaluateConfig, PlotConfig, DemoConfig, InfoConfig)
+Files = Annotated[
+    tuple[Path, ...],
+    tyro.conf.Positional,
+    tyro.conf.arg(metavar="FILE FILE...", help_behavior_hint="(two or more)"),
+]
+NewName = Annotated[str, tyro.conf.arg(metavar="NAME")]
+
+
+class MaskShowConfig(Options):
+    """What a mask file says of itself, and its density by block and kind."""
+
+    command: ClassVar[str] = "show"
+
+    mask: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="FILE")] = Field(description="mask file")
+    output_dir: Path = Field(Path(), description="holds plots/")
+
+
+class MaskCompareConfig(Options):
+    """How much masks of one model overlap, and in what they were made differently."""
+
+    command: ClassVar[str] = "compare"
+
+    masks: Files = Field(description="mask files, each with its own name")
+    name: str = Field("masks", description="folder under plots/")
+    output_dir: Path = Field(Path(), description="holds plots/")
+
+
+class MaskCombineConfig(Options):
+    """Join masks by votes: an entry may move where enough of them let it."""
+
+    command: ClassVar[str] = "combine"
+
+    masks: Files = Field(description="mask files of one model and weights")
+    rule: JoinRule = Field("union", description="votes needed: one, all, more than half, or the quorum")
+    quorum: float = Field(0.5, gt=0, le=1, description="share of masks that must let an entry move, of vote")
+    name: NewName = Field(description="of the new file under masks/")
+    force: bool = Field(False, description="join masks of different weights, too")
+    output_dir: Path = Field(Path(), description="holds masks/")
+
+
+class MaskRandomConfig(Options):
+    """Draw a random mask as dense as another one, to compare with."""
+
+    command: ClassVar[str] = "random"
+
+    like: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="LIKE")] = Field(
+        description="mask file whose model, eligible entries and density it takes"
+    )
+    scope: Literal["tensor", "global"] = Field(
+        "tensor", description="as dense in every tensor (q, k, v are three), or only in all"
+    )
+    seed: int = Field(0, ge=0, description="source of every random draw")
+    name: NewName = Field(description="of the new file under masks/")
+    output_dir: Path = Field(Path(), description="holds masks/")
+
+
+MaskTool = MaskShowConfig | MaskCompareConfig | MaskCombineConfig | MaskRandomConfig
+MASK_TOOLS = (MaskShowConfig, MaskCompareConfig, MaskCombineConfig, MaskRandomConfig)
+
+
+@dataclass(frozen=True)
+class MaskConfig:
+    """Show, compare or combine masks, or draw a random one."""
+
+    command: ClassVar[str] = "mask"
+
+    tool: (
+        Annotated[MaskShowConfig, tyro.conf.subcommand(MaskShowConfig.command)]
+        | Annotated[MaskCompareConfig, tyro.conf.subcommand(MaskCompareConfig.command)]
+        | Annotated[MaskCombineConfig, tyro.conf.subcommand(MaskCombineConfig.command)]
+        | Annotated[MaskRandomConfig, tyro.conf.subcommand(MaskRandomConfig.command)]
+    )
+
+
+OTHERS = (EvaluateConfig, PlotConfig, MaskConfig, DemoConfig, InfoConfig)

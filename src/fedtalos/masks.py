@@ -30,7 +30,7 @@ _HEADER = "fedtalos_mask"
 
 
 class MaskFacts(BaseModel):
-    """How a mask was made; stored in its header."""
+    """How a mask was made; stored in its header. Of a joined mask: what its sources agree on, else several or None."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -38,23 +38,23 @@ class MaskFacts(BaseModel):
     version: str
     criterion: str
     fisher: str  # the mode, or none
-    fisher_samples: int  # labels drawn per image and iteration
-    iterations: int
+    fisher_samples: int | None  # labels drawn per image and iteration
+    iterations: int | None
     granularity: str
     eligible_in: str
     eligible: int
     active: int
     target_density: float
-    soft_zero: float
+    soft_zero: float | None
     calibration: str
-    clients: int
-    calibration_images: int
-    seed: int
+    clients: int | None
+    calibration_images: int | None
+    seed: int | None
     model: dict[str, str | int]
     weights: str
     data: str
     head: str
-    made_from: tuple[str, ...] = ()  # fingerprints of the masks that it joins
+    made_from: tuple[str, ...] = ()  # fingerprints of the masks that it joins, or is drawn like
 
     @property
     def density(self) -> float:
