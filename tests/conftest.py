@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from fedtalos.masks import MaskFacts
 from fedtalos.models.vision_transformer import Architecture, VisionTransformer
 from fedtalos.randomness import torch_generator
 
@@ -26,3 +27,28 @@ def images() -> torch.Tensor:
 @pytest.fixture
 def labels() -> torch.Tensor:
     return torch.arange(12) % 5
+
+
+def mask_header(mask, model) -> MaskFacts:
+    """A header that fits a mask; what else it says is made up."""
+    return MaskFacts(
+        version="0",
+        criterion="random",
+        fisher="none",
+        fisher_samples=0,
+        iterations=1,
+        granularity="entry",
+        eligible_in="blocks",
+        eligible=sum(tensor.numel() for tensor in mask.values()),
+        active=sum(int(tensor.sum()) for tensor in mask.values()),
+        target_density=0.5,
+        soft_zero=0.01,
+        calibration="central",
+        clients=0,
+        calibration_images=0,
+        seed=0,
+        model=model,
+        weights="none",
+        data="none",
+        head="none",
+    )

@@ -6,40 +6,20 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import mask_header
 from hypothesis import given
 from hypothesis import strategies as st
 
 from fedtalos.checkpoint import load_checkpoint, optimizer_tensors, restore_optimizer, save_checkpoint
 from fedtalos.errors import InputError
 from fedtalos.files import write_atomic
-from fedtalos.masks import MaskFacts, check_mask, density_table, load_mask, overlap, save_mask, votes_needed
+from fedtalos.masks import check_mask, density_table, load_mask, overlap, save_mask, votes_needed
 from fedtalos.randomness import generator
 from fedtalos.training.editing import eligible_entries
 
 
 def facts(vit, mask, **changes):
-    fields = {
-        "version": "0",
-        "criterion": "random",
-        "fisher": "none",
-        "fisher_samples": 0,
-        "iterations": 1,
-        "granularity": "entry",
-        "eligible_in": "blocks",
-        "target_density": 0.5,
-        "eligible": sum(t.numel() for t in mask.values()),
-        "active": sum(int(t.sum()) for t in mask.values()),
-        "soft_zero": 0.01,
-        "calibration": "central",
-        "clients": 0,
-        "calibration_images": 0,
-        "seed": 0,
-        "model": vit.architecture.as_dict(),
-        "weights": "none",
-        "data": "none",
-        "head": "none",
-    }
-    return MaskFacts(**{**fields, **changes})
+    return mask_header(mask, vit.architecture.as_dict()).model_copy(update=changes)
 
 
 @pytest.fixture

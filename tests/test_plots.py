@@ -9,12 +9,13 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from conftest import mask_header
 
 from fedtalos import figures
 from fedtalos.errors import InputError
 from fedtalos.experiments.plots import plot_comparison, plot_masks, plot_run
 from fedtalos.figures import History, Row
-from fedtalos.masks import DensityRow, MaskFacts, save_mask
+from fedtalos.masks import DensityRow, save_mask
 
 HEADER = "split,loss,accuracy,examples,learning_rate,bytes_down,bytes_up,seconds\n"
 
@@ -42,22 +43,7 @@ def make_mask(path: Path, active: int, width: int = 4) -> Path:
         for block in range(2)
         for layer, shape in (("attn.qkv.weight", (3 * width, width)), ("norm1.weight", (width,)))
     }
-    facts = MaskFacts(
-        version="0",
-        criterion="least_sensitive",
-        fisher="sampled",
-        iterations=1,
-        target_density=0.5,
-        eligible=sum(tensor.numel() for tensor in mask.values()),
-        active=sum(int(tensor.sum()) for tensor in mask.values()),
-        soft_zero=0.01,
-        calibration_images=1,
-        seed=0,
-        model={"size": "micro", "patch_size": 4},
-        weights="none",
-        data="digits",
-        head="ridge",
-    )
+    facts = mask_header(mask, {"size": "micro", "patch_size": 4})
     save_mask(path, mask, facts)
     return path
 
