@@ -8,6 +8,7 @@ import yaml
 from fedtalos.cli import parse
 from fedtalos.config import RUN_CONFIGS, CentralizedConfig, EditingConfig, FederatedConfig
 from fedtalos.config_files import flatten
+from fedtalos.errors import InputError
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 NOT_IN_FILES = {"config", "preset", "resume"}
@@ -67,3 +68,12 @@ def test_the_options_page_is_up_to_date():
     docs = Path(__file__).parents[1] / "docs"
     made = subprocess.run([sys.executable, docs / "make_options.py", "-"], capture_output=True, text=True, check=True)
     assert (docs / "options.md").read_text(encoding="utf-8") == made.stdout, "run: python docs/make_options.py"
+
+
+def test_fisher_true_may_be_written_without_quotes(tmp_path):
+    path = tmp_path / "mine.yaml"
+    path.write_text("fisher: true\n")
+    assert parse(["editing", "--config", str(path)]).editing.fisher == "true"
+    path.write_text("fisher: false\n")
+    with pytest.raises(InputError, match="fisher: expected no yes or no, got false"):
+        parse(["editing", "--config", str(path)])

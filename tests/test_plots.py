@@ -13,7 +13,7 @@ from conftest import mask_header
 
 from fedtalos import figures
 from fedtalos.errors import InputError
-from fedtalos.experiments.plots import plot_comparison, plot_masks, plot_run
+from fedtalos.experiments.plots import plot_comparison, plot_iterations, plot_masks, plot_run
 from fedtalos.figures import History, Row
 from fedtalos.masks import DensityRow, save_mask
 
@@ -195,3 +195,28 @@ def test_missing_nameless_and_too_many_are_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="2 named a"):
         plot_masks([make_mask(tmp_path / part / "a.safetensors", 2) for part in ("x", "y")], plots)
     assert not plots.exists()
+
+
+def test_an_edit_of_several_iterations_gets_a_figure_of_them(tmp_path):
+    report = tmp_path / "run" / "report.csv"
+    report.parent.mkdir()
+    lines = ["iteration,block,kind,active,entries"]
+    lines += [f"{number},0,{kind},{10 - number},10" for number in (1, 2, 3) for kind in ("q", "norms")]
+    report.write_text("\n".join(lines) + "\n")
+    assert [path.name for path in plot_iterations(report.parent, tmp_path)] == ["run_iterations.png"]
+    report.write_text("\n".join(lines[:3]) + "\n")
+    assert plot_iterations(report.parent, tmp_path) == []
+    for broken in ("", "iteration,block\n1,2\n", "iteration,block,kind,active,entries\nx,0,q,1,2\n"):
+        report.write_text(broken)
+        if broken:
+            with pytest.raises(InputError, match="cannot be read as an edit's report"):
+                plot_iterations(report.parent, tmp_path)
+        else:
+            assert plot_iterations(report.parent, tmp_path) == []
+
+
+def test_the_figure_of_iterations_begins_with_all_and_shows_every_kind():
+    rows = {n: [DensityRow(0, "q", 8 - n, 8), DensityRow(0, "fc1", 4 // n, 4)] for n in (1, 2)}
+    (axes,) = figures.iterations(rows, "run").axes
+    lines = {line.get_label(): list(line.get_ydata()) for line in axes.lines}
+    assert lines == {"q": [100, 87.5, 75], "fc1": [100, 100, 50], "all": [100, 1100 / 12, 800 / 12]}
