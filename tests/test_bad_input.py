@@ -329,7 +329,7 @@ SENTENCES = [
         "mask compare masks/m.safetensors", "mask compare: expected two or more mask files, got 1", "fedtalos mask show"
     ),
     case("mask compare masks/m.safetensors masks/tiny.safetensors", "made for different models"),
-    case("mask compare masks/m.safetensors masks/m.safetensors", "each with its own name, got 2 named m"),
+    case("mask compare masks/m.safetensors masks/m.safetensors", "each with its own name, got 2 named masks_m"),
     case("mask compare masks/m.safetensors masks/rest.safetensors --name ..", "--name '..'"),
     case("mask combine --name x", "mask combine: expected two or more mask files, got 0"),
     case("mask combine masks/m.safetensors masks/tiny.safetensors --name x --force", "made for different models"),

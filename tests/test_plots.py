@@ -192,9 +192,11 @@ def test_missing_nameless_and_too_many_are_refused(tmp_path: Path) -> None:
         plot_comparison([run] * (figures.MOST_RUNS + 1), plots)
     with pytest.raises(InputError, match="none"):
         plot_masks([], plots)
-    with pytest.raises(InputError, match="2 named a"):
-        plot_masks([make_mask(tmp_path / part / "a.safetensors", 2) for part in ("x", "y")], plots)
+    twice = [make_mask(tmp_path / part / "a.safetensors", 2) for part in ("x", "y")]
+    with pytest.raises(InputError, match="2 named x_a"):
+        plot_masks([*twice, twice[0]], plots)
     assert not plots.exists()
+    assert [path.name for path in plot_masks(twice, plots)] == ["x_a_density.png", "y_a_density.png", "overlap.png"]
 
 
 def test_an_edit_of_several_iterations_gets_a_figure_of_them(tmp_path):

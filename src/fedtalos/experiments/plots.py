@@ -93,10 +93,12 @@ def plot_comparison(run_dirs: Sequence[Path], plots_dir: Path) -> list[Path]:
 def plot_masks(mask_paths: Sequence[Path], plots_dir: Path) -> list[Path]:
     """Draw each mask's density, and the overlap of two or more, straight into ``plots_dir``; returns the files.
 
-    Files: MASK_density.png each, overlap.png. Raises InputError where a mask cannot be read, two share a
-    name, or they were made for different models.
+    Files: MASK_density.png each, overlap.png; where names clash, FOLDER_MASK. Raises InputError where a mask cannot be
+    read, two share both, or they were made for different models.
     """
     names = [path.stem for path in mask_paths]
+    if len(set(names)) < len(names):  # clients' masks of several runs
+        names = [f"{path.resolve().parent.name}_{path.stem}" for path in mask_paths]
     _check_names("masks", names)
     masks = [load_mask(path) for path in mask_paths]
     drawn = {}
