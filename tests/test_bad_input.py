@@ -304,8 +304,8 @@ SENTENCES = [
     # masks and what moves
     case("federated --mask nowhere.safetensors", "mask nowhere.safetensors: no such file", "fedtalos editing"),
     case("federated --mask images", "mask images: no such file"),
-    case("federated --mask masks/tiny.safetensors", "made for size tiny (here micro)", "give the model"),
-    case("federated --mask masks/m.safetensors --patch_size 4", "made for patch_size 2 (here 4)", "--force_mask"),
+    case("federated --mask masks/tiny.safetensors", "(size tiny / micro;", "give the model"),
+    case("federated --mask masks/m.safetensors --patch_size 4", "not made for this: patch_size 2 / 4", "--force_mask"),
     case("federated --mask noise.safetensors", "noise.safetensors: not a readable fedtalos mask", "make it anew"),
     case("federated --mask empty.safetensors", "empty.safetensors: not a readable fedtalos mask"),
     case("federated --mask cut.safetensors", "cut.safetensors: not a readable fedtalos mask"),
@@ -319,7 +319,11 @@ SENTENCES = [
         "federated --dataset cifar100 --mask nowhere.safetensors",
         "mask nowhere.safetensors",
     ),
-    case("federated --mask masks/foreign.safetensors", "made for weights others", "add --force_mask"),
+    case(
+        "federated --mask masks/foreign.safetensors",
+        "not made for this: weights others / none, seed 0",
+        "add --force_mask",
+    ),
     case("mask shwo masks/m.safetensors", "no mask command 'shwo'", "did you mean 'show'"),
     case("mask show nowhere.safetensors", "mask nowhere.safetensors: no such file", "fedtalos editing"),
     case("mask show weights.safetensors", "weights.safetensors: not a readable fedtalos mask"),
@@ -333,7 +337,12 @@ SENTENCES = [
     case("mask compare masks/m.safetensors masks/rest.safetensors --name ..", "--name '..'"),
     case("mask combine --name x", "mask combine: expected two or more mask files, got 0"),
     case("mask combine masks/m.safetensors masks/tiny.safetensors --name x --force", "made for different models"),
-    case("mask combine masks/m.safetensors masks/foreign.safetensors --name x", "weights (", "others)", "add --force"),
+    case(
+        "mask combine masks/m.safetensors masks/foreign.safetensors --name x",
+        "weights none, seed 0",
+        "/ others",
+        "add --force",
+    ),
     case(
         "mask combine masks/m.safetensors masks/rest.safetensors --name x --rule intersection",
         "no entry may move in 2 of the 2 masks",
@@ -345,7 +354,10 @@ SENTENCES = [
     case("mask combine masks/m.safetensors masks/rest.safetensors --name a/b", "--name 'a/b': expected a plain"),
     case("mask combine masks/m.safetensors masks/rest.safetensors --name x --output_dir file.txt", "file.txt"),
     case("mask random nowhere.safetensors --name x", "mask nowhere.safetensors: no such file"),
-    case("mask random masks/rest.safetensors --name x", "rest.safetensors: its header names other eligible entries"),
+    case(
+        "mask random masks/rest.safetensors --name x",
+        "rest.safetensors: lets other entries move than its header calls eligible",
+    ),
     case("mask random masks/m.safetensors --name kept", "masks/kept.safetensors exists", "another --name"),
     case("mask random masks/m.safetensors --name x --seed -1", "seed", "-1"),
     # heads, sizes, devices
@@ -361,6 +373,14 @@ SENTENCES = [
     case("editing --calibration_clients 2", "--calibration_clients", "give --calibration federated too"),
     case("editing --fisher exact --fisher_samples 2", "--fisher_samples 2: --fisher exact draws"),
     case("editing --fisher_samples 0", "fisher_samples", "0"),
+    case("editing --calibration federated --fisher batch", "--fisher batch", "leave out --calibration"),
+    case("editing --calibration federated --quorum 0.9", "--quorum 0.9", "--merge vote"),
+    case(
+        "editing --calibration federated --num_clients 4 --calibration_clients 5", "--calibration_clients 5", "only 4"
+    ),
+    case("federated --force_mask", "--force_mask", "give --mask FILE too"),
+    case("federated --mask masks/m.safetensors --seed 10", "weights none, seed 0", "none, seed 10", "--force_mask"),
+    case("federated --mask masks/m.safetensors --image_size 16", "at 8 px", "at 16 px", "--force_mask"),
     case("editing --calibration federated --num_clients 1000", "--num_clients 1000", "100 training examples"),
     case("editing --calibration federated --quorum 0 --merge vote", "quorum", "0"),
     case("federated --image_size 9", "image size 9 is not a multiple of patch size 2", "choose --image_size"),

@@ -235,6 +235,16 @@ def test_pruned_entries_are_zero():
         assert not tensors("p")[name][~keep].any(), name
 
 
+def test_entries_that_were_not_eligible_are_not_pruned():
+    path = edited("m", "--eligible", "qk", "--target_sparsity", "0.5")
+    main([*CENTRALIZED, "--mask", str(path), "--mask_mode", "prune", "--run_name", "p"])
+    mask, _ = load_mask(path)
+    for name, after in tensors("p").items():
+        if name.endswith("attn.qkv.weight"):
+            assert not after[: 2 * 96][~mask[name][: 2 * 96]].any()
+            assert bool(after[2 * 96 :].all())  # v
+
+
 def test_editing_leaves_a_head_a_report_and_an_exact_mask():
     mask, facts = load_mask(edited("m", "--target_sparsity", "0.8"))
     assert facts.active == sum(int(tensor.sum()) for tensor in mask.values()) == round(0.2 * facts.eligible)

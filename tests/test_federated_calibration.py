@@ -92,12 +92,25 @@ def test_clients_give_the_mask_of_one_that_holds_everything():
 def test_bytes_are_those_of_scores_bits_and_head():
     _, facts = made("a", "--num_clients", "4")
     head, features = 10 * 96 + 10, 97
-    for number, row in enumerate(rows("a", "iterations.csv"), start=1):
-        assert int(row["bytes_down"]) == 4 * (head * 4 + (number - 1) * -(-facts.eligible // 8))
-        sums = int(row["bytes_up"]) - 4 * number * facts.eligible * 4
-        assert sums > 4 * features * features * 4  # each client's X^T X, at least
+    candidates, down, sums = facts.eligible, 4 * head * 4, set()
+    scores = 0
+    for row in rows("a", "iterations.csv"):
+        down += 4 * -(-candidates // 8)
+        scores += 4 * candidates * 4
+        assert int(row["bytes_down"]) == down
+        sums.add(int(row["bytes_up"]) - scores)
+        candidates = int(row["active"])
+    assert len(sums) == 1  # sent once, for the head
+    assert sums.pop() > 4 * features * features * 4  # each client's X^T X, at least
     summary = yaml.safe_load(Path("results/a/summary.yaml").read_text())
     assert summary["megabytes_sent"]["up"] == int(row["bytes_up"]) / 1e6
+
+
+def test_clients_send_a_score_per_group():
+    made("rows", "--num_clients", "2", "--granularity", "tensor", "--target_sparsity", "0.5")
+    first = rows("rows", "iterations.csv")[0]
+    tensors = 6 * (12 + 2 + 1)  # q, k, v of each weight, q and v of each bias count
+    assert int(first["bytes_down"]) == 2 * (970 * 4 + -(-tensors // 8))
 
 
 def test_joined_masks_are_votes_over_personal_ones():
@@ -114,7 +127,7 @@ def test_joined_masks_are_votes_over_personal_ones():
         assert torch.equal(intersection[name], votes == 3)
         assert torch.equal(majority[name], votes >= 2)
         assert torch.equal(vote[name], votes >= 2)
-    assert facts.calibration == "federated, union of masks"
+    assert facts.calibration == "federated, iid, union of masks"
     assert [row["images"] for row in rows("u", "clients.csv")] == ["30"] * 3
 
 

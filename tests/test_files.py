@@ -48,8 +48,8 @@ def check(vit, mask, facts, weights="none", force=False):
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
-        ({"weights": "those of yesterday"}, r"m.safetensors: made for weights those of yesterd \(here none\)"),
-        ({"model": {"size": "micro", "patch_size": 4}}, r"made for patch_size 4 \(here 2\); .* add --force_mask"),
+        ({"weights": "those of yesterday"}, "m.safetensors: not made for this: weights those of yesterday / none"),
+        ({"model": {"size": "micro", "patch_size": 4}}, "not made for this: patch_size 4 / 2 .* add --force_mask"),
     ],
 )
 def test_a_mask_made_for_something_else_is_refused_unless_forced(vit, mask, changes, says):
@@ -62,7 +62,7 @@ def test_a_mask_made_for_something_else_is_refused_unless_forced(vit, mask, chan
 @pytest.mark.parametrize("force", [False, True])
 def test_a_mask_that_does_not_fit_is_refused_even_by_force(vit, mask, force):
     other = mask | {"blocks.0.attn.qkv.weight": torch.ones(3, 3, dtype=torch.bool)}
-    with pytest.raises(InputError, match=r"blocks.0.attn.qkv.weight has shape \(3, 3\), this model has \(288, 96\)"):
+    with pytest.raises(InputError, match=r"blocks.0.attn.qkv.weight has shape \(3, 3\), here \(288, 96\)"):
         check(vit, other, facts(vit, other), force=force)
 
 
@@ -89,12 +89,19 @@ def test_a_mask_with_a_flipped_bit_is_refused(tmp_path, vit, mask):
 
 
 def test_density_table_counts_every_entry_once(mask):
-    rows = density_table(mask)
+    rows = density_table(mask, "blocks")
     assert len(rows) == 6 * 8
     assert sum(row.active for row in rows) == sum(int(t.sum()) for t in mask.values())
-    assert sum(row.entries for row in rows) == sum(t.numel() for t in mask.values())
+    assert sum(row.entries for row in rows) == sum(t.numel() for t in mask.values()) - 6 * 96  # without the key biases
     q = next(row for row in rows if (row.block, row.kind) == (2, "q"))
     assert q.active == int(mask["blocks.2.attn.qkv.weight"][:96].sum())
+
+
+def test_density_counts_eligible_entries_only(vit):
+    masks = eligible_entries(vit, "qk").masks
+    rows = density_table(masks, "qk")
+    assert {row.kind for row in rows} == {"q", "k", "biases"}
+    assert all(row.density == 1 for row in rows)
 
 
 def test_overlap():
@@ -102,6 +109,7 @@ def test_overlap():
     two = {"blocks.0.a": torch.tensor([False, True, True, False])}
     assert overlap(one, two) == pytest.approx(1 / 3)
     assert overlap(one, one) == 1
+    assert overlap(one, two | {"blocks.0.b": torch.tensor([True, False])}) == pytest.approx(1 / 4)
     with pytest.raises(InputError, match="different models"):
         overlap(one, {"blocks.0.a": torch.ones(5, dtype=torch.bool)})
 

@@ -1,5 +1,7 @@
 """Scores against a plain one-example loop, and against the errors found in public code for this method."""
 
+import weakref
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -171,8 +173,26 @@ def test_labels_are_drawn_from_the_model_itself():
 
 def test_other_layers_are_refused(images, labels, uniforms):
     model = nn.Sequential(nn.BatchNorm2d(3), nn.Flatten(), nn.Linear(192, 5))
-    with pytest.raises(TypeError, match="expected a Linear, LayerNorm or plain Conv2d layer, got BatchNorm2d"):
+    twice = nn.Sequential(nn.LayerNorm((8, 8)), nn.Flatten(), nn.Linear(192, 5))
+    with pytest.raises(TypeError, match="got LayerNorm"):
+        fisher_scores(twice, [(images, labels, uniforms)], {"0.weight": torch.ones(8, 8, dtype=torch.bool)})
+    with pytest.raises(
+        TypeError, match="expected a Linear, plain Conv2d or LayerNorm of one dimension, got BatchNorm2d"
+    ):
         fisher_scores(model, [(images, labels, uniforms)], {"0.weight": torch.ones(3, dtype=torch.bool)})
+
+
+def test_one_chunks_activations_are_gone_before_the_next_come(vit, images, labels, uniforms):
+    alive, inputs = [], []
+
+    def look(module, args):
+        alive.append(sum(reference() is not None for reference in inputs))
+        inputs.append(weakref.ref(args[0]))
+
+    for block in vit.blocks:
+        block.mlp.fc2.register_forward_pre_hook(look)
+    fisher_scores(vit, [(images, labels, uniforms)], eligible_entries(vit).masks, chunk=4)
+    assert alive[6::6] == [0, 0]  # of six blocks' inputs, when the second and the third chunk reach the first block
 
 
 def test_scores_that_are_not_finite_are_an_error(vit, images, labels, uniforms):

@@ -9,10 +9,9 @@ import torch
 
 from fedtalos.cli import main
 from fedtalos.experiments import mask_tools, plots
-from fedtalos.experiments.mask_tools import parts
 from fedtalos.mask_facts import SEVERAL
 from fedtalos.masks import fingerprint, load_mask
-from fedtalos.models.vision_transformer import Architecture, VisionTransformer
+from fedtalos.models.vision_transformer import Architecture, VisionTransformer, parts
 from fedtalos.randomness import torch_generator
 from fedtalos.training.editing import eligible_entries
 
@@ -60,7 +59,6 @@ def combine(name: str, files: list[str], *options: str):
     main(["mask", "combine", *files, "--name", name, *options])
     mask, facts = load(name)
     assert facts.active == sum(int(tensor.sum()) for tensor in mask.values())
-    assert facts.density == facts.target_density
     return mask, facts
 
 
@@ -77,7 +75,7 @@ def test_joined_with_itself_a_mask_is_itself(rule):
     joined, facts = combine("joined", ["masks/low.safetensors"] * 3, "--rule", rule)
     mask, before = load("low")
     assert same(joined, mask)
-    changed = {"criterion", "made_from", "target_density"}
+    changed = {"criterion", "made_from"}
     assert facts.model_dump(exclude=changed) == before.model_dump(exclude=changed)
     assert facts.criterion.endswith("of 3 masks (lowest_magnitude)")
     assert facts.made_from == (fingerprint(mask),) * 3
@@ -114,6 +112,10 @@ def assert_near(count: int, expected: float):
     assert abs(count - expected) <= 5 * expected**0.5
 
 
+def all_parts(mask):
+    return [part for name in sorted(mask) for part in parts(name, mask[name]).values()]
+
+
 @pytest.mark.parametrize("like", ["low", "qk"])
 def test_a_random_mask_is_as_dense_over_eligible_entries_only(like):
     mask, facts = load(like)
@@ -126,17 +128,15 @@ def test_a_random_mask_is_as_dense_over_eligible_entries_only(like):
     assert within(per_tensor, eligible)
     assert within(anywhere, eligible)
     counts = {name: int(tensor.sum()) for name, tensor in mask.items()}
-    assert [int(part.sum()) for name, tensor in per_tensor.items() for part in parts(name, tensor)] == [
-        int(part.sum()) for name, tensor in mask.items() for part in parts(name, tensor)
-    ]
+    assert [int(part.sum()) for part in all_parts(per_tensor)] == [int(part.sum()) for part in all_parts(mask)]
     assert {name: int(tensor.sum()) for name, tensor in anywhere.items()} != counts
     assert sum(int(tensor.sum()) for tensor in anywhere.values()) == facts.active
     for name, tensor in anywhere.items():
         entries = int(eligible[name].sum())
         assert_near(int(tensor.sum()), facts.density * entries)
-        for drawn, like_it, place in zip(*(parts(name, m[name]) for m in (per_tensor, mask, eligible)), strict=True):
-            by_chance = int(like_it.sum()) ** 2 / max(1, int(place.sum()))
-            assert_near(int((drawn & like_it).sum()), by_chance)
+    for drawn, like_it, place in zip(*map(all_parts, (per_tensor, mask, eligible)), strict=True):
+        by_chance = int(like_it.sum()) ** 2 / max(1, int(place.sum()))
+        assert_near(int((drawn & like_it).sum()), by_chance)
     assert (drawn_facts.density, drawn_facts.weights) == (facts.density, facts.weights)
     assert (drawn_facts.criterion, drawn_facts.made_from) == ("random, per tensor", (fingerprint(mask),))
 
@@ -150,8 +150,8 @@ def test_a_seed_fixes_the_random_mask(scope):
 
 
 def overlaps(out: str) -> np.ndarray:
-    rows = [line.strip("│ ").split("│") for line in out.splitlines() if line.startswith("│")]
-    return np.array([[float(cell) for cell in row[3:]] for row in rows])
+    lines = out[out.index("Overlap") : out.index("Made differently")].splitlines()[2:]
+    return np.array([[float(cell) for cell in line.split()[1:]] for line in lines])
 
 
 def test_overlap_is_symmetric_and_one_with_itself(capsys, undrawn):
@@ -163,14 +163,16 @@ def test_overlap_is_symmetric_and_one_with_itself(capsys, undrawn):
     expected = [[int((a & b).sum()) / int((a | b).sum()) for b in flat] for a in flat]
     assert np.array_equal(shares, shares.T)
     assert np.array_equal(np.diag(shares), np.ones(3))
-    assert shares == pytest.approx(np.array(expected), abs=6e-4)
+    assert shares == pytest.approx(np.array(expected), abs=6e-3)
     assert "random (1); lowest_magnitude (2); highest_magnitude (3)" in " ".join(out.split())
     assert "weights" not in out  # in these they do not differ
 
 
 def test_masks_of_other_weights_can_be_compared_and_twins_differ_in_nothing(capsys, undrawn):
     main(["mask", "compare", "masks/random.safetensors", "masks/elsewhere.safetensors"])
-    assert "none, seed 0 (1); none, seed 1 (2)" in capsys.readouterr().out
+    assert "none, seed 0, micro/4 at 8 px (1); none, seed 1, micro/4 at 8 px (2)" in " ".join(
+        capsys.readouterr().out.split()
+    )
     shutil.copy("masks/low.safetensors", "twin.safetensors")
     main(["mask", "compare", "masks/low.safetensors", "twin.safetensors"])
     out = capsys.readouterr().out
@@ -211,4 +213,4 @@ def test_a_joined_mask_trains_and_one_of_several_weights_wants_force(capsys):
         with pytest.raises(SystemExit) as stop:
             main([*train.split(), "--mask", "masks/mixed.safetensors", "--run_name", "mixed"])
     assert stop.value.code == 2
-    assert "made for weights several" in capsys.readouterr().err
+    assert "not made for this: weights several / none, seed 0" in capsys.readouterr().err

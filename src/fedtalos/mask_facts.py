@@ -21,7 +21,8 @@ def joined_facts(rule: str, masks: Sequence[Mask], headers: Sequence[MaskFacts],
             for key, value in headers[0].model.items()
         },
         "active": active,
-        "target_density": active / headers[0].eligible,
+        # These do not add up: the same clients and images may be behind several masks.
+        **{what: None for what in ("clients", "calibration_images") if any(getattr(f, what) != 0 for f in headers)},
         "made_from": tuple(fingerprint(mask) for mask in masks),
     }
     return MaskFacts(**{**agreed, **changes})
@@ -42,7 +43,7 @@ def in_words(facts: MaskFacts) -> dict[str, str]:
         "eligible": f"{facts.eligible} entries ({facts.eligible_in})",
         "may move": f"{facts.active} entries",
         "density": f"{100 * facts.density:.4g} %",
-        "density asked": f"{100 * facts.target_density:.4g} %",
+        "density asked": SEVERAL if facts.target_density is None else f"{100 * facts.target_density:.4g} %",
         "seed": _number(facts.seed),
         "model": ", ".join(f"{what.replace('_', ' ')} {value}" for what, value in facts.model.items()),
         "weights": facts.weights,

@@ -18,6 +18,8 @@ from torch import Tensor, nn
 
 from fedtalos.errors import InputError
 from fedtalos.files import write_atomic
+from fedtalos.models.vision_transformer import parts
+from fedtalos.training.editing import Eligible, eligible_masks
 
 Mask = dict[str, Tensor]
 """Tensor name -> bool tensor of the parameter's shape; True = may move."""
@@ -41,10 +43,10 @@ class MaskFacts(BaseModel):
     fisher_samples: int | None  # labels drawn per image and iteration
     iterations: int | None
     granularity: str
-    eligible_in: str
+    eligible_in: Eligible
     eligible: int
     active: int
-    target_density: float
+    target_density: float | None
     soft_zero: float | None
     calibration: str
     clients: int | None
@@ -94,6 +96,8 @@ def load_mask(path: Path) -> tuple[Mask, MaskFacts]:
         raise InputError(
             f"mask {path}: not a readable fedtalos mask file; make it anew with `fedtalos editing`"
         ) from error
+    if eligible_masks({name: tensor.shape for name, tensor in mask.items()}, facts.eligible_in).keys() != mask.keys():
+        raise InputError(f"mask {path}: speaks of other tensors than its header says; make it anew")
     if sum(int(tensor.sum()) for tensor in mask.values()) != facts.active:
         raise InputError(f"mask {path}: holds other bits than its header says; make it anew with `fedtalos editing`")
     return mask, facts
@@ -113,21 +117,30 @@ def check_mask(
 
     ``force`` takes every mask that fits in names and shapes.
     """
-    pairs = {key: (facts.model.get(key), architecture[key]) for key in ("size", "patch_size")}
-    pairs["weights"] = (facts.weights[:16], weights[:16])
-    differs = ", ".join(f"{what} {there} (here {here})" for what, (there, here) in pairs.items() if there != here)
+    differs = origin_differs([facts, facts.model_copy(update={"model": architecture, "weights": weights})])
     shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
     for name, tensor in mask.items():
         if (found := shapes.get(name, "no such tensor")) != tuple(tensor.shape):
             raise InputError(
-                f"mask {path}: made for {differs or 'another model'}: {name} has shape {tuple(tensor.shape)}, this "
-                f"model has {found}; give the model that it was made for, or make one for this with `fedtalos editing`"
+                f"mask {path}: made for another model than this ({differs or 'names'}): {name} has shape "
+                f"{tuple(tensor.shape)}, here {found}; give the model that it was made for, or make a mask for this "
+                "with `fedtalos editing`"
             )
     if differs and not force:
         raise InputError(
-            f"mask {path}: made for {differs}; give what it was made for, make a mask for this with "
-            "`fedtalos editing`, or add --force_mask"
+            f"mask {path}: not made for this: {differs} (the mask's first); give what it was made for, make a mask for "
+            "this with `fedtalos editing`, or add --force_mask"
         )
+
+
+def origin_differs(headers: Sequence[MaskFacts]) -> str:
+    """In what masks' models and weights differ, with all values; empty where they are the same."""
+    origins = [{**facts.model, "weights": facts.weights} for facts in headers]
+    found = {
+        what: list(dict.fromkeys(str(origin.get(what)) for origin in origins))
+        for what in ("size", "patch_size", "weights")
+    }
+    return "; ".join(f"{what} {' / '.join(values)}" for what, values in found.items() if len(values) > 1)
 
 
 def fingerprint(mask: Mask) -> str:
@@ -153,34 +166,34 @@ class DensityRow:
         return self.active / self.entries
 
 
-def density_table(mask: Mask) -> list[DensityRow]:
-    """Density per block and kind (q, k, v, proj, fc1, fc2: weights; norms: both; biases: of the linear layers)."""
+def density_table(mask: Mask, eligible_in: Eligible) -> list[DensityRow]:
+    """Density per block and kind (q, k, v, proj, fc1, fc2: weights; norms: both; biases: of the linear layers).
+
+    Only eligible entries count, and kinds that have some.
+    """
+    eligible = eligible_masks({name: tensor.shape for name, tensor in mask.items()}, eligible_in)
     totals: dict[tuple[int, str], list[int]] = {}
     for name, tensor in mask.items():
         _, block, layer = name.split(".", 2)
-        for kind, part in _kinds(layer, tensor):
-            row = totals.setdefault((int(block), kind), [0, 0])
-            row[0] += int(part.sum())
-            row[1] += part.numel()
+        for part, chosen in parts(name, tensor).items():
+            whole = "norms" if layer.startswith("norm") else "biases" if layer.endswith(".bias") else ""
+            row = totals.setdefault((int(block), whole or part or layer.split(".")[1]), [0, 0])
+            row[0] += int(chosen.sum())
+            row[1] += int(parts(name, eligible[name])[part].sum())
     ordered = sorted(totals, key=lambda key: (key[0], KINDS.index(key[1])))
-    return [DensityRow(block, kind, *totals[block, kind]) for block, kind in ordered]
-
-
-def _kinds(layer: str, tensor: Tensor) -> list[tuple[str, Tensor]]:
-    if layer.startswith("norm"):
-        return [("norms", tensor)]
-    if layer.endswith(".bias"):
-        return [("biases", tensor)]
-    if layer == "attn.qkv.weight":
-        return list(zip("qkv", tensor.chunk(3), strict=True))
-    return [(layer.split(".")[1], tensor)]
+    return [DensityRow(block, kind, *totals[block, kind]) for block, kind in ordered if totals[block, kind][1]]
 
 
 def overlap(first: Mask, second: Mask) -> float:
-    """Intersection over union of two masks' True entries (1 where both are empty)."""
-    check_same_tensors([first, second])
-    both = sum(int((first[name] & second[name]).sum()) for name in first)
-    either = sum(int((first[name] | second[name]).sum()) for name in first)
+    """Intersection over union of two masks' True entries (1 where both are empty); a tensor not there is all False.
+
+    Raises InputError where tensors of one name differ in shape.
+    """
+    shared = first.keys() & second.keys()
+    if any(first[name].shape != second[name].shape for name in shared):
+        raise InputError("masks: made for different models, so their overlap has no meaning")
+    both = sum(int((first[name] & second[name]).sum()) for name in shared)
+    either = sum(int(tensor.sum()) for mask in (first, second) for tensor in mask.values()) - both
     return both / either if either else 1.0
 
 
@@ -188,7 +201,7 @@ def check_same_tensors(masks: Sequence[Mask]) -> None:
     """InputError where masks do not speak of the same tensors."""
     shapes = [{name: tensor.shape for name, tensor in mask.items()} for mask in masks]
     if any(shape != shapes[0] for shape in shapes):
-        raise InputError("masks: made for different models or eligible tensors, so they cannot be compared or joined")
+        raise InputError("masks: made for different models or eligible tensors, so they cannot be joined")
 
 
 def votes_needed(rule: JoinRule, masks: int, quorum: float) -> int:

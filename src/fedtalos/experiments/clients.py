@@ -30,6 +30,12 @@ def split(setup: Setup, options: SplitOptions, seed: int) -> Clients:
     )
 
 
+def in_words(options: SplitOptions) -> str:
+    """How the images are shared out."""
+    detail = {"label_skew": f" of {options.classes_per_client} classes each", "iid": ""}
+    return options.partition + detail.get(options.partition, f" of alpha {options.alpha:g}")
+
+
 def write_split(paths: RunPaths, setup: Setup, options: SplitOptions, clients: Clients) -> None:
     """split.json: which training images each client holds, by position, and how many of each class."""
     classes = setup.dataset.classes

@@ -14,7 +14,7 @@ from fedtalos.checkpoint import load_checkpoint, save_checkpoint
 from fedtalos.config import LOOKS_AT_IMAGES, EditingConfig
 from fedtalos.display import Display, density_report
 from fedtalos.errors import InputError
-from fedtalos.experiments.clients import Clients, fit_ridge_head, split, write_split
+from fedtalos.experiments.clients import Clients, fit_ridge_head, in_words, split, write_split
 from fedtalos.experiments.runs import RunPaths, open_run
 from fedtalos.experiments.scoring import Holder, Score, chunk_that_fits, fisher_name, image_holders, scorer
 from fedtalos.experiments.setup import Setup, prepare
@@ -42,8 +42,8 @@ def run(config: EditingConfig, paths: RunPaths, console: Console) -> dict[str, A
     kept, rows, report = edit.one_mask(console) if config.editing.merge == "scores" else edit.joined_mask(console)
     mask, facts = edit.mask(kept), edit.facts(int(kept.sum()), edit.holders)
     save_mask(paths.mask, mask, facts)
-    console.print(density_report(density_table(mask)))
-    write_csv(paths.results / f"{next(iter(rows[0]))}s.csv", rows)  # iterations.csv or clients.csv
+    console.print(density_report(density_table(mask, facts.eligible_in)))
+    write_csv(paths.results / ("iterations.csv" if config.editing.merge == "scores" else "clients.csv"), rows)
     write_csv(paths.results / "report.csv", report)
     summary = {
         "command": config.command,
@@ -114,18 +114,22 @@ class Edit:
     def one_mask(self, console: Console) -> tuple[Tensor, Rows, Rows]:
         """Holders send scores, the server adds them, ranks, and sends back what stays, R times.
 
-        Returns the entries kept (E,), a row per iteration, and each iteration's density by block and kind.
+        Bytes: a number per candidate up, a bit per candidate down; a candidate is an entry, or group, that is still in.
+        The weights that all start from are not counted. Returns the entries kept (E,), a row per iteration, and each
+        iteration's density by block and kind.
         """
         kept, rows, report = self._saved(torch.ones(len(self.eligible), dtype=torch.bool))
         clients = len(self.holders) if self.config.editing.calibration == "federated" else 0
         with Display(console, "iteration", self.config.editing.num_iterations, len(rows)) as display:
             score = scorer(self.setup, self.eligible, self.groups, self.config, display.watch)
             clock = Clock(rows)
+            down, up = self._bytes(rows)
             for iteration in self._calibrate(score, self.holders, (len(rows), kept)):
+                candidates = self._candidates(kept)
                 kept, number = iteration.kept, iteration.number
                 figures = {"iteration": number, "active": int(kept.sum()), "density": iteration.density}
-                down = self.head_bytes_down + clients * (number - 1) * self._bits  # what stays, after each but the last
-                up = self.head_bytes_up + clients * number * len(self.eligible) * torch.float32.itemsize
+                up += clients * candidates * torch.float32.itemsize
+                down += clients * -(-candidates // 8)
                 rows.append({**figures, "bytes_down": down, "bytes_up": up, "seconds": clock.seconds})
                 report += self._report(number, kept)
                 self._save(kept, rows, report)
@@ -147,6 +151,8 @@ class Edit:
 
             score = scorer(self.setup, self.eligible, self.groups, self.config, watch)
             clock = Clock(rows)
+            down, up = self._bytes(rows)
+            bits = -(-self._candidates(torch.ones_like(votes, dtype=torch.bool)) // 8)
             for done, holder in enumerate(self.holders[len(rows) :], start=len(rows) + 1):
                 *_, last = self._calibrate(score, [holder], None)
                 active = int(last.kept.sum())
@@ -156,13 +162,16 @@ class Edit:
                     )
                 votes = votes + last.kept
                 figures = {"client": holder.number, "images": len(holder.ids), "active": active}
-                up = self.head_bytes_up + done * self._bits
-                rows.append({**figures, "bytes_down": self.head_bytes_down, "bytes_up": up, "seconds": clock.seconds})
+                up += bits
+                rows.append({**figures, "bytes_down": down, "bytes_up": up, "seconds": clock.seconds})
                 self._save(votes, rows, [])
                 display.show(done, f"{int((votes > 0).sum())} of {len(self.eligible)} in any mask")
         kept = votes >= votes_needed(options.merge, len(self.holders), options.quorum)
         if not kept.any():
-            raise InputError(f"--merge {options.merge}: the clients' masks share no entry; take union, or vote at less")
+            raise InputError(
+                f"--merge {options.merge}: the clients' masks share no entry; start a run of another name with union, "
+                "or vote at a lower --quorum"
+            )
         return kept, rows, self._report(options.num_iterations, kept)
 
     def mask(self, kept: Tensor) -> Mask:
@@ -172,7 +181,6 @@ class Edit:
     def facts(self, active: int, holders: list[Holder]) -> MaskFacts:
         """The header of a mask that these made."""
         options, scored = self.config.editing, self.config.editing.criterion in LOOKS_AT_IMAGES
-        joined = options.merge != "scores" and len(holders) > 1
         return MaskFacts(
             version=__version__,
             criterion=options.criterion,
@@ -185,20 +193,32 @@ class Edit:
             active=active,
             target_density=1 - options.target_sparsity,
             soft_zero=options.soft_zero,
-            calibration=f"{options.calibration}, {options.merge} of masks" if joined else options.calibration,
+            calibration=self._calibration(holders),
             clients=len(holders) if options.calibration == "federated" else 0,
             calibration_images=sum(len(holder.ids) for holder in holders) if scored else 0,
             seed=self.config.run.seed,
             model=self.setup.model.architecture.as_dict(),
             weights=self.setup.weights,
             data=self.setup.dataset.fingerprint,
-            head=self.setup.head,
+            head=self.setup.head if self.setup.head in ("weights", "ridge", "random") else "file",
         )
 
-    @property
-    def _bits(self) -> int:
-        """Bytes of one bit per eligible entry."""
-        return -(-len(self.eligible) // 8)
+    def _calibration(self, holders: list[Holder]) -> str:
+        options = self.config.editing
+        if options.calibration == "central":
+            return "central"
+        rule = f"vote at {options.quorum:g}" if options.merge == "vote" else options.merge
+        alone = f"client {holders[0].number} alone" if len(holders) < len(self.holders) else f"{rule} of masks"
+        words = f"federated, {in_words(self.config.split)}"
+        return words if options.merge == "scores" else f"{words}, {alone}"
+
+    def _bytes(self, rows: Rows) -> tuple[int, int]:
+        """Sent down and up so far."""
+        return (rows[-1]["bytes_down"], rows[-1]["bytes_up"]) if rows else (self.head_bytes_down, self.head_bytes_up)
+
+    def _candidates(self, kept: Tensor) -> int:
+        """Of how many entries, or groups, the kept ones (E,) are."""
+        return int(kept.sum()) if self.groups is None else len(self.groups.of[kept].unique())
 
     def _calibrate(self, score: Score, holders: list[Holder], start: tuple[int, Tensor] | None) -> Iterator[Iteration]:
         options = self.config.editing
@@ -213,7 +233,8 @@ class Edit:
         )
 
     def _report(self, number: int, kept: Tensor) -> Rows:
-        return [{"iteration": number, **asdict(row)} for row in density_table(self.mask(kept))]
+        table = density_table(self.mask(kept), self.config.editing.eligible)
+        return [{"iteration": number, **asdict(row)} for row in table]
 
     def _saved(self, start: Tensor) -> tuple[Tensor, Rows, Rows]:
         """The tensor, rows and report that the last checkpoint holds, or a beginning."""

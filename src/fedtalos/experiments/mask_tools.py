@@ -2,13 +2,11 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import cast, get_args
 
 import numpy as np
 import torch
 from rich.console import Console
 from rich.table import Table
-from torch import Tensor
 
 from fedtalos import __version__
 from fedtalos.config_tools import MaskCombineConfig, MaskCompareConfig, MaskRandomConfig, MaskShowConfig, MaskTool
@@ -24,13 +22,14 @@ from fedtalos.masks import (
     density_table,
     fingerprint,
     load_mask,
+    origin_differs,
     overlap,
     save_mask,
     votes_needed,
 )
-from fedtalos.models.vision_transformer import Architecture, VisionTransformer
-from fedtalos.randomness import generator, torch_generator
-from fedtalos.training.editing import Eligible, eligible_entries
+from fedtalos.models.vision_transformer import parts
+from fedtalos.randomness import generator
+from fedtalos.training.editing import eligible_masks
 
 
 def run(tool: MaskTool, console: Console) -> list[Path]:
@@ -51,7 +50,7 @@ def show(config: MaskShowConfig, console: Console) -> list[Path]:
     mask, facts = load_mask(config.mask)
     drawn = plot_masks([config.mask], config.output_dir / "plots" / config.mask.stem)
     _print(console, _two_columns({"mask": str(config.mask), **in_words(facts), "fingerprint": fingerprint(mask)}))
-    console.print(density_report(density_table(mask)))
+    console.print(density_report(density_table(mask, facts.eligible_in)))
     return drawn
 
 
@@ -67,17 +66,22 @@ def compare(config: MaskCompareConfig, console: Console) -> list[Path]:
         shares[first, second] = shares[second, first] = overlap(masks[first], masks[second])
     drawn = plot_masks(config.masks, config.output_dir / "plots" / plain_name("--name", config.name))
     numbers = [str(number) for number in range(1, len(masks) + 1)]
-    _print(console, _two_columns(dict(zip(numbers, map(str, config.masks), strict=True))))
-    common = sum(int(torch.stack([mask[name] for mask in masks]).all(0).sum()) for name in masks[0])
-    table = Table(title="Overlap (intersection over union)", title_justify="left")
-    for heading in ("mask", "may move (%)", "in every mask (%)", *numbers):
-        table.add_column(heading, justify="right")
-    for number, facts, row in zip(numbers, headers, shares, strict=True):
+    named_in_all = set.intersection(*(set(mask) for mask in masks))
+    common = sum(int(torch.stack([mask[name] for mask in masks]).all(0).sum()) for name in named_in_all)
+    table = Table(box=None)
+    for heading in ("", "mask", "may move (%)", "of these in every mask (%)"):
+        table.add_column(heading, justify="left" if heading == "mask" else "right", overflow="fold")
+    for number, path, facts in zip(numbers, config.masks, headers, strict=True):
         in_every = f"{100 * common / facts.active:.1f}" if facts.active else ""
-        table.add_row(number, f"{100 * facts.density:.1f}", in_every, *(f"{share:.3f}" for share in row))
+        table.add_row(number, str(path), f"{100 * facts.density:.1f}", in_every)
     _print(console, table)
-    differing = differences([in_words(facts) for facts in headers]) or {"nothing": ""}
-    _print(console, _two_columns(differing, title="Made differently (by which masks)"))
+    matrix = ["Overlap (intersection over union)", "".join(f"{number:>5}" for number in ("", *numbers))]
+    for number, row in zip(numbers, shares, strict=True):
+        matrix.append(f"{number:>5}" + "".join(f"{share:5.2f}" for share in row))
+    console.print("\n".join(matrix), highlight=False, markup=False, soft_wrap=True)
+    differing = differences([in_words(facts) for facts in headers])
+    _print(console, "Made differently (by which masks):" if differing else "Made differently: nothing")
+    _print(console, _two_columns(differing))
     return drawn
 
 
@@ -113,8 +117,10 @@ def draw(config: MaskRandomConfig, console: Console) -> list[Path]:
     path = _new_file(config.output_dir, config.name)
     mask, facts = load_mask(config.like)
     eligible = eligible_to(config.like, mask, facts)
-    places = {name: [part.flatten().nonzero().squeeze(1) for part in parts(name, eligible[name])] for name in mask}
-    counts = [int(part.sum()) for name, tensor in mask.items() for part in parts(name, tensor)]
+    places = {
+        name: [part.flatten().nonzero().squeeze(1) for part in parts(name, eligible[name]).values()] for name in mask
+    }
+    counts = [int(part.sum()) for name, tensor in mask.items() for part in parts(name, tensor).values()]
     if config.scope == "global":  # how many fall into each part when so many are drawn from all
         sizes = [len(found) for name in mask for found in places[name]]
         rng = generator(config.seed, "random mask", "global")
@@ -123,16 +129,11 @@ def draw(config: MaskRandomConfig, console: Console) -> list[Path]:
     left = iter(counts)
     for name, tensor in drawn.items():
         rng = generator(config.seed, "random mask", config.scope, name)
-        for part, found in zip(parts(name, tensor), places[name], strict=True):
+        for part, found in zip(parts(name, tensor).values(), places[name], strict=True):
             chosen = rng.choice(len(found), next(left), replace=False, shuffle=False)
             part.view(-1)[found[torch.from_numpy(chosen)]] = True
     _save(console, path, drawn, drawn_facts(config, mask, facts))
     return [path]
-
-
-def parts(name: str, tensor: Tensor) -> tuple[Tensor, ...]:
-    """Views of a tensor's parts that count as tensors: q, k and v of a qkv layer, else itself."""
-    return tensor.chunk(3) if ".attn.qkv." in name else (tensor,)
 
 
 def drawn_facts(config: MaskRandomConfig, like: Mask, facts: MaskFacts) -> MaskFacts:
@@ -155,16 +156,11 @@ def drawn_facts(config: MaskRandomConfig, like: Mask, facts: MaskFacts) -> MaskF
 def eligible_to(path: Path, mask: Mask, facts: MaskFacts) -> Mask:
     """The entries that a mask could choose from.
 
-    Raises InputError where they are not those of the model and the rule that its header names.
+    Raises InputError where some of its own are not among them.
     """
-    eligible: Mask = {}
-    if facts.eligible_in in get_args(Eligible):
-        with torch.device("meta"):  # no memory, no weights: names and shapes in the blocks are all that is asked for
-            model = VisionTransformer(Architecture(str(facts.model.get("size")), 1, 1, 1), torch_generator(0, "shapes"))
-        eligible = eligible_entries(model.to_empty(device="cpu"), cast(Eligible, facts.eligible_in)).masks
-    same = {name: t.shape for name, t in eligible.items()} == {name: t.shape for name, t in mask.items()}
-    if not same or any(bool((mask[name] & ~eligible[name]).any()) for name in mask):
-        raise InputError(f"mask {path}: its header names other eligible entries than it speaks of; give another mask")
+    eligible = eligible_masks({name: tensor.shape for name, tensor in mask.items()}, facts.eligible_in)
+    if any(bool((mask[name] & ~eligible[name]).any()) for name in mask):
+        raise InputError(f"mask {path}: lets other entries move than its header calls eligible; give another mask")
     return eligible
 
 
@@ -172,13 +168,8 @@ def _check_origin(headers: Sequence[MaskFacts], *, force: bool) -> None:
     """InputError where masks choose among different entries or (unless forced) were made for different weights."""
     if len({(facts.eligible_in, facts.eligible) for facts in headers}) > 1:
         raise InputError("masks: made with different --eligible, so they cannot be joined; give masks made with one")
-    origins = [{**facts.model, "weights": facts.weights[:16]} for facts in headers]
-    for what in ("size", "patch_size", "weights"):
-        values = list(dict.fromkeys(str(origin.get(what)) for origin in origins))
-        if len(values) > 1 and not force:
-            raise InputError(
-                f"masks: made for different {what} ({'; '.join(values)}); join masks made for one, or add --force"
-            )
+    if (differs := origin_differs(headers)) and not force:
+        raise InputError(f"masks: made for different {differs}; join masks made for one, or add --force")
 
 
 def _several(tool: str, paths: Sequence[Path]) -> None:
@@ -206,8 +197,8 @@ def _save(console: Console, path: Path, mask: Mask, facts: MaskFacts) -> None:
     _print(console, f"{facts.active} of {facts.eligible} eligible entries may move ({100 * facts.density:.4g} %)")
 
 
-def _two_columns(rows: dict[str, str], title: str | None = None) -> Table:
-    table = Table(title=title, title_justify="left", show_header=False, box=None)
+def _two_columns(rows: dict[str, str]) -> Table:
+    table = Table(show_header=False, box=None)
     table.add_column(no_wrap=True)
     table.add_column(overflow="fold")
     for name, value in rows.items():

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 
 import torch
+from torch import Tensor
 from torch.optim import Optimizer
 
 from fedtalos.config import TrainOptions
@@ -10,24 +11,24 @@ from fedtalos.errors import InputError
 from fedtalos.experiments.setup import Setup
 from fedtalos.masks import check_mask
 from fedtalos.parameters import Entries, named_tensors
+from fedtalos.training.editing import eligible_masks
 from fedtalos.training.local import freeze_all_but, learning_rate_schedule, make_optimizer
 
 
 def moving_entries(setup: Setup, train: TrainOptions) -> Entries:
-    """What may move; in prune mode the other entries of the mask's tensors are zeroed.
+    """What may move; in prune mode the entries that the mask excluded are zeroed.
 
     With a mask: its True entries, and a new head. Without: all, the blocks (and a new head), or the head. Less the
     head under --freeze_head. Raises InputError for a mask of another model, or unless forced of other weights.
     """
-    model, mask = setup.model, {}
+    model = setup.model
     if setup.mask is not None and train.mask is not None:
         loaded, facts = setup.mask
         architecture = model.architecture.as_dict()
         check_mask(
             train.mask, loaded, facts, model, architecture=architecture, weights=setup.weights, force=train.force_mask
         )
-        mask = {name: tensor.to(setup.device) for name, tensor in loaded.items()}
-        chosen = dict(mask)
+        chosen = {name: tensor.to(setup.device) for name, tensor in loaded.items()}
     else:
         chosen = {
             name: torch.ones_like(parameter, dtype=torch.bool, requires_grad=False)
@@ -44,9 +45,18 @@ def moving_entries(setup: Setup, train: TrainOptions) -> Entries:
     entries = Entries(chosen)
     if train.mask_mode == "prune":
         tensors = named_tensors(model)
-        for name, tensor in mask.items():
-            tensors[name].mul_(tensor)
+        for name, frozen in frozen_entries(setup).items():
+            tensors[name].masked_fill_(frozen, 0)
     return entries
+
+
+def frozen_entries(setup: Setup) -> dict[str, Tensor]:
+    """By tensor name, the entries that the mask could have let move and did not."""
+    if setup.mask is None:
+        return {}
+    mask, facts = setup.mask
+    eligible = eligible_masks({name: tensor.shape for name, tensor in mask.items()}, facts.eligible_in)
+    return {name: (eligible[name] & ~tensor).to(setup.device) for name, tensor in mask.items()}
 
 
 def optimizer_for(setup: Setup, entries: Entries, options: TrainOptions) -> Optimizer:

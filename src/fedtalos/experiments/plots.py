@@ -103,7 +103,7 @@ def plot_masks(mask_paths: Sequence[Path], plots_dir: Path) -> list[Path]:
     masks = [load_mask(path) for path in mask_paths]
     drawn = {}
     for name, (mask, facts) in zip(names, masks, strict=True):
-        rows = density_table(mask)
+        rows = density_table(mask, facts.eligible_in)
         title = f"Where entries may move, by block and kind\n{name}: {100 * facts.density:.1f} % in all"
         drawn[f"{name}_density"] = figures.density(rows, title)
     if len(masks) > 1:

@@ -113,4 +113,4 @@ def scorer(
 
 def fisher_name(options: EditingOptions) -> str:
     """How a mask file names the scores."""
-    return f"batch of {BATCH}" if options.fisher == "batch" else options.fisher
+    return f"batch of at most {BATCH}" if options.fisher == "batch" else options.fisher

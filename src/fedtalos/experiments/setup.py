@@ -212,13 +212,18 @@ def prepare(config: ConfigT) -> tuple[ConfigT, Setup]:
         dataset=dataset.to(device),
         model=model.to(device),
         view=View(options.image_size, mean, std),
-        weights=weights.sha256 if weights else f"none, seed {config.run.seed}",
+        weights=weights.sha256 if weights else _drawn(config.run.seed, architecture),
         head=head,
         mask=mask,
         eval_batch_size=config.data.eval_batch_size,
         eval_limit=config.data.eval_limit,
     )
     return config.model_copy(update={"model": options.model_copy(update={"head": head})}), setup
+
+
+def _drawn(seed: int, architecture: Architecture) -> str:
+    """What fixes weights that were not loaded: draws come in the order of the tensors, so their sizes count too."""
+    return f"none, seed {seed}, {architecture.size}/{architecture.patch_size} at {architecture.image_size} px"
 
 
 def _load_images(config: Config, image_size: int) -> Dataset:

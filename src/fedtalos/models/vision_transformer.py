@@ -102,6 +102,11 @@ class Block(nn.Module):
         return out
 
 
+def parts(name: str, tensor: Tensor) -> dict[str, Tensor]:
+    """Views of what a parameter of that name is made of: q, k and v of a qkv layer, else itself, under no name."""
+    return dict(zip("qkv", tensor.chunk(3), strict=True)) if ".attn.qkv." in name else {"": tensor}
+
+
 class VisionTransformer(nn.Module):
     """A ViT classifier; ``forward`` maps normalised images (B, 3, H, W) to logits (B, C)."""
 

@@ -4,7 +4,7 @@ The mask keeps the entries with the lowest scores: what the pretrained task is l
 is frozen. Letters: E eligible entries, R iterations, G groups of entries that stay or go together.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from fedtalos.models.vision_transformer import parts
 from fedtalos.parameters import Entries, named_tensors
 from fedtalos.randomness import generator, torch_generator
 
@@ -43,16 +44,24 @@ def eligible_entries(model: nn.Module, which: Eligible = "blocks") -> Entries:
     That third has exactly zero gradient: it shifts all logits of a softmax row alike. ``which``: blocks (all),
     attention (qkv and proj), qk (their rows of qkv), biases (those of the norms too).
     """
+    shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
+    return Entries(eligible_masks(shapes, which, next(model.parameters()).device))
+
+
+def eligible_masks(
+    shapes: Mapping[str, torch.Size], which: Eligible, device: torch.device | str = "cpu"
+) -> dict[str, Tensor]:
+    """The same as one bool mask per tensor, from the names and shapes of a model's parameters."""
     belongs = {"blocks": "blocks.", "attention": ".attn.", "qk": ".attn.qkv.", "biases": ".bias"}[which]
     masks = {}
-    for name, parameter in model.named_parameters():
+    for name, shape in shapes.items():
         if name.startswith("blocks.") and belongs in name:
-            masks[name] = torch.ones_like(parameter, dtype=torch.bool, requires_grad=False)
+            masks[name] = torch.ones(shape, dtype=torch.bool, device=device)
             if name.endswith("attn.qkv.bias"):
-                masks[name].chunk(3)[1].fill_(False)
+                parts(name, masks[name])["k"].fill_(False)
             if which == "qk":
-                masks[name].chunk(3)[2].fill_(False)
-    return Entries(masks)
+                parts(name, masks[name])["v"].fill_(False)
+    return masks
 
 
 def grouped(eligible: Entries, granularity: Granularity, heads: int) -> Groups | None:
@@ -66,12 +75,11 @@ def grouped(eligible: Entries, granularity: Granularity, heads: int) -> Groups |
         return None
     ids, count = {}, 0
     for name, mask in eligible.masks.items():
-        rows = len(mask)
-        parts = 3 if ".attn.qkv." in name else 1
-        parts = {"row": rows, "head": parts * heads if parts == 3 else 1, "tensor": parts}[granularity]
-        local = torch.arange(rows, device=mask.device) * parts // rows + count
+        rows, tensors = len(mask), len(parts(name, mask))
+        members = {"row": rows, "head": tensors * heads if tensors > 1 else 1, "tensor": tensors}[granularity]
+        local = torch.arange(rows, device=mask.device) * members // rows + count
         ids[name] = local.view(-1, *[1] * (mask.dim() - 1)).expand(mask.shape)
-        count += parts
+        count += members
     of = eligible.gather(ids)
     return Groups(of, torch.bincount(of, minlength=count))
 
@@ -121,7 +129,7 @@ def keep_lowest(scores: Tensor, kept: Tensor, count: int, seed: int, iteration: 
 
 
 def keep_lowest_groups(scores: Tensor, kept: Tensor, count: int, groups: Groups, seed: int, iteration: int) -> Tensor:
-    """The lowest-scored of the ``kept`` groups, as many as do not exceed ``count`` entries, at least one: bool (E,).
+    """The lowest-scored of the ``kept`` groups, until the next would exceed ``count`` entries, at least one: bool (E,).
 
     A group's score is the sum of its entries' scores (E,) per entry: by the bare sum, small tensors would always win.
     """
@@ -151,8 +159,8 @@ def calibrate(
     """Yield R ever sparser masks; after round r exactly round(density^(r/R) E) eligible entries stay.
 
     ``score(r, kept)`` gives fresh scores (E,), low = keep, of the weights softened by ``kept`` (E,). ``start`` is a
-    finished iteration to go on from. With ``groups``, whole groups stay, as many as that number holds. Once excluded,
-    always excluded.
+    finished iteration to go on from. With ``groups``, whole groups stay, until the next would exceed that number. Once
+    excluded, always excluded.
     """
     done, kept = start or (0, torch.ones(len(eligible), dtype=torch.bool, device=eligible.device))
     for number in range(done + 1, iterations + 1):

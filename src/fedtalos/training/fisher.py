@@ -37,22 +37,21 @@ def draw_labels(log_p: Tensor, uniforms: Tensor) -> Tensor:
     return below.clamp(max=log_p.shape[1] - 1).to(log_p.device)
 
 
-def output_gradients(mode: FisherMode, log_p: Tensor, labels: Tensor, uniforms: Tensor) -> list[Tensor]:
-    """What to send back from log p (B, C), pass by pass, so that the squares at the weights add up to the mode's score.
+def targets(mode: FisherMode, log_p: Tensor, labels: Tensor, uniforms: Tensor) -> list[tuple[Tensor, Tensor | float]]:
+    """Classes (B,) and factors, (B,) or one, of every backward pass: the squared gradients of factor x log p(class | x)
+    add up to the mode's score.
 
     true: S drawn labels, averaged; exact: every class, weighted by its probability; empirical: the labels given, which
     is no Fisher information; batch: drawn labels too, but its squares are taken of sums over examples.
     """
-    classes = log_p.shape[1]
     match mode:
         case "true" | "batch":
-            drawn = [draw_labels(log_p, u) for u in uniforms.unbind(1)]
-            return [F.one_hot(y, classes).to(log_p.dtype) / len(drawn) ** 0.5 for y in drawn]
+            return [(draw_labels(log_p, u), uniforms.shape[1] ** -0.5) for u in uniforms.unbind(1)]
         case "exact":
             root_p = (log_p.detach() / 2).exp()
-            return [root_p * F.one_hot(torch.tensor(c, device=log_p.device), classes) for c in range(classes)]
+            return [(torch.full_like(labels, c), root_p[:, c]) for c in range(log_p.shape[1])]
         case "empirical":
-            return [F.one_hot(labels, classes).to(log_p.dtype)]
+            return [(labels, 1.0)]
 
 
 def fisher_scores(
@@ -71,6 +70,7 @@ def fisher_scores(
     are not scored and stay 0. ``weights`` replaces parameters by name in the forward pass (the softly masked copy); the
     model is not changed. Forward and backward take ``chunk`` examples at a time, so memory holds their activations and
     one layer's gradients for each of them, never all layers'; mode batch takes, and squares, whole batches.
+    A layer is to be called once in a forward pass, and what follows it not to work in place.
     Raises TypeError for a parameter of another kind of layer, TrainingError where a score is not finite.
     """
     scores = {name: torch.zeros_like(model.get_parameter(name), requires_grad=False) for name in masks}
@@ -79,17 +79,31 @@ def fisher_scores(
         for batch in batches:
             size = len(batch[0]) if mode == "batch" else chunk
             for images, labels, uniforms in zip(*(tensor.split(size) for tensor in batch), strict=True):
-                with autocast(images.device, precision):
-                    logits = functional_call(model, dict(weights or {}), (images,))
-                log_p = F.log_softmax(logits.float(), dim=1)
-                # Examples do not meet in the forward pass, so what comes back to each is its own.
-                passes = output_gradients(mode, log_p, labels, uniforms)
-                for number, gradient in enumerate(passes, start=1):
-                    log_p.backward(gradient, retain_graph=number < len(passes))
+                _passes(model, weights or {}, images, labels, uniforms, mode, precision)
     bad = [name for name, score in scores.items() if not bool(score.isfinite().all())]
     if bad:
         raise TrainingError(f"the Fisher score of {bad[0]} is not finite: the weights or images hold NaN or infinity")
     return scores
+
+
+def _passes(
+    model: nn.Module,
+    weights: Mapping[str, Tensor],
+    images: Tensor,
+    labels: Tensor,
+    uniforms: Tensor,
+    mode: FisherMode,
+    precision: Precision,
+) -> None:
+    """One chunk's forward and backward passes; its activations go when it returns, before the next chunk's come."""
+    with autocast(images.device, precision):
+        logits = functional_call(model, dict(weights), (images,))
+    log_p = F.log_softmax(logits.float(), dim=1)
+    passes = targets(mode, log_p, labels, uniforms)
+    for number, (classes, factors) in enumerate(passes, start=1):
+        # Examples do not meet in the forward pass, so what comes back to each is its own.
+        chosen = factors * log_p.gather(1, classes.unsqueeze(1)).squeeze(1)
+        chosen.sum().backward(retain_graph=number < len(passes))
 
 
 def activation_bytes(model: nn.Module, images: Tensor) -> int:
@@ -181,7 +195,7 @@ def _token_view(layer: nn.Module) -> Callable[[Tensor, Tensor], tuple[Tensor, Te
     match layer:
         case nn.Linear():
             return lambda x, g: (_flat(x), _flat(g))
-        case nn.LayerNorm():
+        case nn.LayerNorm(normalized_shape=(_,)):
             return lambda x, g: (_flat(F.layer_norm(x, layer.normalized_shape, eps=layer.eps)), _flat(g))
         case nn.Conv2d(groups=1, padding_mode="zeros", padding=tuple() as padding):
             kernel, dilation, stride = layer.kernel_size, layer.dilation, layer.stride
@@ -189,7 +203,7 @@ def _token_view(layer: nn.Module) -> Callable[[Tensor, Tensor], tuple[Tensor, Te
                 F.unfold(x, kernel, dilation, padding, stride).transpose(1, 2),
                 g.flatten(2).transpose(1, 2),
             )
-    raise TypeError(f"Fisher scores: expected a Linear, LayerNorm or plain Conv2d layer, got {layer}")
+    raise TypeError(f"Fisher scores: expected a Linear, plain Conv2d or LayerNorm of one dimension, got {layer}")
 
 
 def _flat(x: Tensor) -> Tensor:
