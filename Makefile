@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test check format clean
+.PHONY: demo test bench check format clean
 
 $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -21,6 +21,11 @@ check: $(VENV)/installed
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(MAKE) test
+
+bench: $(VENV)/installed
+	$(BIN)/python benchmarks/fisher.py
+	$(BIN)/python benchmarks/selection.py
+	$(BIN)/python benchmarks/masked_step.py
 
 format: $(VENV)/installed
 	$(BIN)/ruff format .

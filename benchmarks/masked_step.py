@@ -186,7 +186,7 @@ def measure(options: Options) -> str:
         )
     setting = (
         f"{environment()}; ViT-{options.model_size}/{options.patch_size}, "
-        f"{'random weights' if weights is None else weights.source}, {options.image_size} px, "
+        f"{'random weights' if weights is None else Path(weights.source).name}, {options.image_size} px, "
         f"batch {options.batch_size}, {options.precision}, median of {options.repeats}"
     )
     header = ("moves", "entries", "of eligible", "ms a step", "ratio", "floor", "state, MiB", "peak, MiB")
