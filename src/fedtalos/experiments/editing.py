@@ -36,6 +36,8 @@ def run(config: EditingConfig, paths: RunPaths, console: Console) -> dict[str, A
     open_run(config, paths, setup.inputs())
     if clients:
         write_split(paths, setup, config.split, clients)
+    if setup.head == "ridge":
+        console.print("fitting the ridge head", highlight=False)
     sent = fit_head(setup, paths, clients)
     groups = grouped(eligible, config.editing.granularity, WIDTH_DEPTH_HEADS[setup.model.architecture.size][2])
     edit = Edit(config, paths, setup, eligible, groups, image_holders(setup, config, clients), *sent)

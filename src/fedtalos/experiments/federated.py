@@ -29,6 +29,7 @@ def run(config: FederatedConfig, paths: RunPaths, console: Console) -> dict[str,
     rate = schedule_for(config.train, federation.num_rounds)
     progress, saved = resume(paths, setup)
     if not saved and setup.head == "ridge":
+        console.print("fitting the ridge head", highlight=False)
         progress.bytes_up += fit_ridge_head(setup, clients)
 
     per_round = clients_per_round(len(clients), federation.client_fraction)
