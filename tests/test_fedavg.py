@@ -4,7 +4,7 @@ from hypothesis import strategies as st
 
 from fedtalos.metrics import Metrics
 from fedtalos.parameters import Entries, named_tensors
-from fedtalos.training.fedavg import clients_per_round, fedavg, sample_clients
+from fedtalos.training.fedavg import clients_per_round, fedavg, one_by_one, sample_clients
 from fedtalos.training.local import freeze_all_but, make_optimizer, train
 
 
@@ -38,7 +38,9 @@ def test_mean_is_weighted_by_examples_and_bytes_are_counted(vit):
         entries.scatter(start + client + 1, tensors)
         return Metrics(1.0, 1, sizes[client])
 
-    rounds = fedavg(vit, entries, update, sizes, fraction=1.0, rounds=1, seed=0, first_contact_bytes=7)
+    rounds = fedavg(
+        vit, entries, one_by_one(vit, entries, update), sizes, fraction=1.0, rounds=1, seed=0, first_contact_bytes=7
+    )
     result = next(rounds)
     expected = start + (10 * 1 + 30 * 2 + 60 * 3) / 100
     torch.testing.assert_close(entries.gather(tensors), expected, rtol=1e-5, atol=1e-5)
@@ -63,7 +65,8 @@ def test_one_sgd_step_per_client_equals_one_central_step_on_the_union(vit, image
     vit.load_state_dict(start)
     parts = [slice(0, 2), slice(2, 7), slice(7, 12)]
     sizes = [2, 5, 5]
-    list(fedavg(vit, entries, lambda _, client: step(parts[client]), sizes, fraction=1.0, rounds=1, seed=0))
+    clients = one_by_one(vit, entries, lambda _, client: step(parts[client]))
+    list(fedavg(vit, entries, clients, sizes, fraction=1.0, rounds=1, seed=0))
     torch.testing.assert_close(entries.gather(named_tensors(vit)), central, rtol=1e-4, atol=1e-6)
 
 
@@ -76,7 +79,15 @@ def test_resumed_rounds_count_first_contacts_as_uninterrupted_ones_do(vit):
 
         sizes = [1] * 10
         rounds = fedavg(
-            vit, entries, update, sizes, fraction=0.3, rounds=6, seed=0, done=done, first_contact_bytes=1000
+            vit,
+            entries,
+            one_by_one(vit, entries, update),
+            sizes,
+            fraction=0.3,
+            rounds=6,
+            seed=0,
+            done=done,
+            first_contact_bytes=1000,
         )
         return [r.bytes_down for r in rounds]
 

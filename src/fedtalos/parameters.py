@@ -3,7 +3,7 @@
 Shapes: P all parameters, A chosen (True) entries of them.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -33,9 +33,15 @@ class Entries:
             name: None if bool(mask.all()) else mask.flatten().nonzero().squeeze(1) for name, mask in self.masks.items()
         }
         self._counts = [int(mask.sum()) for mask in self.masks.values()]
+        self._rows = {name: _first_to_last(mask.reshape(len(mask), -1).any(1)) for name, mask in self.masks.items()}
 
     def __len__(self) -> int:
         return sum(self._counts)
+
+    @property
+    def nbytes(self) -> int:
+        """What the chosen entries take on the wire, as float32."""
+        return 4 * len(self)
 
     @property
     def device(self) -> torch.device:
@@ -65,6 +71,14 @@ class Entries:
             else:
                 flat[index] = part
 
+    def moving_rows(self, tensors: Mapping[str, Tensor]) -> list[Tensor]:
+        """Views of ``tensors``, each contiguous: the rows from the first to the last that hold a chosen entry.
+
+        To copy these whole, entries between that do not move included, takes a fraction of the time of picking the
+        chosen ones by index (benchmarks/results/aggregation.md).
+        """
+        return [tensors[name].detach()[rows] for name, rows in self._rows.items()]
+
     def unflatten(self, vector: Tensor) -> dict[str, Tensor]:
         """``vector`` (A,) as tensors of the masks' shapes, zero (or False) in the entries not chosen."""
         tensors = {
@@ -74,8 +88,22 @@ class Entries:
         return tensors
 
 
-def clip_gradients(parameters: Mapping[str, nn.Parameter], entries: Entries, max_norm: float) -> float:
-    """Scale gradients so that the 2-norm over the chosen entries is at most ``max_norm``; returns the norm found.
+def _first_to_last(rows: Tensor) -> slice:
+    numbers = rows.nonzero()
+    return slice(int(numbers[0]), int(numbers[-1]) + 1)
+
+
+class Values:
+    """A copy of some tensors: ``vector``, all of it, contiguous, and ``parts``, its pieces in the tensors' shapes."""
+
+    def __init__(self, like: Sequence[Tensor]) -> None:
+        self.vector = torch.cat([tensor.reshape(-1) for tensor in like])
+        pieces = torch.split(self.vector, [tensor.numel() for tensor in like])
+        self.parts = [piece.view_as(tensor) for piece, tensor in zip(pieces, like, strict=True)]
+
+
+def clip_gradients(parameters: Mapping[str, nn.Parameter], entries: Entries, max_norm: float) -> Tensor:
+    """Scale gradients so that the 2-norm over the chosen entries is at most ``max_norm``; returns the norm found, ().
 
     Entries that may not move do not count (torch.nn.utils.clip_grad_norm_ would count them).
     """
@@ -86,4 +114,4 @@ def clip_gradients(parameters: Mapping[str, nn.Parameter], entries: Entries, max
         gradients[name] = gradient
     norm = nn.utils.get_total_norm(entries.parts(gradients))
     nn.utils.clip_grads_with_norm_([parameters[name] for name in gradients], max_norm, norm)
-    return float(norm)
+    return norm

@@ -14,7 +14,7 @@ from fedtalos.experiments.session import Session, resume
 from fedtalos.experiments.setup import Setup, prepare
 from fedtalos.metrics import Metrics
 from fedtalos.randomness import generator
-from fedtalos.training.fedavg import clients_per_round, fedavg
+from fedtalos.training.fedavg import clients_per_round, fedavg, one_by_one
 
 
 def run(config: FederatedConfig, paths: RunPaths, console: Console) -> dict[str, Any]:
@@ -52,7 +52,7 @@ def run(config: FederatedConfig, paths: RunPaths, console: Console) -> dict[str,
     rounds = fedavg(
         setup.model,
         entries,
-        update_client,
+        one_by_one(setup.model, entries, update_client),
         [len(ids) for ids in clients],
         fraction=federation.client_fraction,
         rounds=federation.num_rounds,

@@ -6,20 +6,27 @@ from torch import Tensor, nn
 
 from fedtalos.metrics import Metrics
 from fedtalos.models.vision_transformer import VisionTransformer
-from fedtalos.training.local import Batches, Precision, autocast
+from fedtalos.training.local import Batches, Precision, autocast, correct_answers
+
+
+def evaluate(model: nn.Module, batches: Batches, precision: Precision = "fp32") -> Metrics:
+    """Summed cross-entropy (nats), correct answers and examples over all batches, in eval mode."""
+    return sum(evaluate_batches(model, batches, precision), Metrics())
 
 
 @torch.inference_mode()
-def evaluate(model: nn.Module, batches: Batches, precision: Precision = "fp32") -> Metrics:
-    """Summed cross-entropy (nats), correct answers and examples over all batches, in eval mode."""
+def evaluate_batches(model: nn.Module, batches: Batches, precision: Precision = "fp32") -> list[Metrics]:
+    """The metrics of every batch by itself; they are fetched from the device once, at the end."""
     model.eval()
-    total = Metrics()
+    found, examples = [], []
     for images, labels in batches:
         with autocast(images.device, precision):
             logits = model(images)
         loss = F.cross_entropy(logits.float(), labels, reduction="sum")
-        total += Metrics(loss.item(), int((logits.argmax(1) == labels).sum()), len(labels))
-    return total
+        found.append(torch.stack([loss, correct_answers(logits, labels).float()]))
+        examples.append(len(labels))
+    figures = torch.stack(found).tolist() if found else []
+    return [Metrics(loss, int(correct), count) for (loss, correct), count in zip(figures, examples, strict=True)]
 
 
 @torch.inference_mode()

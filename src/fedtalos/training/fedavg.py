@@ -1,20 +1,26 @@
 """Federated averaging (McMahan et al., 2017, algorithm 1) as a generator of rounds.
 
-Letters: K clients, C fraction sampled per round, A entries that may move, theta (A,) their values.
+Letters: K clients, C fraction sampled per round, theta the values of what may move.
 """
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from fedtalos.metrics import Metrics
-from fedtalos.parameters import Entries, named_tensors
+from fedtalos.parameters import Entries, Values, named_tensors
 from fedtalos.randomness import generator
 
 ClientUpdate = Callable[[int, int], Metrics]
 """(round, client) -> training metrics; trains the resident model in place, from the values it finds there."""
+
+TrainClients = Callable[[int, Sequence[int], Values], Iterator[tuple[Metrics, list[Tensor]]]]
+"""(round, clients, theta) -> each client's metrics and trained values, in the clients' order.
+
+Every client starts from theta; its values, in theta's parts, are good until the next client's are asked for.
+"""
 
 
 @dataclass(frozen=True)
@@ -40,10 +46,22 @@ def sample_clients(num_clients: int, fraction: float, seed: int, round_number: i
     return tuple(sorted(int(client) for client in chosen))
 
 
+def one_by_one(model: nn.Module, entries: Entries, update_client: ClientUpdate) -> TrainClients:
+    """Clients train one after another, on the resident model: memory does not grow with their number."""
+    resident = entries.moving_rows(named_tensors(model))
+
+    def train_clients(number: int, clients: Sequence[int], theta: Values) -> Iterator[tuple[Metrics, list[Tensor]]]:
+        for client in clients:
+            torch._foreach_copy_(resident, theta.parts)
+            yield update_client(number, client), resident
+
+    return train_clients
+
+
 def fedavg(
     model: nn.Module,
     entries: Entries,
-    update_client: ClientUpdate,
+    train_clients: TrainClients,
     client_sizes: Sequence[int],
     *,
     fraction: float,
@@ -54,26 +72,30 @@ def fedavg(
 ) -> Iterator[Round]:
     """Yield rounds done+1..rounds; after each, ``model`` holds the new global values.
 
-    theta <- sum over sampled clients of n_k theta_k / sum of n_k, kept as a running mean in one buffer: memory does
-    not grow with the number of clients. Bytes are those of theta's buffer, down and up for every client, and
-    ``first_contact_bytes`` (the mask's bits) down to each client the first time that it is sampled.
+    theta <- sum over sampled clients of n_k theta_k / sum of n_k, kept as a running mean: memory does not grow with
+    the number of clients. What does not move, but lies between what does, is averaged along: equal values stay as
+    they are. Bytes are those of the entries that may move, down and up for every client, and ``first_contact_bytes``
+    (the mask's bits) down to each client the first time that it is sampled. A round that fails leaves theta in place.
     """
-    tensors = named_tensors(model)
+    resident = entries.moving_rows(named_tensors(model))
+    theta, mean = Values(resident), Values(resident)
     met = {
         client for number in range(1, done + 1) for client in sample_clients(len(client_sizes), fraction, seed, number)
     }
     for number in range(done + 1, rounds + 1):
-        theta = entries.gather(tensors)
-        mean = torch.zeros_like(theta)
+        torch._foreach_copy_(theta.parts, resident)
         clients = sample_clients(len(client_sizes), fraction, seed, number)
         train, examples = Metrics(), 0
-        for client in clients:
-            entries.scatter(theta, tensors)
-            train += update_client(number, client)
-            examples += client_sizes[client]
-            mean.lerp_(entries.gather(tensors), client_sizes[client] / examples)
-        entries.scatter(mean, tensors)
+        try:
+            for client, (metrics, values) in zip(clients, train_clients(number, clients, theta), strict=True):
+                train += metrics
+                examples += client_sizes[client]
+                torch._foreach_lerp_(mean.parts, values, client_sizes[client] / examples)
+        except BaseException:
+            torch._foreach_copy_(resident, theta.parts)
+            raise
+        torch._foreach_copy_(resident, mean.parts)
         new = set(clients) - met
         met |= new
-        wire = theta.nbytes * len(clients)
+        wire = entries.nbytes * len(clients)
         yield Round(number, clients, train, wire + first_contact_bytes * len(new), wire)
