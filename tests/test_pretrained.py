@@ -275,7 +275,7 @@ PLAIN = {"mean": STATED[0], "std": STATED[1]}
         ("vit_small.DINO", None, None, IMAGENET),
         ("dino", PLAIN, None, STATED),
         ("dino", {"architecture": "vit", "pretrained_cfg": PLAIN}, None, STATED),
-        ("dino", None, {key: json.dumps(value) for key, value in PLAIN.items()}, STATED),
+        ("dino", None, {"pixels": json.dumps(PLAIN)}, STATED),
         ("dino", {"epoch": 3}, {"format": "pt"}, IMAGENET),
     ],
 )

@@ -34,8 +34,9 @@ class Checkpoint:
 
 def save_checkpoint(folder: Path, name: str, step: int, tensors: dict[str, Tensor], facts: dict[str, Any]) -> Path:
     """Write ``folder/name.json`` and its tensor file, then drop the tensor file that it replaces."""
-    # In the tensor file too, so that it can be used as a weights file by itself.
-    metadata = {str(key): json.dumps(facts[key]) for key in ("mean", "std") if key in facts}
+    # In the tensor file too, so that it can be used as a weights file by itself; one key, for safetensors writes
+    # several in an order of its own, and files are to be the same to the byte.
+    metadata = {"pixels": json.dumps({key: facts[key] for key in ("mean", "std") if key in facts})}
     content = save_safetensors({key: t.detach().cpu().contiguous() for key, t in tensors.items()}, metadata)
     file = folder / f"{name}-{step:06d}.safetensors"
     write_atomic(file, content)

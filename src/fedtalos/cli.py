@@ -135,8 +135,11 @@ def dispatch(config: AnyConfig, console: Console) -> None:
 
 def run_experiment(config: RunConfig, console: Console) -> None:
     """Train or edit, draw the figures, and say where everything is."""
-    from fedtalos.experiments import centralized, editing, federated, plots
+    from fedtalos.experiments import centralized, editing, federated, plots, processes
 
+    if processes.rank() and isinstance(config, FederatedConfig):
+        federated.follow(config)
+        return
     require_tracker(config.run.tracker)
     paths = choose_run(config)
     if paths.finished:

@@ -75,6 +75,9 @@ class RunOptions(Options):
     seed: int = Field(0, ge=0, description="source of every random draw")
     device: Literal["auto", "mps", "cuda", "cpu"] = Field("auto", description="auto: mps, then cuda, then cpu")
     precision: Literal["auto", "fp32", "bf16"] = Field("auto", description="auto: bf16 on cuda, else fp32")
+    threads: Annotated[int | None, unset("N", "all cores, shared among the workers")] = Field(
+        None, ge=1, description="CPU threads of each process; results differ in their last bits with it"
+    )
     tracker: Literal["none", "tensorboard", "wandb"] = Field("none", description="also log there")
 
 
@@ -167,6 +170,9 @@ class FederationOptions(Options):
     local_steps: int = Field(4, ge=1, description="J, optimiser steps per client and round")
     local_epochs: Annotated[int | None, unset("N", "none")] = Field(
         None, ge=1, description="passes over the client's images, instead of local_steps"
+    )
+    workers: int = Field(
+        1, ge=1, description="processes that share a round's clients, each with its part of the cores, or a GPU"
     )
 
 

@@ -85,7 +85,9 @@ def training_batches(
         yield view(augment(images.pixels[chosen], augmentation, rng)), images.labels[chosen]
 
 
-def evaluation_batches(images: LabelledImages, view: View, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Every image once, in stored order, without augmentation."""
-    for start in range(0, len(images), batch_size):
+def evaluation_batches(
+    images: LabelledImages, view: View, batch_size: int, *, first: int = 0, every: int = 1
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Images in stored order, without augmentation: all batches, or those numbered first, first + every, ..."""
+    for start in range(first * batch_size, len(images), every * batch_size):
         yield view(images.pixels[start : start + batch_size]), images.labels[start : start + batch_size]

@@ -57,7 +57,16 @@ def run(config: CentralizedConfig, paths: RunPaths, console: Console) -> dict[st
         return optimizer_tensors(optimizer)
 
     with (
-        Session(config, paths, setup, progress, unit="epoch", fresh=not saved, extra_tensors=state) as session,
+        Session(
+            config,
+            paths,
+            setup,
+            progress,
+            unit="epoch",
+            fresh=not saved,
+            evaluate=setup.evaluate,
+            extra_tensors=state,
+        ) as session,
         Display(console, "epoch", config.num_epochs, progress.done) as display,
     ):
         session.follow(epochs(progress.done), config.num_epochs, rate, display)

@@ -24,7 +24,7 @@ def run(config: EvaluateConfig, console: Console) -> Metrics:
         raise InputError(f"checkpoint {path}: is of another version; give another")
     trained = override(RUN_CONFIGS[facts["command"]](), {**options, **changes}, str(path))
     _, setup = prepare(trained)
-    metrics = setup.evaluate(getattr(setup.dataset, config.split))
+    metrics = setup.evaluate(config.split)
     console.print(
         f"{path}: {config.split} loss {metrics.loss:.4f}, accuracy {100 * metrics.accuracy:.2f} % "
         f"({metrics.correct} of {metrics.examples})",

@@ -1,5 +1,7 @@
 """Train with federated averaging over clients that keep their images."""
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from rich.console import Console
@@ -7,36 +9,96 @@ from rich.console import Console
 from fedtalos.config import FederatedConfig, FederationOptions
 from fedtalos.data.batches import steps_per_epoch
 from fedtalos.display import Display
-from fedtalos.experiments.clients import fit_ridge_head, split, write_split
+from fedtalos.experiments.clients import Clients, fit_ridge_head, split, write_split
 from fedtalos.experiments.moving import moving_entries, optimizer_for, schedule_for
+from fedtalos.experiments.processes import Others, agreed, others
 from fedtalos.experiments.runs import RunPaths, open_run
 from fedtalos.experiments.session import Session, resume
 from fedtalos.experiments.setup import Setup, prepare
 from fedtalos.metrics import Metrics
+from fedtalos.parameters import Entries, Values, named_tensors
 from fedtalos.randomness import generator
-from fedtalos.training.fedavg import clients_per_round, fedavg, one_by_one
+from fedtalos.training.fedavg import TrainClients, clients_per_round, fedavg, one_by_one
+from fedtalos.training.local import Batches
+from fedtalos.training.workers import Leader, serve
+
+Watch = Callable[[Batches, float], Batches]
+"""Passes batches on; each is that share of a round."""
 
 
 def run(config: FederatedConfig, paths: RunPaths, console: Console) -> dict[str, Any]:
-    """Train for ``num_rounds`` rounds; returns the summary."""
+    """Train for ``num_rounds`` rounds, leading other processes where asked; returns the summary."""
+    with others(config) as beside:
+        return _lead(config, paths, console, beside)
+
+
+def _lead(config: FederatedConfig, paths: RunPaths, console: Console, beside: Others) -> dict[str, Any]:
     config, setup = prepare(config)
     federation = config.federation
     clients = split(setup, config.split, config.run.seed)
     entries = moving_entries(setup, config.train)
     open_run(config, paths, setup.inputs())
     write_split(paths, setup, config.split, clients)
-    optimizer = optimizer_for(setup, entries, config.train)
-    rate = schedule_for(config.train, federation.num_rounds)
     progress, saved = resume(paths, setup)
     if not saved and setup.head == "ridge":
         console.print("fitting the ridge head", highlight=False)
         progress.bytes_up += fit_ridge_head(setup, clients)
 
-    per_round = clients_per_round(len(clients), federation.client_fraction)
+    display = Display(console, "round", federation.num_rounds, progress.done)
+    train_clients = local_training(config, setup, clients, entries, display.watch)
+    evaluate = setup.evaluate
+    if beside.size > 1:
+        beside.meet(setup.device)
+        agreed(config)
+        leader = Leader(setup.model)
+        train_clients = leader.spread(train_clients)
+        evaluate = partial(leader.evaluate, setup.evaluate_part)
+    rounds = fedavg(
+        setup.model,
+        entries,
+        train_clients,
+        [len(ids) for ids in clients],
+        fraction=federation.client_fraction,
+        rounds=federation.num_rounds,
+        seed=config.run.seed,
+        done=progress.done,
+        first_contact_bytes=first_contact_bytes(setup, head_moves="head.weight" in entries.masks),
+    )
+    with (
+        Session(config, paths, setup, progress, unit="round", fresh=not saved, evaluate=evaluate) as session,
+        display,
+    ):
+        session.follow(rounds, federation.num_rounds, schedule_for(config.train, federation.num_rounds), display)
+        sent = {"down": round(progress.bytes_down / 1e6, 3), "up": round(progress.bytes_up / 1e6, 3)}
+        return session.finish({"moving_parameters": len(entries), "megabytes_sent": sent})
+
+
+def follow(config: FederatedConfig) -> None:
+    """What a process beside the leader does: train the clients, and evaluate the batches, that it is given."""
+    with others(config) as beside:
+        config, setup = prepare(config)
+        clients = split(setup, config.split, config.run.seed)
+        entries = moving_entries(setup, config.train)
+        beside.meet(setup.device)
+        config = agreed(config)
+        assert config.run.precision != "auto"
+        setup.precision = config.run.precision
+        train_clients = local_training(config, setup, clients, entries, lambda batches, _: batches)
+        theta = Values(entries.moving_rows(named_tensors(setup.model)))
+        serve(setup.model, train_clients, theta, setup.evaluate_part)
+
+
+def local_training(
+    config: FederatedConfig, setup: Setup, clients: Clients, entries: Entries, watch: Watch
+) -> TrainClients:
+    """How clients train: with a fresh optimiser each, on batches drawn for that round and client."""
+    optimizer = optimizer_for(setup, entries, config.train)
+    rate = schedule_for(config.train, config.federation.num_rounds)
+    per_round = clients_per_round(len(clients), config.federation.client_fraction)
 
     def update_client(number: int, client: int) -> Metrics:
         optimizer.state.clear()  # a client keeps no momentum from the one before it
-        steps = local_steps(federation, len(clients[client]), config.train.batch_size)
+        steps = local_steps(config.federation, len(clients[client]), config.train.batch_size)
         return setup.train_on(
             clients[client],
             steps,
@@ -46,27 +108,10 @@ def run(config: FederatedConfig, paths: RunPaths, console: Console) -> dict[str,
             rng=generator(config.run.seed, "batches", number, client),
             learning_rate=lambda _: rate(number - 1),
             where=f"round {number}, client {client}",
-            watch=lambda batches: display.watch(batches, 1 / (steps * per_round)),
+            watch=lambda batches: watch(batches, 1 / (steps * per_round)),
         )
 
-    rounds = fedavg(
-        setup.model,
-        entries,
-        one_by_one(setup.model, entries, update_client),
-        [len(ids) for ids in clients],
-        fraction=federation.client_fraction,
-        rounds=federation.num_rounds,
-        seed=config.run.seed,
-        done=progress.done,
-        first_contact_bytes=first_contact_bytes(setup, head_moves="head.weight" in entries.masks),
-    )
-    with (
-        Session(config, paths, setup, progress, unit="round", fresh=not saved) as session,
-        Display(console, "round", federation.num_rounds, progress.done) as display,
-    ):
-        session.follow(rounds, federation.num_rounds, rate, display)
-        sent = {"down": round(progress.bytes_down / 1e6, 3), "up": round(progress.bytes_up / 1e6, 3)}
-        return session.finish({"moving_parameters": len(entries), "megabytes_sent": sent})
+    return one_by_one(setup.model, entries, update_client)
 
 
 def local_steps(federation: FederationOptions, examples: int, batch_size: int) -> int:

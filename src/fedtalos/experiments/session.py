@@ -4,6 +4,7 @@ What centralized and federated share: both hand `follow` a generator of rounds (
 """
 
 import math
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from types import TracebackType
@@ -23,6 +24,7 @@ from fedtalos.parameters import named_tensors
 from fedtalos.recorder import Recorder, TensorBoardTracker, WandbTracker, write_yaml
 from fedtalos.training.fedavg import Round
 from fedtalos.training.local import TrainingError
+from fedtalos.training.workers import WorkerLostError
 
 
 @dataclass
@@ -37,6 +39,7 @@ class Progress:
     bytes_up: int = 0
     images: int = 0
     seconds: float = 0.0
+    evaluation_seconds: float = 0.0
 
 
 def resume(paths: RunPaths, setup: Setup) -> tuple[Progress, dict[str, Tensor]]:
@@ -70,11 +73,13 @@ class Session:
         *,
         unit: str,
         fresh: bool,
+        evaluate: Callable[[str], Metrics],
         extra_tensors: Callable[[], dict[str, Tensor]] = dict,
     ) -> None:
-        """``extra_tensors`` gives what a checkpoint holds beside the model."""
+        """``evaluate`` maps a split's name to metrics; ``extra_tensors`` is what checkpoints hold beside the model."""
         self.config, self.paths, self.setup, self.progress = config, paths, setup, progress
-        self._unit, self._fresh, self._extra_tensors = unit, fresh, extra_tensors
+        self._unit, self._fresh = unit, fresh
+        self._evaluate, self._extra_tensors = evaluate, extra_tensors
         keep_to = -1 if fresh else progress.done
         self.recorder = Recorder(paths.results, unit, keep_to=keep_to, seconds=progress.seconds)
         if config.run.tracker == "tensorboard":
@@ -98,7 +103,7 @@ class Session:
         if self._fresh:
             self._validate(0)
             self._save()
-        for round_ in rounds:
+        for round_ in self._kept(rounds):
             progress.done = round_.number
             progress.bytes_down += round_.bytes_down
             progress.bytes_up += round_.bytes_up
@@ -109,6 +114,15 @@ class Session:
             if due:
                 self._save()
             display.finished(round_.number, round_.train, validation)
+
+    def _kept(self, rounds: Iterator[Round]) -> Iterator[Round]:
+        """The rounds; where a worker is lost, what came before is saved."""
+        try:
+            yield from rounds
+        except WorkerLostError as error:
+            self._save()
+            saved = f"{self._unit} {self.progress.done} is saved"
+            raise WorkerLostError(f"{error}; {saved}, --resume --run_name {self.paths.name} goes on from it") from error
 
     def _record(self, number: int, split: str, metrics: Metrics, rate: float | None = None) -> None:
         self.recorder.record(
@@ -121,7 +135,7 @@ class Session:
         )
 
     def _validate(self, number: int) -> Metrics:
-        metrics = self.setup.evaluate(self.setup.dataset.val)
+        metrics = self._timed_evaluation("val")
         if not math.isfinite(metrics.loss):
             raise TrainingError(
                 f"{self._unit} {number}: the validation loss became {metrics.loss}; the checkpoint before it is kept; "
@@ -132,6 +146,12 @@ class Session:
         if metrics.accuracy > self.progress.best_accuracy:
             self.progress.best, self.progress.best_accuracy = number, metrics.accuracy
             self._checkpoint("best", named_tensors(self.setup.model))
+        return metrics
+
+    def _timed_evaluation(self, split: str) -> Metrics:
+        start = time.perf_counter()
+        metrics = self._evaluate(split)
+        self.progress.evaluation_seconds += time.perf_counter() - start
         return metrics
 
     def _save(self) -> None:
@@ -149,12 +169,12 @@ class Session:
 
     def finish(self, extra: dict[str, Any]) -> dict[str, Any]:
         """Read the test split, with the last and the best-on-validation model, and write the summary."""
-        dataset, progress = self.setup.dataset, self.progress
-        last = self.setup.evaluate(dataset.test)
+        progress = self.progress
+        last = self._timed_evaluation("test")
         best = last
         if progress.best != progress.done:
             restore_model(self.setup, load_checkpoint(self.paths.checkpoints / "best.json").tensors)
-            best = self.setup.evaluate(dataset.test)
+            best = self._timed_evaluation("test")
         self._record(progress.done, "test", last)
         seconds = self.recorder.seconds
         summary = {
@@ -167,6 +187,7 @@ class Session:
             "images_trained_on": progress.images,
             **extra,
             "seconds": round(seconds, 2),
+            "evaluation_share": _share(progress.evaluation_seconds / seconds),
         }
         write_yaml(self.paths.results / "summary.yaml", summary)
         return summary

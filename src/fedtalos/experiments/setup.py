@@ -25,7 +25,7 @@ from fedtalos.models.pretrained import HALF, STATISTICS, Weights, load_into, rea
 from fedtalos.models.vision_transformer import Architecture, VisionTransformer
 from fedtalos.parameters import Entries
 from fedtalos.randomness import torch_generator
-from fedtalos.training.evaluation import evaluate, extract_features
+from fedtalos.training.evaluation import evaluate_batches, extract_features
 from fedtalos.training.heads import RidgeSums, fit_ridge_head, ridge_sums
 from fedtalos.training.local import Batches, Precision, TrainingError, train
 
@@ -47,10 +47,15 @@ class Setup:
     eval_batch_size: int
     eval_limit: int | None
 
-    def evaluate(self, images: LabelledImages) -> Metrics:
-        """Loss and accuracy of the resident model, on the first ``eval_limit`` images."""
-        batches = evaluation_batches(self.limited(images), self.view, self.eval_batch_size)
-        return evaluate(self.model, batches, self.precision)
+    def evaluate(self, split: str) -> Metrics:
+        """Loss and accuracy of the resident model on that split, its first ``eval_limit`` images."""
+        return sum(self.evaluate_part(split, 0, 1), Metrics())
+
+    def evaluate_part(self, split: str, first: int, every: int) -> list[Metrics]:
+        """The metrics of batches first, first + every, ... of the split."""
+        images = self.limited(getattr(self.dataset, split))
+        batches = evaluation_batches(images, self.view, self.eval_batch_size, first=first, every=every)
+        return evaluate_batches(self.model, batches, self.precision)
 
     def limited(self, images: LabelledImages) -> LabelledImages:
         """The first ``eval_limit`` images, or all."""

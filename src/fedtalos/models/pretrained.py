@@ -192,8 +192,7 @@ def _geometry(label: str, tensors: Mapping[str, Tensor]) -> tuple[int, int, int,
 def _statistics(label: str, config: Path, metadata: Mapping[str, str]) -> tuple[Channels, Channels]:
     stated = _stated(str(config), config.read_text("utf-8", "replace")) if config.is_file() else None
     if stated is None:
-        fields = ", ".join(f'"{key}": {metadata[key]}' for key in ("mean", "std") if key in metadata)
-        stated = _stated(f"metadata of weights {label}", f"{{{fields}}}")
+        stated = _stated(f"metadata of weights {label}", metadata.get("pixels", "{}"))
     return stated or (IMAGENET if "dino" in label.lower() else HALF)
 
 

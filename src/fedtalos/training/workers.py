@@ -1,0 +1,135 @@
+"""Processes that share the work of a round (torch.distributed): rank 0 leads, the others serve it.
+
+Client number i of a round is trained by rank i mod W (W processes), and the leader takes the results in the clients'
+order, whoever made them. So sums are formed in the same order for every W, and with the same number of threads in
+every process the result is that of one process, bit for bit. (An all-reduce would send less between more than two
+processes, but adds in an order that depends on W.)
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from fedtalos.metrics import Metrics
+from fedtalos.parameters import Values, named_tensors
+from fedtalos.training.fedavg import TrainClients
+from fedtalos.training.local import TrainingError
+
+EvaluatePart = Callable[[str, int, int], list[Metrics]]
+"""(split, first, every) -> metrics of each batch first, first + every, ... of that split."""
+
+
+class WorkerLostError(TrainingError):
+    """A process that shares the work is gone; the round that it worked on has no result."""
+
+
+class Leader:
+    """Rank 0: spreads clients, and batches to evaluate, over all processes, itself among them."""
+
+    def __init__(self, model: nn.Module) -> None:
+        """Every process gets the model's values."""
+        self._model = model
+        self._share()
+
+    def spread(self, train_clients: TrainClients) -> TrainClients:
+        """``train_clients`` on every process, for its part of the clients."""
+        size = dist.get_world_size()
+
+        def spread_clients(
+            number: int, clients: Sequence[int], theta: Values
+        ) -> Iterator[tuple[Metrics, list[Tensor]]]:
+            _checked(_order, ("train", number, clients))
+            _checked(dist.broadcast, theta.vector, 0)
+            own = train_clients(number, clients[::size], theta)
+            received = Values(theta.parts)
+            for position in range(len(clients)):
+                rank = position % size
+                yield next(own) if rank == 0 else (_receive(rank, received), received.parts)
+
+        return spread_clients
+
+    def evaluate(self, evaluate_part: EvaluatePart, split: str) -> Metrics:
+        """Summed metrics of a split, the batches in their order; every process takes a part of them."""
+        self._share()
+        _checked(_order, ("evaluate", split))
+        parts: list[Any] = [None] * dist.get_world_size()
+        _checked(dist.gather_object, evaluate_part(split, 0, dist.get_world_size()), parts)
+        batches = (parts[n % len(parts)][n // len(parts)] for n in range(sum(map(len, parts))))
+        return sum(batches, Metrics())
+
+    def _share(self) -> None:
+        _checked(_order, ("take",))
+        for tensor in named_tensors(self._model).values():
+            _checked(dist.broadcast, tensor, 0)
+
+
+def serve(model: nn.Module, train_clients: TrainClients, theta: Values, evaluate_part: EvaluatePart) -> None:
+    """What every other rank does: follow the leader's orders, until it is gone."""
+    rank, size = dist.get_rank(), dist.get_world_size()
+    try:
+        while True:
+            match _order(None):
+                case ("take",):
+                    for tensor in named_tensors(model).values():
+                        dist.broadcast(tensor, 0)
+                case ("train", number, clients):
+                    dist.broadcast(theta.vector, 0)
+                    _send_all(train_clients(number, clients[rank::size], theta), Values(theta.parts))
+                case ("evaluate", split):
+                    dist.gather_object(evaluate_part(split, rank, size))
+    except RuntimeError as error:
+        if isinstance(error, TrainingError) or "onnection" not in str(error):
+            raise
+
+
+def _order(order: tuple[object, ...] | None) -> tuple[Any, ...]:
+    """The leader's order, at the leader and everywhere else."""
+    orders: list[Any] = [order]
+    dist.broadcast_object_list(orders, 0, device=torch.device("cpu"))
+    out: tuple[Any, ...] = orders[0]
+    return out
+
+
+def _send_all(results: Iterator[tuple[Metrics, list[Tensor]]], sent: Values) -> None:
+    """Send each client's metrics and values to the leader, while the next client trains."""
+    under_way: list[Any] = []
+    try:
+        for metrics, values in results:
+            for work in under_way:
+                work.wait()
+            figures = torch.tensor([metrics.loss_sum, metrics.correct, metrics.examples], dtype=torch.float64)
+            torch._foreach_copy_(sent.parts, values)
+            under_way = [dist.isend(figures, 0), dist.isend(sent.vector, 0)]
+        for work in under_way:
+            work.wait()
+    except TrainingError as error:
+        for work in under_way:
+            work.wait()
+        dist.send(torch.full((3,), torch.nan, dtype=torch.float64), 0)
+        dist.send_object_list([str(error)], 0, device=torch.device("cpu"))
+
+
+def _receive(rank: int, received: Values) -> Metrics:
+    """The metrics of the client that ``rank`` trained; its values into ``received``.
+
+    Raises TrainingError where its training failed, WorkerLostError where the process is gone.
+    """
+    figures = torch.empty(3, dtype=torch.float64)
+    _checked(dist.recv, figures, rank)
+    if bool(figures.isnan().all()):
+        reasons: list[Any] = [None]
+        _checked(dist.recv_object_list, reasons, rank, device=torch.device("cpu"))
+        raise TrainingError(reasons[0])
+    _checked(dist.recv, received.vector, rank)
+    loss_sum, correct, examples = figures.tolist()
+    return Metrics(loss_sum, int(correct), int(examples))
+
+
+def _checked(communicate: Callable[..., object], *arguments: object, **options: object) -> None:
+    try:
+        communicate(*arguments, **options)
+    except RuntimeError as error:
+        raise WorkerLostError("the round under way is lost") from error
