@@ -95,7 +95,15 @@ def interrupt_after(monkeypatch, calls: int):
 
 
 @pytest.mark.parametrize(
-    ("command", "calls"), [(CENTRALIZED, 0), (CENTRALIZED, 2), (FEDERATED, 0), (FEDERATED, 2), (FEDERATED, 8)]
+    ("command", "calls"),
+    [
+        (CENTRALIZED, 0),
+        (CENTRALIZED, 2),
+        (FEDERATED, 0),
+        (FEDERATED, 2),
+        (FEDERATED, 8),
+        ([*FEDERATED, "--trainable", "head"], 8),  # on cached features
+    ],
 )
 def test_a_resumed_run_equals_an_uninterrupted_one(command, calls, monkeypatch):
     main([*command, "--run_name", "whole"])
@@ -225,6 +233,18 @@ def test_a_frozen_head_stays_and_a_head_that_came_along_stays_under_a_mask():
     main([*FEDERATED, "--freeze_head", "--head", "ridge", "--run_name", "ridge"])
     assert torch.equal(tensors("ridge")["head.weight"], tensors("ridge", "best")["head.weight"])
     assert not Path("masks/m.head.safetensors").exists()  # the checkpoint's own head was used
+
+
+@pytest.mark.parametrize("command", [CENTRALIZED, FEDERATED])
+def test_a_head_on_cached_features_learns_as_on_images(command, monkeypatch):
+    main([*command, "--trainable", "head", "--run_name", "cached"])
+    main([*command, "--trainable", "head", "--run_name", "on_disk", "--cache_gb", "0"])
+    monkeypatch.setattr(VisionTransformer, "frozen_stages", lambda *_: 0)
+    main([*command, "--trainable", "head", "--run_name", "plain"])
+    same_tensors(tensors("cached"), tensors("on_disk"))
+    assert rows("cached") == rows("on_disk")
+    for name, tensor in tensors("plain").items():
+        torch.testing.assert_close(tensors("cached")[name], tensor, rtol=1e-4, atol=1e-5)
 
 
 def test_pruned_entries_are_zero():

@@ -74,7 +74,9 @@ class RunOptions(Options):
     output_dir: Path = Field(Path(), description="holds results/ checkpoints/ masks/ plots/")
     seed: int = Field(0, ge=0, description="source of every random draw")
     device: Literal["auto", "mps", "cuda", "cpu"] = Field("auto", description="auto: mps, then cuda, then cpu")
-    precision: Literal["auto", "fp32", "bf16"] = Field("auto", description="auto: bf16 on cuda, else fp32")
+    precision: Literal["auto", "fp32", "bf16"] = Field(
+        "auto", description="auto: bf16 where it is faster here, measured"
+    )
     threads: Annotated[int | None, unset("N", "all cores, shared among the workers")] = Field(
         None, ge=1, description="CPU threads of each process; results differ in their last bits with it"
     )
@@ -99,6 +101,9 @@ class DataOptions(Options):
         None, ge=1, description="use only n validation and n test images, for trials"
     )
     eval_batch_size: int = Field(250, ge=1, description="images per forward pass without gradients")
+    cache_gb: float = Field(
+        1.0, ge=0, description="memory for what frozen first layers make of plain images; beyond it, a file"
+    )
 
 
 class ModelOptions(Options):
@@ -141,7 +146,9 @@ class TrainOptions(Options):
     momentum: float = Field(0.9, ge=0, lt=1, description="of sgd")
     weight_decay: float = Field(0.01, ge=0, description="decoupled for adamw, L2 for sgd")
     batch_size: int = Field(64, ge=1, description="images per step")
-    augmentation: Literal["auto"] | Augmentation = Field("auto", description="auto: crop_flip; digits: none")
+    augmentation: Literal["auto"] | Augmentation = Field(
+        "auto", description="auto: crop_flip; none for digits, and where only the head moves"
+    )
     clip_norm: float | None = Field(1.0, gt=0, description="gradient norm of what moves at most this, or None")
     schedule: Literal["constant", "cosine", "step"] = Field("cosine", description="of the learning rate")
     warmup: int = Field(0, ge=0, description="epochs or rounds of linear warm-up")

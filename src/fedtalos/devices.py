@@ -1,5 +1,8 @@
 """Which device a run computes on, and in which precision."""
 
+import time
+from functools import cache
+
 import psutil
 import torch
 
@@ -19,15 +22,32 @@ def choose_device(name: str) -> torch.device:
 
 
 def choose_precision(name: str, device: torch.device) -> Precision:
-    """auto: bf16 where CUDA computes it natively, fp32 elsewhere."""
+    """auto: bf16 where its matrix products take at most two thirds of fp32's time here, measured; fp32 elsewhere."""
     if name == "auto":
-        return "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
+        return "bf16" if bf16_speedup(device) >= 1.5 else "fp32"
     try:
         with autocast(device, "bf16" if name == "bf16" else "fp32"):
             pass
     except RuntimeError as error:
         raise InputError(f"--precision {name}: not supported on {device.type}; use fp32") from error
     return "bf16" if name == "bf16" else "fp32"
+
+
+@cache
+def bf16_speedup(device: torch.device) -> float:
+    """Time of a matrix product of ViT-S's size in fp32 over bf16's, the best of three each; milliseconds to measure."""
+    tokens, width = (16_384, 1536) if device.type == "cuda" else (256, 384)
+    seconds = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        left, right = (torch.ones(shape, device=device, dtype=dtype) for shape in ((tokens, 384), (384, width)))
+        seconds[dtype] = min(_seconds_of_product(left, right) for _ in range(4))  # the first one sets the kernel up
+    return seconds[torch.float32] / seconds[torch.bfloat16]
+
+
+def _seconds_of_product(left: torch.Tensor, right: torch.Tensor) -> float:
+    start = time.perf_counter()
+    (left @ right)[0, 0].item()  # waits for the device
+    return time.perf_counter() - start
 
 
 def total_memory(device: torch.device) -> int:

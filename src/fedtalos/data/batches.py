@@ -3,7 +3,7 @@
 Shapes: N stored images, B images of a batch, H W stored pixels, S pixels a side that the model takes.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import islice
 from typing import Literal
@@ -72,22 +72,29 @@ def steps_per_epoch(count: int, batch_size: int) -> int:
 def training_batches(
     images: LabelledImages,
     indices: np.ndarray,
-    view: View,
+    view: Callable[[Tensor], Tensor],
     *,
     steps: int,
     batch_size: int,
     augmentation: Augmentation,
     rng: np.random.Generator,
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """``steps`` batches of the images at ``indices``: (B, 3, S, S) float32 and labels (B,), drawn from ``rng``."""
+    """``steps`` batches of the images at ``indices``, drawn from ``rng``: as ``view`` gives them, and labels (B,)."""
     for positions in islice(batch_positions(len(indices), batch_size, rng), steps):
         chosen = torch.from_numpy(indices[positions]).to(images.pixels.device)
-        yield view(augment(images.pixels[chosen], augmentation, rng)), images.labels[chosen]
+        x = view(augment(images.pixels[chosen], augmentation, rng))
+        yield x, images.labels[chosen].to(x.device)
 
 
 def evaluation_batches(
-    images: LabelledImages, view: View, batch_size: int, *, first: int = 0, every: int = 1
+    images: LabelledImages,
+    view: Callable[[Tensor], Tensor],
+    batch_size: int,
+    *,
+    first: int = 0,
+    every: int = 1,
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Images in stored order, without augmentation: all batches, or those numbered first, first + every, ..."""
     for start in range(first * batch_size, len(images), every * batch_size):
-        yield view(images.pixels[start : start + batch_size]), images.labels[start : start + batch_size]
+        x = view(images.pixels[start : start + batch_size])
+        yield x, images.labels[start : start + batch_size].to(x.device)

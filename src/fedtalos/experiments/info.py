@@ -13,7 +13,7 @@ from rich.table import Table
 
 from fedtalos import __version__
 from fedtalos.config_tools import InfoConfig
-from fedtalos.devices import choose_device, choose_precision
+from fedtalos.devices import bf16_speedup, choose_device, choose_precision
 
 LIBRARIES = ("torch", "numpy", "safetensors", "huggingface_hub", "timm", "tensorboard", "wandb")
 DATA_SETS = {
@@ -26,11 +26,13 @@ def run(config: InfoConfig, console: Console) -> None:
     """Print one table."""
     table = Table(show_header=False, box=None)
     device = choose_device("auto")
+    precision = choose_precision("auto", device)
+    why = f"{precision}, for matrix products in bf16 are {bf16_speedup(device):.2g} times as fast as in fp32 here"
     rows = {
         "fedtalos": __version__,
         "python": f"{platform.python_version()} on {platform.system()} {platform.machine()}",
         "devices": ", ".join(_devices()),
-        "auto takes": f"{device.type}, {choose_precision('auto', device)}",
+        "auto takes": f"{device.type}, {why}",
         "threads": f"{torch.get_num_threads()} of {os.cpu_count()} cores",
         "memory": f"{psutil.virtual_memory().available / 1e9:.1f} GB free of {psutil.virtual_memory().total / 1e9:.1f}",
         **{name: _version(name) for name in LIBRARIES},

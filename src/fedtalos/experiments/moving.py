@@ -62,6 +62,7 @@ def frozen_entries(setup: Setup) -> dict[str, Tensor]:
 def optimizer_for(setup: Setup, entries: Entries, options: TrainOptions) -> Optimizer:
     """Freeze what may not move, and make the optimiser of what may."""
     freeze_all_but(setup.model, entries)
+    setup.frozen_stages = setup.model.frozen_stages(entries.masks)
     assert options.learning_rate is not None
     return make_optimizer(
         setup.model,

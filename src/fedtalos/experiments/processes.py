@@ -126,8 +126,8 @@ def others(config: FederatedConfig) -> Iterator[Others]:
             if dist.is_initialized():
                 dist.destroy_process_group()
             for child in children:
-                child.process.kill()
-                child.process.wait()
+                with child.process:  # closes its stdin and waits
+                    child.process.kill()
 
 
 def agreed(config: FederatedConfig) -> FederatedConfig:

@@ -1,7 +1,8 @@
 """From a config to what every experiment starts from: device, images, model and mask."""
 
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -25,11 +26,21 @@ from fedtalos.models.pretrained import HALF, STATISTICS, Weights, load_into, rea
 from fedtalos.models.vision_transformer import Architecture, VisionTransformer
 from fedtalos.parameters import Entries
 from fedtalos.randomness import torch_generator
+from fedtalos.training.activations import ActivationCache
 from fedtalos.training.evaluation import evaluate_batches, extract_features
 from fedtalos.training.heads import RidgeSums, fit_ridge_head, ridge_sums
 from fedtalos.training.local import Batches, Precision, TrainingError, train
 
 ConfigT = TypeVar("ConfigT", bound=Config)
+
+
+@dataclass(frozen=True)
+class Source:
+    """Stored images or activations, how they become what ``forward`` takes, and ``forward``: from there to logits."""
+
+    images: LabelledImages
+    view: Callable[[Tensor], Tensor]
+    forward: Callable[[Tensor], Tensor]
 
 
 @dataclass
@@ -46,6 +57,10 @@ class Setup:
     mask: tuple[Mask, MaskFacts] | None
     eval_batch_size: int
     eval_limit: int | None
+    cache_bytes: float
+    cache_folder: Path
+    frozen_stages: int = 0
+    _caches: dict[str, ActivationCache] = field(default_factory=dict)
 
     def evaluate(self, split: str) -> Metrics:
         """Loss and accuracy of the resident model on that split, its first ``eval_limit`` images."""
@@ -53,9 +68,32 @@ class Setup:
 
     def evaluate_part(self, split: str, first: int, every: int) -> list[Metrics]:
         """The metrics of batches first, first + every, ... of the split."""
-        images = self.limited(getattr(self.dataset, split))
-        batches = evaluation_batches(images, self.view, self.eval_batch_size, first=first, every=every)
-        return evaluate_batches(self.model, batches, self.precision)
+        images, size = self.limited(getattr(self.dataset, split)), self.eval_batch_size
+        positions = np.arange(len(images))
+        parts = [positions[start : start + size] for start in range(first * size, len(images), every * size)]
+        source = self._source(split, images, parts)
+        batches = evaluation_batches(source.images, source.view, size, first=first, every=every)
+        return evaluate_batches(self.model, batches, self.precision, source.forward)
+
+    def _source(self, split: str, images: LabelledImages, asked: Iterable[NDArray[np.int64]]) -> "Source":
+        """The images themselves, or what the frozen stages make of those ``asked`` for, a batch or client at a time."""
+        if not self.frozen_stages:
+            return Source(images, self.view, self.model)
+        if split not in self._caches:
+            self._caches[split] = ActivationCache(
+                self.model,
+                self.frozen_stages,
+                images,
+                self.view,
+                batch_size=self.eval_batch_size,
+                precision=self.precision,
+                limit=self.cache_bytes - sum(cache.bytes_in_memory for cache in self._caches.values()),
+                folder=self.cache_folder,
+            )
+        cache = self._caches[split]
+        for indices in asked:
+            cache.fill(indices)
+        return Source(cache.activations, cache.to_device, partial(self.model, passed=self.frozen_stages))
 
     def limited(self, images: LabelledImages) -> LabelledImages:
         """The first ``eval_limit`` images, or all."""
@@ -92,10 +130,14 @@ class Setup:
         Raises TrainingError, saying ``where`` in the run, if training diverges.
         """
         assert options.augmentation != "auto"
+        images = self.dataset.train
+        source = Source(images, self.view, self.model)
+        if options.augmentation == "none":
+            source = self._source("train", images, [indices])
         batches = training_batches(
-            self.dataset.train,
+            source.images,
             indices,
-            self.view,
+            source.view,
             steps=steps,
             batch_size=options.batch_size,
             augmentation=options.augmentation,
@@ -110,6 +152,7 @@ class Setup:
                 learning_rate=learning_rate,
                 clip_norm=options.clip_norm,
                 precision=self.precision,
+                forward=source.forward,
             )
         except TrainingError as error:
             raise TrainingError(f"{where}: {error}") from error
@@ -182,7 +225,9 @@ def _resolve(config: ConfigT, weights: Weights | None, device: torch.device) -> 
 
 def _training_defaults(config: Config, train: TrainOptions, *, from_scratch: bool) -> dict[str, Any]:
     rate = 1e-3 if from_scratch or train.mask else 1e-4  # docs/results.md: 3e-4 is slow under a mask
-    augmentation = "none" if config.data.dataset == "digits" else "crop_flip"  # digits fill their 8 pixels
+    # Digits fill their 8 pixels; where the head alone learns, features of plain images are computed once.
+    plain = config.data.dataset == "digits" or train.trainable == "head"
+    augmentation = "none" if plain else "crop_flip"
     return {
         "learning_rate": train.learning_rate or (rate if train.optimizer == "adamw" else 10 * rate),
         "augmentation": augmentation if train.augmentation == "auto" else train.augmentation,
@@ -222,6 +267,8 @@ def prepare(config: ConfigT) -> tuple[ConfigT, Setup]:
         mask=mask,
         eval_batch_size=config.data.eval_batch_size,
         eval_limit=config.data.eval_limit,
+        cache_bytes=config.data.cache_gb * 1e9,
+        cache_folder=config.run.output_dir,
     )
     return config.model_copy(update={"model": options.model_copy(update={"head": head})}), setup
 

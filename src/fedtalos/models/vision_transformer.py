@@ -4,6 +4,7 @@ Shapes: B images, H W pixels, p patch side, N = (H/p)(W/p) patches, T = N + 1 to
 """
 
 import math
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from typing import Literal
 
@@ -61,6 +62,18 @@ class PatchEmbed(nn.Module):
         return patches.flatten(2).transpose(1, 2)
 
 
+def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """softmax(q k^T / sqrt(D/h)) v, all (B, h, T, D/h).
+
+    By torch's fused kernel, but for bf16 on a CPU: there its backward pass takes half of a training step, and plain
+    products, with the softmax in float32, a small part of that.
+    """
+    if q.device.type == "cpu" and q.dtype == torch.bfloat16:
+        scores = q @ k.transpose(-2, -1)  # (B, h, T, T)
+        return (scores.float() / math.sqrt(q.shape[-1])).softmax(-1).to(v.dtype) @ v
+    return F.scaled_dot_product_attention(q, k, v)
+
+
 class Attention(nn.Module):
     def __init__(self, dim: int, heads: int) -> None:
         super().__init__()
@@ -72,7 +85,7 @@ class Attention(nn.Module):
         batch, tokens, dim = x.shape
         qkv = self.qkv(x).view(batch, tokens, 3, self.heads, dim // self.heads)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (B, h, T, D/h)
-        out = F.scaled_dot_product_attention(q, k, v)
+        out = attend(q, k, v)
         mixed: Tensor = self.proj(out.transpose(1, 2).reshape(batch, tokens, dim))
         return mixed
 
@@ -107,6 +120,20 @@ def parts(name: str, tensor: Tensor) -> dict[str, Tensor]:
     return dict(zip("qkv", tensor.chunk(3), strict=True)) if ".attn.qkv." in name else {"": tensor}
 
 
+def _stage(name: str, depth: int) -> int:
+    """The number of the stage that a parameter belongs to; the head comes after all of them."""
+    part, *rest = name.split(".")
+    match part:
+        case "blocks":
+            return 1 + int(rest[0])
+        case "norm":
+            return depth + 1
+        case "head":
+            return depth + 2
+        case _:
+            return 0
+
+
 class VisionTransformer(nn.Module):
     """A ViT classifier; ``forward`` maps normalised images (B, 3, H, W) to logits (B, C)."""
 
@@ -134,14 +161,38 @@ class VisionTransformer(nn.Module):
                 nn.init.trunc_normal_(module.weight, std=0.02, generator=generator)
                 nn.init.zeros_(module.bias)
 
-    def features(self, images: Tensor) -> Tensor:
-        """The normalised class token, (B, 3, H, W) -> (B, D): what the head sees."""
+    def embed(self, images: Tensor) -> Tensor:
+        """Patches as tokens, behind the class token: (B, 3, H, W) -> (B, T, D)."""
         x = self.patch_embed(images)  # (B, N, D)
-        x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], dim=1) + self.pos_embed  # (B, T, D)
-        x = self.norm(self.blocks(x))
-        out: Tensor = x[:, 0]
+        out: Tensor = torch.cat([self.cls_token.expand(len(x), -1, -1), x], dim=1) + self.pos_embed
         return out
 
-    def forward(self, images: Tensor) -> Tensor:
-        logits: Tensor = self.head(self.features(images))
+    def pool(self, x: Tensor) -> Tensor:
+        """The normalised class token, (B, T, D) -> (B, D)."""
+        out: Tensor = self.norm(x)[:, 0]
+        return out
+
+    @property
+    def stages(self) -> list[Callable[[Tensor], Tensor]]:
+        """What an image passes through before the head: the embedding, the blocks, the pooling."""
+        return [self.embed, *self.blocks, self.pool]
+
+    def frozen_stages(self, moving: Iterable[str]) -> int:
+        """How many of the first stages hold none of the parameters so named."""
+        depth = len(self.blocks)
+        return min((_stage(name, depth) for name in moving), default=depth + 2)
+
+    def features(self, images: Tensor) -> Tensor:
+        """What the head sees, (B, 3, H, W) -> (B, D)."""
+        return self.run(images, 0, len(self.stages))
+
+    def run(self, x: Tensor, first: int, end: int) -> Tensor:
+        """Stages first to end - 1, of what the stage before the first gave."""
+        for stage in self.stages[first:end]:
+            x = stage(x)
+        return x
+
+    def forward(self, x: Tensor, passed: int = 0) -> Tensor:
+        """Logits (B, C) of images, or of what they were after the first ``passed`` stages."""
+        logits: Tensor = self.head(self.run(x, passed, len(self.stages)))
         return logits

@@ -1,5 +1,7 @@
 """What a model makes of a set of images, without touching the model."""
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -15,13 +17,18 @@ def evaluate(model: nn.Module, batches: Batches, precision: Precision = "fp32") 
 
 
 @torch.inference_mode()
-def evaluate_batches(model: nn.Module, batches: Batches, precision: Precision = "fp32") -> list[Metrics]:
-    """The metrics of every batch by itself; they are fetched from the device once, at the end."""
+def evaluate_batches(
+    model: nn.Module,
+    batches: Batches,
+    precision: Precision = "fp32",
+    forward: Callable[[Tensor], Tensor] | None = None,
+) -> list[Metrics]:
+    """The metrics of every batch by itself, fetched from the device once, at the end; ``forward`` as of ``train``."""
     model.eval()
     found, examples = [], []
     for images, labels in batches:
         with autocast(images.device, precision):
-            logits = model(images)
+            logits = (forward or model)(images)
         loss = F.cross_entropy(logits.float(), labels, reduction="sum")
         found.append(torch.stack([loss, correct_answers(logits, labels).float()]))
         examples.append(len(labels))

@@ -102,9 +102,11 @@ def train(
     learning_rate: Callable[[int], float],
     clip_norm: float | None,
     precision: Precision = "fp32",
+    forward: Callable[[Tensor], Tensor] | None = None,
 ) -> Metrics:
     """Step ``optimizer`` once per batch on the mean cross-entropy; ``learning_rate`` maps the batch's number to a rate.
 
+    ``forward`` maps a batch's first tensor to logits (B, C), where that is not all of the model's own.
     Raises TrainingError where a loss, or a clipped gradient, is not finite: on a CPU before that batch's step,
     elsewhere within CHECK_EVERY steps, since to read a value waits for all that the device has yet to do.
     """
@@ -115,7 +117,7 @@ def train(
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(number)
         with autocast(images.device, precision):
-            logits = model(images)
+            logits = (forward or model)(images)
         loss = F.cross_entropy(logits.float(), labels)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
