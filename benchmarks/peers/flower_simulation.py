@@ -1,6 +1,6 @@
 """Flower's simulation (Ray): a ClientApp that trains, a ServerApp with FedAvg, some actors at once.
 
-    python benchmarks/peers/flower_simulation.py [--actors 2] [settings]
+python benchmarks/peers/flower_simulation.py [--actors 2] [settings]
 """
 
 import os

@@ -24,7 +24,17 @@ from pfl.hyperparam import NNTrainHyperParams
 from pfl.internal.ops.pytorch_ops import distributed
 from pfl.metrics import Metrics, Weighted
 from pfl.model.pytorch import PyTorchModel
-from task import Meter, Settings, client_images, freeze, loss, make_model, make_optimizer, moving, sampled_clients
+from task import (
+    Meter,
+    Settings,
+    client_images,
+    cross_entropy,
+    freeze,
+    make_model,
+    make_optimizer,
+    moving,
+    sampled_clients,
+)
 
 STARTED = "PEER_STARTED"
 
@@ -74,13 +84,14 @@ def launch(processes: int) -> None:
 def pfl_model(settings: Settings) -> PyTorchModel:
     model = make_model(settings)
     freeze(model, settings)
-    model.loss = MethodType(lambda self, pixels, labels: loss(self, pixels, labels, settings), model)
+    model.loss = MethodType(cross_entropy, model)
     # pfl evaluates the clients of its first round whatever evaluation_frequency says: let that cost nothing.
     model.metrics = lambda *_: {"nothing": Weighted(0, 1)}
     return PyTorchModel(
         model=model,
         local_optimizer_create=lambda parameters, lr: make_optimizer(list(parameters), settings),  # noqa: ARG005
         central_optimizer=torch.optim.SGD(moving(model).values(), lr=1.0),
+        amp_dtype=torch.bfloat16 if settings.precision == "bf16" else None,
     )
 
 

@@ -93,10 +93,14 @@ def make_optimizer(parameters: list[nn.Parameter], settings: Settings) -> Optimi
 
 
 def loss(model: nn.Module, pixels: Tensor, labels: Tensor, settings: Settings) -> Tensor:
-    """Mean cross-entropy of uint8 images (B, 3, H, W)."""
+    """``cross_entropy`` in the precision of the settings."""
     with torch.autocast("cpu", torch.bfloat16, enabled=settings.precision == "bf16"):
-        logits = model(normalised(pixels))
-    return F.cross_entropy(logits.float(), labels)
+        return cross_entropy(model, pixels, labels)
+
+
+def cross_entropy(model: nn.Module, pixels: Tensor, labels: Tensor) -> Tensor:
+    """The mean over uint8 images (B, 3, H, W)."""
+    return F.cross_entropy(model(normalised(pixels)).float(), labels)
 
 
 def normalised(pixels: Tensor) -> Tensor:
