@@ -8,6 +8,7 @@ from fedtalos.config import FederatedConfig, FederationOptions
 from fedtalos.data.batches import steps_per_epoch
 from fedtalos.display import Display
 from fedtalos.experiments.clients import fit_ridge_head, split, write_split
+from fedtalos.experiments.grouping import grouped, settle_clients_at_once
 from fedtalos.experiments.moving import moving_entries, optimizer_for, schedule_for
 from fedtalos.experiments.runs import RunPaths, open_run
 from fedtalos.experiments.session import Session, resume
@@ -15,6 +16,7 @@ from fedtalos.experiments.setup import Setup, prepare
 from fedtalos.metrics import Metrics
 from fedtalos.randomness import generator
 from fedtalos.training.fedavg import clients_per_round, fedavg, one_by_one
+from fedtalos.training.local import Batches
 
 
 def run(config: FederatedConfig, paths: RunPaths, console: Console) -> dict[str, Any]:
@@ -23,36 +25,40 @@ def run(config: FederatedConfig, paths: RunPaths, console: Console) -> dict[str,
     federation = config.federation
     clients = split(setup, config.split, config.run.seed)
     entries = moving_entries(setup, config.train)
+    optimizer = optimizer_for(setup, entries, config.train)
+    config = settle_clients_at_once(config, setup, entries, optimizer, clients, console)
     open_run(config, paths, setup.inputs())
     write_split(paths, setup, config.split, clients)
-    optimizer = optimizer_for(setup, entries, config.train)
     rate = schedule_for(config.train, federation.num_rounds)
     progress, saved = resume(paths, setup)
     if not saved and setup.head == "ridge":
         console.print("fitting the ridge head", highlight=False)
         progress.bytes_up += fit_ridge_head(setup, clients)
 
-    per_round = clients_per_round(len(clients), federation.client_fraction)
+    steps = [local_steps(federation, len(ids), config.train.batch_size) for ids in clients]
+
+    def watch(batches: Batches, share: float) -> Batches:
+        return display.watch(batches, share / clients_per_round(len(clients), federation.client_fraction))
 
     def update_client(number: int, client: int) -> Metrics:
         optimizer.state.clear()  # a client keeps no momentum from the one before it
-        steps = local_steps(federation, len(clients[client]), config.train.batch_size)
         return setup.train_on(
             clients[client],
-            steps,
+            steps[client],
             optimizer,
             entries,
             config.train,
             rng=generator(config.run.seed, "batches", number, client),
             learning_rate=lambda _: rate(number - 1),
             where=f"round {number}, client {client}",
-            watch=lambda batches: display.watch(batches, 1 / (steps * per_round)),
+            watch=lambda batches: watch(batches, 1 / steps[client]),
         )
 
+    alone = one_by_one(setup.model, entries, update_client)
     rounds = fedavg(
         setup.model,
         entries,
-        one_by_one(setup.model, entries, update_client),
+        grouped(alone, config, setup, entries, clients, steps, rate, watch),
         [len(ids) for ids in clients],
         fraction=federation.client_fraction,
         rounds=federation.num_rounds,

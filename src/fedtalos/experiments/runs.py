@@ -11,7 +11,18 @@ from fedtalos.config_files import flatten, read_yaml
 from fedtalos.errors import InputError
 from fedtalos.recorder import made_by, write_yaml
 
-MAY_DIFFER = ("config", "preset", "run_name", "resume", "output_dir", "data_dir", "device", "precision", "tracker")
+MAY_DIFFER = (
+    "config",
+    "preset",
+    "run_name",
+    "resume",
+    "output_dir",
+    "data_dir",
+    "device",
+    "precision",
+    "tracker",
+    "clients_at_once",
+)
 """Options that a resumed run may be given anew."""
 
 

@@ -4,6 +4,8 @@ Shapes: B images, H W pixels, p patch side, N = (H/p)(W/p) patches, T = N + 1 to
 """
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Literal
 
@@ -62,6 +64,8 @@ class PatchEmbed(nn.Module):
 
 
 class Attention(nn.Module):
+    fused = True
+
     def __init__(self, dim: int, heads: int) -> None:
         super().__init__()
         self.heads = heads
@@ -72,9 +76,29 @@ class Attention(nn.Module):
         batch, tokens, dim = x.shape
         qkv = self.qkv(x).view(batch, tokens, 3, self.heads, dim // self.heads)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (B, h, T, D/h)
-        out = F.scaled_dot_product_attention(q, k, v)
+        out = F.scaled_dot_product_attention(q, k, v) if self.fused else attention_by_products(q, k, v)
         mixed: Tensor = self.proj(out.transpose(1, 2).reshape(batch, tokens, dim))
         return mixed
+
+
+def attention_by_products(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """What ``scaled_dot_product_attention`` computes, (B, h, T, D/h) -> the same, in steps that vmap can batch."""
+    logits = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)  # (B, h, T, T)
+    out: Tensor = logits.softmax(-1) @ v
+    return out
+
+
+@contextmanager
+def without_fused_attention(model: nn.Module) -> Iterator[None]:
+    """Inside, the model's attention is plain matrix products: the fused kernels have no rule for vmap."""
+    layers = [module for module in model.modules() if isinstance(module, Attention) and module.fused]
+    for layer in layers:
+        layer.fused = False
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.fused = True
 
 
 class Mlp(nn.Module):
