@@ -158,6 +158,21 @@ def test_a_killed_process_leaves_a_run_that_resumes():
     same_tensors(tensors("whole"), tensors("cut"))
 
 
+def test_clients_train_together_as_one_after_another():
+    main([*FEDERATED, "--run_name", "alone"])
+    main([*FEDERATED, "--clients_at_once", "3", "--run_name", "together"])
+    sizes = [
+        yaml.safe_load(Path(f"results/{run}/config.yaml").read_text())["clients_at_once"]
+        for run in ("alone", "together")
+    ]
+    assert sizes == [1, 3]
+    for one, other in zip(rows("alone"), rows("together"), strict=True):
+        assert {key: value for key, value in other.items() if key not in ("loss", "accuracy")} == {
+            key: value for key, value in one.items() if key not in ("loss", "accuracy")
+        }
+        assert float(other["loss"]) == pytest.approx(float(one["loss"]), rel=1e-3)
+
+
 def test_a_run_of_a_preset_resumes_by_the_preset(monkeypatch):
     Path("configs").mkdir()
     preset = "quick: {command: federated, run_name: named, output_dir: out, num_rounds: 4, num_clients: 3}"

@@ -12,8 +12,15 @@ from torch import Tensor, nn
 
 from fedtalos.errors import InputError
 from fedtalos.models.pretrained import HALF, Weights, load_into, read_weights
-from fedtalos.models.vision_transformer import WIDTH_DEPTH_HEADS, Architecture, PatchEmbed, VisionTransformer
+from fedtalos.models.vision_transformer import (
+    WIDTH_DEPTH_HEADS,
+    Architecture,
+    PatchEmbed,
+    VisionTransformer,
+    attention_by_products,
+)
 from fedtalos.randomness import torch_generator
+from fedtalos.training.local import autocast
 
 
 def written_out(size: str, image_size: int, patch_size: int) -> Weights:
@@ -159,3 +166,33 @@ def test_fresh_weights_have_the_deviations_they_are_drawn_with() -> None:
 def test_impossible_architectures_are_refused(architecture: tuple[str, int, int, int], message: str) -> None:
     with pytest.raises(InputError, match=message):
         Architecture(*architecture)
+
+
+def test_attention_by_products_equals_the_fused_kernel_and_its_gradients():
+    def outcome(attend, dtype):
+        q, k, v = (
+            torch.randn(2, 3, 17, 32, generator=torch_generator(0, name)).to(dtype).requires_grad_() for name in "qkv"
+        )
+        out = attend(q, k, v)
+        out.float().square().sum().backward()
+        return [tensor.float() for tensor in (out.detach(), q.grad, k.grad, v.grad)]
+
+    expected = outcome(F.scaled_dot_product_attention, torch.float32)
+    for dtype, tolerance in ((torch.float32, 1e-5), (torch.bfloat16, 0.05)):
+        for found, reference in zip(outcome(attention_by_products, dtype), expected, strict=True):
+            assert found.dtype == torch.float32
+            assert (found - reference).norm() <= tolerance * reference.norm()
+
+
+def test_bf16_on_a_cpu_takes_the_plain_products(vit, monkeypatch):
+    x = torch.zeros(2, 3, 8, 8)
+
+    def refuse(*_, **__):
+        raise AssertionError("the fused kernel was called")
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", refuse)
+    with autocast(x.device, "bf16"):
+        logits = vit(x)
+    assert bool(logits.isfinite().all())
+    with pytest.raises(AssertionError, match="fused"):
+        vit(x)

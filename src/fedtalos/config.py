@@ -178,6 +178,9 @@ class FederationOptions(Options):
     local_epochs: Annotated[int | None, unset("N", "none")] = Field(
         None, ge=1, description="passes over the client's images, instead of local_steps"
     )
+    clients_at_once: Annotated[int | None, unset("V", "1; on cuda what is fastest")] = Field(
+        None, ge=1, description="clients of a round that train together; same results up to rounding"
+    )
     workers: int = Field(
         1, ge=1, description="processes that share a round's clients, each with its part of the cores, or a GPU"
     )

@@ -11,13 +11,20 @@ from fedtalos.training.local import Precision, autocast
 
 
 def choose_device(name: str) -> torch.device:
-    """The device asked for; auto takes mps, then cuda, then cpu. InputError where it is not there."""
+    """The device asked for; auto takes mps, then cuda, then cpu. InputError where it is not there.
+
+    On CUDA, matrix products of float32 tensors take TF32 from then on, as torch's convolutions do by default: inputs
+    rounded to 10 bits of mantissa (a relative error of 5e-4), sums in float32, several times faster. That is so for
+    ``--precision fp32``, and for what stays float32 beside bf16, Fisher scores among it.
+    """
     there = {"mps": torch.backends.mps.is_available(), "cuda": torch.cuda.is_available(), "cpu": True}
     if name == "auto":
         name = next(device for device, is_there in there.items() if is_there)
     if not there[name]:
         others = ", ".join(device for device, is_there in there.items() if is_there)
         raise InputError(f"--device {name}: not available here; available: {others} (or leave it out)")
+    if name == "cuda":
+        torch.set_float32_matmul_precision("high")
     return torch.device(name)
 
 

@@ -3,7 +3,7 @@
 Shapes: N stored images, B images of a batch, H W stored pixels, S pixels a side that the model takes.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import Literal
@@ -39,18 +39,28 @@ class View:
         return images.sub_(mean).div_(std)
 
 
-def augment(pixels: Tensor, kind: Augmentation, rng: np.random.Generator) -> Tensor:
-    """Pad by an eighth and crop back at random, then flip half of the images: uint8 (B, 3, H, W) -> the same shape."""
+def augment(pixels: Tensor, kind: Augmentation, *rngs: np.random.Generator) -> Tensor:
+    """Pad by an eighth and crop back at random, then flip half of the images: uint8 (B, 3, H, W) -> the same shape.
+
+    Each generator draws for its share of the batch; the shares are equal.
+    """
     if kind == "none":
         return pixels
     batch, _, height, width = pixels.shape
     pad = max(1, height // 8)
-    top, left = (torch.from_numpy(rng.integers(0, 2 * pad + 1, batch)) for _ in range(2))
+    share = batch // len(rngs)
+    draws = [
+        (
+            rng.integers(0, 2 * pad + 1, share),
+            rng.integers(0, 2 * pad + 1, share),
+            rng.random(share) < 0.5 if kind == "crop_flip" else np.zeros(share, dtype=bool),
+        )
+        for rng in rngs
+    ]
+    top, left, flip = (torch.from_numpy(np.concatenate(drawn)) for drawn in zip(*draws, strict=True))
     rows = top[:, None] + torch.arange(height)  # (B, H)
     columns = left[:, None] + torch.arange(width)  # (B, W)
-    if kind == "crop_flip":
-        flip = torch.from_numpy(rng.random(batch) < 0.5)
-        columns[flip] = columns[flip].flip(1)
+    columns[flip] = columns[flip].flip(1)
     which, rows, columns = (t.to(pixels.device) for t in (torch.arange(batch), rows, columns))
     padded = F.pad(pixels, (pad, pad, pad, pad)).permute(0, 2, 3, 1)  # channels last: one gather per pixel
     return padded[which[:, None, None], rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
@@ -69,6 +79,35 @@ def steps_per_epoch(count: int, batch_size: int) -> int:
     return -(-count // batch_size)
 
 
+def batch_sizes(count: int, batch_size: int, steps: int) -> tuple[int, ...]:
+    """Images in each of the ``steps`` batches that ``training_batches`` draws from ``count``."""
+    last = steps_per_epoch(count, batch_size) - 1
+    return tuple(count - last * batch_size if step % (last + 1) == last else batch_size for step in range(steps))
+
+
+def stacked_batches(
+    images: LabelledImages,
+    indices: Sequence[np.ndarray],
+    view: Callable[[Tensor], Tensor],
+    *,
+    steps: int,
+    batch_size: int,
+    augmentation: Augmentation,
+    rngs: Sequence[np.random.Generator],
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """The training batches of V holders side by side: (V, B, ...) as ``view`` gives them, and labels (V, B).
+
+    ``indices`` and ``rngs`` are one for each; their ``batch_sizes`` are to be equal.
+    """
+    orders = [batch_positions(len(own), batch_size, rng) for own, rng in zip(indices, rngs, strict=True)]
+    for positions in islice(zip(*orders, strict=True), steps):
+        taken = np.stack([own[at] for own, at in zip(indices, positions, strict=True)])  # (V, B)
+        chosen = torch.from_numpy(taken).to(images.pixels.device)
+        pixels = augment(images.pixels[chosen.flatten()], augmentation, *rngs)
+        x = view(pixels)
+        yield x.unflatten(0, chosen.shape), images.labels[chosen].to(x.device)
+
+
 def training_batches(
     images: LabelledImages,
     indices: np.ndarray,
@@ -80,10 +119,11 @@ def training_batches(
     rng: np.random.Generator,
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """``steps`` batches of the images at ``indices``, drawn from ``rng``: as ``view`` gives them, and labels (B,)."""
-    for positions in islice(batch_positions(len(indices), batch_size, rng), steps):
-        chosen = torch.from_numpy(indices[positions]).to(images.pixels.device)
-        x = view(augment(images.pixels[chosen], augmentation, rng))
-        yield x, images.labels[chosen].to(x.device)
+    stacked = stacked_batches(
+        images, [indices], view, steps=steps, batch_size=batch_size, augmentation=augmentation, rngs=[rng]
+    )
+    for x, labels in stacked:
+        yield x.squeeze(0), labels.squeeze(0)
 
 
 def evaluation_batches(

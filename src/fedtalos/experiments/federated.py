@@ -5,11 +5,13 @@ from functools import partial
 from typing import Any
 
 from rich.console import Console
+from torch.optim import Optimizer
 
 from fedtalos.config import FederatedConfig, FederationOptions
 from fedtalos.data.batches import steps_per_epoch
 from fedtalos.display import Display
 from fedtalos.experiments.clients import Clients, fit_ridge_head, split, write_split
+from fedtalos.experiments.grouping import grouped, settle_clients_at_once
 from fedtalos.experiments.moving import moving_entries, optimizer_for, schedule_for
 from fedtalos.experiments.processes import Others, agreed, others
 from fedtalos.experiments.runs import RunPaths, open_run
@@ -37,6 +39,8 @@ def _lead(config: FederatedConfig, paths: RunPaths, console: Console, beside: Ot
     federation = config.federation
     clients = split(setup, config.split, config.run.seed)
     entries = moving_entries(setup, config.train)
+    optimizer = optimizer_for(setup, entries, config.train)
+    config = settle_clients_at_once(config, setup, entries, optimizer, clients, console)
     open_run(config, paths, setup.inputs())
     write_split(paths, setup, config.split, clients)
     progress, saved = resume(paths, setup)
@@ -45,7 +49,7 @@ def _lead(config: FederatedConfig, paths: RunPaths, console: Console, beside: Ot
         progress.bytes_up += fit_ridge_head(setup, clients)
 
     display = Display(console, "round", federation.num_rounds, progress.done)
-    train_clients = local_training(config, setup, clients, entries, display.watch)
+    train_clients = local_training(config, setup, clients, entries, optimizer, display.watch)
     evaluate = setup.evaluate
     if beside.size > 1:
         beside.meet(setup.device)
@@ -79,39 +83,45 @@ def follow(config: FederatedConfig) -> None:
         config, setup = prepare(config)
         clients = split(setup, config.split, config.run.seed)
         entries = moving_entries(setup, config.train)
+        optimizer = optimizer_for(setup, entries, config.train)
         beside.meet(setup.device)
         config = agreed(config)
         assert config.run.precision != "auto"
         setup.precision = config.run.precision
-        train_clients = local_training(config, setup, clients, entries, lambda batches, _: batches)
+        train_clients = local_training(config, setup, clients, entries, optimizer, lambda batches, _: batches)
         theta = Values(entries.moving_rows(named_tensors(setup.model)))
         serve(setup.model, train_clients, theta, setup.evaluate_part)
 
 
 def local_training(
-    config: FederatedConfig, setup: Setup, clients: Clients, entries: Entries, watch: Watch
+    config: FederatedConfig, setup: Setup, clients: Clients, entries: Entries, optimizer: Optimizer, watch: Watch
 ) -> TrainClients:
     """How clients train: with a fresh optimiser each, on batches drawn for that round and client."""
-    optimizer = optimizer_for(setup, entries, config.train)
     rate = schedule_for(config.train, config.federation.num_rounds)
     per_round = clients_per_round(len(clients), config.federation.client_fraction)
 
+    def steps(client: int) -> int:
+        return local_steps(config.federation, len(clients[client]), config.train.batch_size)
+
+    def watch_work(batches: Batches, share: float) -> Batches:
+        return watch(batches, share / per_round)
+
     def update_client(number: int, client: int) -> Metrics:
         optimizer.state.clear()  # a client keeps no momentum from the one before it
-        steps = local_steps(config.federation, len(clients[client]), config.train.batch_size)
         return setup.train_on(
             clients[client],
-            steps,
+            steps(client),
             optimizer,
             entries,
             config.train,
             rng=generator(config.run.seed, "batches", number, client),
             learning_rate=lambda _: rate(number - 1),
             where=f"round {number}, client {client}",
-            watch=lambda batches: watch(batches, 1 / (steps * per_round)),
+            watch=lambda batches: watch_work(batches, 1 / steps(client)),
         )
 
-    return one_by_one(setup.model, entries, update_client)
+    alone = one_by_one(setup.model, entries, update_client)
+    return grouped(alone, config, setup, entries, clients, steps, rate, watch_work)
 
 
 def local_steps(federation: FederationOptions, examples: int, batch_size: int) -> int:

@@ -1,9 +1,9 @@
 """What of the model moves, and by which rule: entries, optimiser, learning rate."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from fedtalos.config import TrainOptions
@@ -63,9 +63,14 @@ def optimizer_for(setup: Setup, entries: Entries, options: TrainOptions) -> Opti
     """Freeze what may not move, and make the optimiser of what may."""
     freeze_all_but(setup.model, entries)
     setup.frozen_stages = setup.model.frozen_stages(entries.masks)
+    return optimizer_of(options, dict(setup.model.named_parameters()), entries)
+
+
+def optimizer_of(options: TrainOptions, parameters: Mapping[str, nn.Parameter], entries: Entries) -> Optimizer:
+    """The optimiser that the options describe, of entries of the named parameters."""
     assert options.learning_rate is not None
     return make_optimizer(
-        setup.model,
+        parameters,
         entries,
         rule=options.optimizer,
         learning_rate=options.learning_rate,

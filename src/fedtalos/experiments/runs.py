@@ -22,6 +22,7 @@ MAY_DIFFER = (
     "precision",
     "threads",
     "workers",
+    "clients_at_once",
     "tracker",
 )
 """Options that a resumed run may be given anew."""

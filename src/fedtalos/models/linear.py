@@ -33,12 +33,18 @@ class Linear(nn.Linear):
 
 
 class _RowSparseLinear(torch.autograd.Function):
+    generate_vmap_rule = True  # clients that train together (training/vectorized.py)
+
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, rows: Tensor | slice) -> Tensor:
+    def forward(x: Tensor, weight: Tensor, bias: Tensor | None, _rows: Tensor | slice) -> Tensor:
+        return F.linear(x, weight, bias)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], _output: Tensor) -> None:
+        x, weight, _, rows = inputs
         for_x, for_weight, *_ = ctx.needs_input_grad
         ctx.save_for_backward(x if for_weight else None, weight if for_x else None)
         ctx.rows, ctx.shape = rows, weight.shape
-        return F.linear(x, weight, bias)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:

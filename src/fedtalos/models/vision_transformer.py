@@ -4,7 +4,8 @@ Shapes: B images, H W pixels, p patch side, N = (H/p)(W/p) patches, T = N + 1 to
 """
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Literal
 
@@ -62,19 +63,9 @@ class PatchEmbed(nn.Module):
         return patches.flatten(2).transpose(1, 2)
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """softmax(q k^T / sqrt(D/h)) v, all (B, h, T, D/h).
-
-    By torch's fused kernel, but for bf16 on a CPU: there its backward pass takes half of a training step, and plain
-    products, with the softmax in float32, a small part of that.
-    """
-    if q.device.type == "cpu" and q.dtype == torch.bfloat16:
-        scores = q @ k.transpose(-2, -1)  # (B, h, T, T)
-        return (scores.float() / math.sqrt(q.shape[-1])).softmax(-1).to(v.dtype) @ v
-    return F.scaled_dot_product_attention(q, k, v)
-
-
 class Attention(nn.Module):
+    fused = True
+
     def __init__(self, dim: int, heads: int) -> None:
         super().__init__()
         self.heads = heads
@@ -85,9 +76,34 @@ class Attention(nn.Module):
         batch, tokens, dim = x.shape
         qkv = self.qkv(x).view(batch, tokens, 3, self.heads, dim // self.heads)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (B, h, T, D/h)
-        out = attend(q, k, v)
+        fused = self.fused and not (q.device.type == "cpu" and q.dtype == torch.bfloat16)
+        out = F.scaled_dot_product_attention(q, k, v) if fused else attention_by_products(q, k, v)
         mixed: Tensor = self.proj(out.transpose(1, 2).reshape(batch, tokens, dim))
         return mixed
+
+
+def attention_by_products(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """softmax(q k^T / sqrt(D/h)) v, (B, h, T, D/h) -> the same, in plain products, the softmax at least in float32.
+
+    For vmap, which has no rule for the fused kernels, and for bf16 on a CPU, where the fused kernel's backward pass
+    takes half of a training step.
+    """
+    logits = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)  # (B, h, T, T)
+    out: Tensor = logits.softmax(-1, dtype=torch.promote_types(v.dtype, torch.float32)).to(v.dtype) @ v
+    return out
+
+
+@contextmanager
+def without_fused_attention(model: nn.Module) -> Iterator[None]:
+    """Inside, the model's attention is plain matrix products: the fused kernels have no rule for vmap."""
+    layers = [module for module in model.modules() if isinstance(module, Attention) and module.fused]
+    for layer in layers:
+        layer.fused = False
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.fused = True
 
 
 class Mlp(nn.Module):

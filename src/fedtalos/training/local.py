@@ -4,7 +4,7 @@ Shapes: B images of a batch, C classes.
 """
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Literal
@@ -48,7 +48,7 @@ def freeze_all_but(model: nn.Module, entries: Entries) -> None:
 
 
 def make_optimizer(
-    model: nn.Module,
+    model: nn.Module | Mapping[str, nn.Parameter],
     entries: Entries,
     *,
     rule: Literal["sgd", "adamw"],
@@ -56,8 +56,11 @@ def make_optimizer(
     momentum: float,
     weight_decay: float,
 ) -> Optimizer:
-    """torch.optim's optimiser where whole tensors move, its sparse twin where a mask leaves some entries frozen."""
-    parameters = dict(model.named_parameters())
+    """torch.optim's optimiser where whole tensors move, its sparse twin where a mask leaves some entries frozen.
+
+    ``model``, or its parameters by name.
+    """
+    parameters = dict(model.named_parameters()) if isinstance(model, nn.Module) else model
     moving = [parameters[name] for name in entries.masks]
     masks = list(entries.masks.values())
     if rule == "sgd":
@@ -134,7 +137,10 @@ def train(
 
 @dataclass(frozen=True)
 class Step:
-    """What a step leaves on the device: mean loss, norm of the gradient and correct answers, each of shape ()."""
+    """What a step leaves on the device: mean loss, norm of the gradient and correct answers.
+
+    Each of shape (), or (V,) of V clients that train together; ``examples`` are those of one.
+    """
 
     number: int
     learning_rate: float
@@ -151,11 +157,18 @@ def correct_answers(logits: Tensor, labels: Tensor) -> Tensor:
 
 def read(steps: Sequence[Step]) -> Metrics:
     """The steps' metrics, fetched from the device at once. Raises TrainingError where a figure is not finite."""
+    return add_up(steps, fetch(steps)) if steps else Metrics()
+
+
+def fetch(steps: Sequence[Step]) -> Tensor:
+    """Loss, norm and correct answers of J steps, (J, 3) or (J, 3, V), on the CPU: waits for the device."""
+    return torch.stack([torch.stack([step.loss, step.norm, step.correct.float()]) for step in steps]).cpu()
+
+
+def add_up(steps: Sequence[Step], figures: Tensor) -> Metrics:
+    """The steps' metrics from their figures (J, 3). Raises TrainingError where one is not finite."""
     total = Metrics()
-    if not steps:
-        return total
-    figures = torch.stack([torch.stack([step.loss, step.norm, step.correct.float()]) for step in steps]).tolist()
-    for step, (loss, norm, correct) in zip(steps, figures, strict=True):
+    for step, (loss, norm, correct) in zip(steps, figures.tolist(), strict=True):
         for what, value in (("loss", loss), ("gradient", norm)):
             if not math.isfinite(value):
                 raise TrainingError(
