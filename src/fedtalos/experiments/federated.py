@@ -24,7 +24,7 @@ def run(config: FederatedConfig, paths: RunPaths, console: Console) -> dict[str,
     clients = split(setup, config.split, config.run.seed)
     entries = moving_entries(setup, config.train)
     open_run(config, paths, setup.inputs())
-    write_split(paths, setup, config.split, clients)
+    write_split(paths, setup, clients)
     optimizer = optimizer_for(setup, entries, config.train)
     rate = schedule_for(config.train, federation.num_rounds)
     progress, saved = resume(paths, setup)
@@ -36,9 +36,10 @@ def run(config: FederatedConfig, paths: RunPaths, console: Console) -> dict[str,
 
     def update_client(number: int, client: int) -> Metrics:
         optimizer.state.clear()  # a client keeps no momentum from the one before it
-        steps = local_steps(federation, len(clients[client]), config.train.batch_size)
+        ids = clients[client]
+        steps = local_steps(federation, len(ids), config.train.batch_size)
         return setup.train_on(
-            clients[client],
+            ids,
             steps,
             optimizer,
             entries,
@@ -53,7 +54,7 @@ def run(config: FederatedConfig, paths: RunPaths, console: Console) -> dict[str,
         setup.model,
         entries,
         update_client,
-        [len(ids) for ids in clients],
+        clients.sizes,
         fraction=federation.client_fraction,
         rounds=federation.num_rounds,
         seed=config.run.seed,

@@ -3,10 +3,13 @@
 Letters: K clients, C fraction sampled per round, A entries that may move, theta (A,) their values.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import nn
 
 from fedtalos.metrics import Metrics
@@ -44,7 +47,7 @@ def fedavg(
     model: nn.Module,
     entries: Entries,
     update_client: ClientUpdate,
-    client_sizes: Sequence[int],
+    client_sizes: NDArray[np.integer[Any]],
     *,
     fraction: float,
     rounds: int,
@@ -70,8 +73,9 @@ def fedavg(
         for client in clients:
             entries.scatter(theta, tensors)
             train += update_client(number, client)
-            examples += client_sizes[client]
-            mean.lerp_(entries.gather(tensors), client_sizes[client] / examples)
+            size = int(client_sizes[client])
+            examples += size
+            mean.lerp_(entries.gather(tensors), size / examples)
         entries.scatter(mean, tensors)
         new = set(clients) - met
         met |= new
