@@ -1,3 +1,6 @@
+import tracemalloc
+
+import numpy as np
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -28,15 +31,36 @@ def test_sampling_is_uniform():
     assert (counts / 2000 - 0.25).abs().max() < 0.04
 
 
+def test_a_thousand_of_a_million_clients_take_no_more_memory_than_ten():
+    model = torch.nn.Linear(2, 1)
+    entries = dense(model)
+    sizes = np.ones(1_000_000, np.int32)
+
+    def peak(fraction):
+        clients = one_by_one(model, entries, lambda *_: Metrics(1.0, 1, 1))
+        rounds = fedavg(model, entries, clients, sizes, fraction=fraction, rounds=1, seed=0)
+        tracemalloc.start()
+        try:
+            result = next(rounds)
+            return len(result.clients), tracemalloc.get_traced_memory()[1]
+        finally:
+            tracemalloc.stop()
+
+    few, many = peak(1e-5), peak(1e-3)
+    assert (few[0], many[0]) == (10, 1000)
+    assert many[1] - few[1] < 1000 * 300  # the numbers of the sampled; a list of all would be 8 MB
+    assert many[1] < 2_000_000  # a byte for each of the registered
+
+
 def test_mean_is_weighted_by_examples_and_bytes_are_counted(vit):
     entries, tensors = dense(vit), named_tensors(vit)
     start = entries.gather(tensors)
-    sizes = [10, 30, 60]
+    sizes = np.array([10, 30, 60])
 
     def update(number, client):
         assert torch.equal(entries.gather(tensors), start)  # every client starts from the global values
         entries.scatter(start + client + 1, tensors)
-        return Metrics(1.0, 1, sizes[client])
+        return Metrics(1.0, 1, int(sizes[client]))
 
     rounds = fedavg(
         vit, entries, one_by_one(vit, entries, update), sizes, fraction=1.0, rounds=1, seed=0, first_contact_bytes=7
@@ -64,7 +88,7 @@ def test_one_sgd_step_per_client_equals_one_central_step_on_the_union(vit, image
     central = entries.gather(named_tensors(vit))
     vit.load_state_dict(start)
     parts = [slice(0, 2), slice(2, 7), slice(7, 12)]
-    sizes = [2, 5, 5]
+    sizes = np.array([2, 5, 5])
     clients = one_by_one(vit, entries, lambda _, client: step(parts[client]))
     list(fedavg(vit, entries, clients, sizes, fraction=1.0, rounds=1, seed=0))
     torch.testing.assert_close(entries.gather(named_tensors(vit)), central, rtol=1e-4, atol=1e-6)
@@ -77,7 +101,7 @@ def test_resumed_rounds_count_first_contacts_as_uninterrupted_ones_do(vit):
         def update(number, client):
             return Metrics()
 
-        sizes = [1] * 10
+        sizes = np.ones(10, np.int32)
         rounds = fedavg(
             vit,
             entries,

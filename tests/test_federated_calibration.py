@@ -4,6 +4,7 @@ import csv
 import shlex
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -13,7 +14,7 @@ from fedtalos.cli import main
 from fedtalos.config import EditingConfig
 from fedtalos.config_files import override
 from fedtalos.experiments import editing, plots
-from fedtalos.experiments.clients import split
+from fedtalos.experiments.clients import read_split, split
 from fedtalos.experiments.scoring import image_holders, scorer
 from fedtalos.experiments.setup import prepare
 from fedtalos.masks import load_mask, overlap
@@ -86,7 +87,10 @@ def test_clients_give_the_mask_of_one_that_holds_everything():
     assert overlap(pooled, shared) > 0.999
     assert (facts.clients, shared_facts.clients) == (1, 6)
     assert facts.calibration_images == shared_facts.calibration_images == 90
-    assert len(yaml.safe_load(Path("results/shared/split.json").read_text())["clients"]) == 6
+    split = read_split(Path("results/shared"))
+    assert len(np.bincount(split.client)) == 6
+    assert len(split.client) == len(split.label) == 90
+    assert split.classes == tuple("0123456789")
 
 
 def test_bytes_are_those_of_scores_bits_and_head():

@@ -1,6 +1,6 @@
 """Figures from synthetic records: which files appear, what is drawn from which rows, and what is refused."""
 
-import json
+import io
 import struct
 from pathlib import Path
 
@@ -13,11 +13,18 @@ from conftest import mask_header
 
 from fedtalos import figures
 from fedtalos.errors import InputError
-from fedtalos.experiments.plots import plot_comparison, plot_iterations, plot_masks, plot_run
+from fedtalos.experiments.plots import plot_comparison, plot_iterations, plot_masks, plot_run, plot_split
 from fedtalos.figures import History, Row
 from fedtalos.masks import DensityRow, save_mask
 
 HEADER = "split,loss,accuracy,examples,learning_rate,bytes_down,bytes_up,seconds\n"
+
+
+def npz(**arrays: object) -> bytes:
+    content = io.BytesIO()
+    split = {"client": np.uint8([0, 0, 1, 1]), "label": np.uint8([0, 1, 1, 2]), "classes": ["a$b$", "_c", "d"]}
+    np.savez(content, **{name: array for name, array in (split | arrays).items() if array is not None})
+    return content.getvalue()
 
 
 def make_run(folder: Path, step: str = "round", sent: int = 1_000_000, partition: str = "label_skew") -> Path:
@@ -32,8 +39,7 @@ def make_run(folder: Path, step: str = "round", sent: int = 1_000_000, partition
     options = {"command": "federated", "partition": partition, "classes_per_client": 2, "alpha": 0.3, "seed": 0}
     (folder / "config.yaml").write_text(yaml.safe_dump(options))
     if step == "round":
-        split = {"partition": partition, "num_clients": 2, "classes": ["a$b$", "_c", "d"], "clients": [[0], [1]]}
-        (folder / "split.json").write_text(json.dumps({**split, "class_counts": [[3, 3, 0], [0, 3, 3]]}))
+        (folder / "split.npz").write_bytes(npz())
     return folder
 
 
@@ -130,6 +136,18 @@ def test_clients_show_each_count_and_leave_none_blank(num_clients: int, num_clas
     np.testing.assert_array_equal(np.ma.getmaskarray(image), counts.T == 0)
 
 
+def test_of_very_many_clients_the_first_are_drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    many = 1_000_000
+    run = make_run(tmp_path / "run")
+    (run / "split.npz").write_bytes(npz(client=np.arange(many, dtype=np.uint32), label=np.zeros(many, np.uint8)))
+    drawn = []
+    monkeypatch.setattr(figures, "png", lambda figure: drawn.append(figure) or b"")
+    plot_split(run, tmp_path / "plots")
+    (axes, _) = drawn[0].axes
+    assert axes.images[0].get_array().shape == (3, figures.MOST_CLIENTS)
+    assert "the first 200 of 1,000,000 clients" in axes.get_title()
+
+
 def test_density_cells_say_their_per_cent() -> None:
     rows = [DensityRow(0, "q", 1, 8), DensityRow(0, "biases", 0, 3), DensityRow(1, "q", 8, 8)]
     axes = figures.density(rows, "title").axes[0]
@@ -160,10 +178,18 @@ def test_masks_get_a_density_each_and_an_overlap_together(tmp_path: Path) -> Non
         ("metrics.csv", f"round,{HEADER}1,val,much,0.5,50,,0,0,1\n", "line 2: expected numbers"),
         ("metrics.csv", f"round,{HEADER}1,val,0.5\n", "line 2: expected numbers"),
         ("metrics.csv", b"\xff\xfe", "not a readable CSV"),
-        ("split.json", "{", "class_counts"),
-        ("split.json", '{"partition": "iid", "classes": ["a", "b"], "class_counts": [[1]]}', "class_counts"),
-        ("split.json", '{"partition": "iid", "classes": ["a", "b"], "class_counts": []}', "class_counts"),
+        ("split.npz", "{", "client and label"),
+        ("split.npz", npz()[:-30], "client and label"),
+        ("split.npz", npz().replace(b"\0\1\1\2", b"\0\1\1\1"), "client and label"),  # the checksum tells
+        ("split.npz", npz(label=None), "client and label"),
+        ("split.npz", npz(label=np.uint8([0])), "client and label"),
+        ("split.npz", npz(label=np.uint8([0, 1, 2, 3])), "client and label"),
+        ("split.npz", npz(client=np.array([0, 0, -1, 1])), "client and label"),
+        ("split.npz", npz(client=np.array(["0"] * 4, dtype=object)), "client and label"),
+        ("split.npz", npz(client=np.uint8([]), label=np.uint8([])), "client and label"),
+        ("split.npz", npz(classes=[0, 1, 2]), "client and label"),
         ("config.yaml", "- 1\n", "config.yaml"),
+        ("config.yaml", "alpha: 0.3\n", "config.yaml"),
         ("config.yaml", None, "config.yaml"),
     ],
 )

@@ -24,6 +24,7 @@ from fedtalos.masks import KINDS, DensityRow
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 MARKERS = ("o", "s", "^")  # the second and third seven runs take another marker
 MOST_RUNS = len(COLOURS) * len(MARKERS)
+MOST_CLIENTS = 200  # of more, the first: they are drawn alike, and a column of five pixels can still be seen
 
 _WIDTH = 8.0  # inches; 1280 pixels
 _DPI = 160

@@ -11,10 +11,10 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from fedtalos.data.clients import Clients, Ids, Integers
 from fedtalos.errors import InputError
 from fedtalos.randomness import generator
 
-Ids = NDArray[np.int64]
 Scheme = Literal["iid", "label_skew", "dirichlet", "quantity"]
 
 MAX_ALPHA = 1e6  # beyond it the shares are even to a thousandth, and far beyond it numpy's draws overflow
@@ -29,10 +29,10 @@ def partition(
     classes_per_client: int,
     alpha: float,
     min_size: int,
-) -> list[Ids]:
+) -> Clients:
     """Share the examples among the clients.
 
-    ``labels`` is (N,); the result has K ascending int64 arrays of positions in it, none empty.
+    ``labels`` is (N,); each client's ids are positions in it, and no client is without any.
     ``classes_per_client`` counts for label_skew alone, ``alpha`` and ``min_size`` (examples) for dirichlet and
     quantity. Raises InputError where no such split exists.
     """
@@ -54,16 +54,7 @@ def partition(
             _check_dirichlet(len(labels), num_clients, alpha, min_size)
             owner = quantity(len(labels), num_clients, alpha, rng)
             owner = raise_to_min_size(owner, num_clients, min_size, rng)
-    by_client = np.argsort(owner, kind="stable")  # stable: ids ascend within a client
-    return np.split(by_client, np.cumsum(np.bincount(owner, minlength=num_clients))[:-1])
-
-
-def class_counts(labels: Ids, clients: list[Ids], num_classes: int) -> Ids:
-    """How many examples of each class each client holds, (K, C)."""
-    owner = np.repeat(np.arange(len(clients)), [len(ids) for ids in clients])
-    cells = owner * num_classes + labels[np.concatenate(clients)]
-    counts: Ids = np.bincount(cells, minlength=len(clients) * num_classes).reshape(len(clients), num_classes)
-    return counts
+    return Clients.of(owner, num_clients)
 
 
 def largest_remainder(shares: NDArray[np.floating], total: int, rng: np.random.Generator) -> Ids:
@@ -72,8 +63,14 @@ def largest_remainder(shares: NDArray[np.floating], total: int, rng: np.random.G
     Each share is rounded down; what is missing goes to the largest remainders, ties at random.
     """
     whole: Ids = np.floor(shares).astype(np.int64)
-    by_remainder = np.lexsort((rng.random(len(shares)), whole - shares))
-    whole[by_remainder[: total - whole.sum()]] += 1
+    missing = total - whole.sum()
+    tie_breaker = rng.random(len(shares))
+    if missing > 0:
+        lost = whole - shares  # -1 to 0; no sort, there may be a million
+        bound = np.partition(lost, missing - 1)[missing - 1]
+        ties = np.flatnonzero(lost == bound)
+        whole[lost < bound] += 1
+        whole[ties[np.argsort(tie_breaker[ties], kind="stable")][: total - whole.sum()]] += 1
     return whole
 
 
@@ -99,11 +96,11 @@ def label_skew(labels: Ids, num_clients: int, classes_per_client: int, rng: np.r
     """
     classes, label = np.unique(labels, return_inverse=True)
     sizes = np.bincount(label)
-    owns = _owned_classes(len(classes), num_clients, classes_per_client, int(sizes.min()), rng)
+    owned = _owned_classes(len(classes), num_clients, classes_per_client, int(sizes.min()), rng)
     owner = np.empty(len(labels), np.int64)
     extras = np.zeros(num_clients, np.int64)
     for c in range(len(classes)):
-        owners = rng.permutation(np.flatnonzero(owns[:, c]))
+        owners = rng.permutation(np.flatnonzero((owned == c).any(axis=1)))
         owners = owners[np.argsort(extras[owners], kind="stable")]  # a class's remainder goes round
         examples = rng.permutation(np.flatnonzero(label == c))
         owner[examples] = owners[np.arange(len(examples)) % len(owners)]
@@ -113,8 +110,8 @@ def label_skew(labels: Ids, num_clients: int, classes_per_client: int, rng: np.r
 
 def _owned_classes(
     num_classes: int, num_clients: int, classes_per_client: int, smallest_class: int, rng: np.random.Generator
-) -> NDArray[np.bool_]:
-    """Who owns which class, (K, C): rows sum to Nc, columns to K Nc / C rounded down or up.
+) -> Integers:
+    """The classes that each client owns, (K, Nc): each class comes K Nc / C times, rounded down or up.
 
     Each client takes the classes with the most places left, ties at random, which always comes out even
     (Havel 1955, Hakimi 1962, for a bipartite graph).
@@ -139,12 +136,11 @@ def _owned_classes(
             f"--num_clients times --classes_per_client at or below {most}, or choose --partition dirichlet"
         )
     left = largest_remainder(np.full(num_classes, places / num_classes), places, rng)
-    owns = np.zeros((num_clients, num_classes), np.bool_)
+    owned = np.empty((num_clients, classes_per_client), np.min_scalar_type(num_classes - 1))
     for client in range(num_clients):
-        taken = np.lexsort((rng.random(num_classes), -left))[:classes_per_client]
-        owns[client, taken] = True
+        taken = owned[client] = np.lexsort((rng.random(num_classes), -left))[:classes_per_client]
         left[taken] -= 1
-    return owns
+    return owned
 
 
 def dirichlet(labels: Ids, num_clients: int, alpha: float, rng: np.random.Generator) -> Ids:
@@ -190,9 +186,7 @@ def raise_to_min_size(owner: Ids, num_clients: int, min_size: int, rng: np.rando
     """
     sizes = np.bincount(owner, minlength=num_clients)
     lacking = np.maximum(min_size - sizes, 0)
-    kept = sizes.copy()
-    for _ in range(lacking.sum()):  # the largest is above min_size, or all would have it
-        kept[kept.argmax()] -= 1
+    kept = _levelled(sizes, lacking.sum())
     shuffled = rng.permutation(len(owner))
     by_client = shuffled[np.argsort(owner[shuffled], kind="stable")]  # grouped, random order within a client
     rank = np.arange(len(owner)) - np.repeat(np.cumsum(sizes) - sizes, sizes)
@@ -200,3 +194,16 @@ def raise_to_min_size(owner: Ids, num_clients: int, min_size: int, rng: np.rando
     repaired = owner.copy()
     repaired[rng.permutation(given)] = np.repeat(np.arange(num_clients), lacking)
     return repaired
+
+
+def _levelled(sizes: Ids, taken: int) -> Ids:
+    """``sizes`` after ``taken`` examples left, one by one, from the first of the largest.
+
+    All come down to one level, and the first few of those by one more.
+    """
+    at_least = np.bincount(sizes)[::-1].cumsum()  # how many hold the largest size, that or one less, ...
+    level = len(at_least) - 1 - np.searchsorted(at_least.cumsum(), taken, side="right")
+    levelled = np.minimum(sizes, level)
+    rest = taken - (sizes - levelled).sum()
+    levelled[np.flatnonzero(levelled == level)[:rest]] -= 1
+    return levelled

@@ -1,20 +1,20 @@
 """Clients as the experiments see them: who holds which training images, and the ridge head of all of them."""
 
-import json
+import io
+from dataclasses import dataclass
 from functools import reduce
 from operator import add
+from pathlib import Path
 
 import numpy as np
-from numpy.typing import NDArray
 
 from fedtalos.config import SplitOptions
-from fedtalos.data.partition import class_counts, partition
+from fedtalos.data.clients import Clients, Integers
+from fedtalos.data.partition import partition
+from fedtalos.errors import InputError
 from fedtalos.experiments.runs import RunPaths
 from fedtalos.experiments.setup import Setup
 from fedtalos.files import write_atomic
-
-Clients = list[NDArray[np.int64]]
-"""The training images (positions) of every client."""
 
 
 def split(setup: Setup, options: SplitOptions, seed: int) -> Clients:
@@ -36,22 +36,46 @@ def in_words(options: SplitOptions) -> str:
     return options.partition + detail.get(options.partition, f" of alpha {options.alpha:g}")
 
 
-def write_split(paths: RunPaths, setup: Setup, options: SplitOptions, clients: Clients) -> None:
-    """split.json: which training images each client holds, by position, and how many of each class."""
-    classes = setup.dataset.classes
-    counts = class_counts(setup.dataset.train.labels.cpu().numpy(), clients, len(classes))
-    manifest = {
-        **options.model_dump(),
-        "data": setup.dataset.fingerprint,
-        "classes": classes,
-        "class_counts": counts.tolist(),
-        "clients": [ids.tolist() for ids in clients],
-    }
-    write_atomic(paths.results / "split.json", json.dumps(manifest))
+@dataclass(frozen=True, eq=False)
+class Manifest:
+    """What split.npz holds: client and label (N,) of every training image, and the names of the classes (C,)."""
+
+    client: Integers
+    label: Integers
+    classes: tuple[str, ...]
+
+
+def write_split(paths: RunPaths, setup: Setup, clients: Clients) -> None:
+    """split.npz: who holds which training image. How they were shared out, and of what data, is in config.yaml."""
+    classes = np.array(setup.dataset.classes, dtype=np.str_)
+    labels = setup.dataset.train.labels.cpu().numpy()
+    content = io.BytesIO()
+    np.savez(content, client=clients.owner, label=labels.astype(np.min_scalar_type(len(classes) - 1)), classes=classes)
+    write_atomic(paths.results / "split.npz", content.getvalue())
+
+
+def read_split(run_dir: Path) -> Manifest | None:
+    """The split.npz of a run's folder; None where it has none, InputError where it is broken."""
+    path = run_dir / "split.npz"
+    if not path.is_file():
+        return None
+    try:
+        with np.load(io.BytesIO(path.read_bytes()), allow_pickle=False) as arrays:
+            client, label, classes = (arrays[name] for name in ("client", "label", "classes"))
+        whole = client.dtype.kind == label.dtype.kind == "u" and classes.dtype.kind == "U"
+        if not (whole and client.ndim == classes.ndim == 1 and client.shape == label.shape and len(client)):
+            raise ValueError("other arrays")
+        if label.max() >= len(classes):
+            raise ValueError("a class without a name")
+    except Exception as error:  # numpy and zipfile raise nearly anything over a damaged file
+        raise InputError(
+            f"{path}: expected client and label of every training image, and classes; make the run anew"
+        ) from error
+    return Manifest(client, label, tuple(classes.tolist()))
 
 
 def fit_ridge_head(setup: Setup, clients: Clients) -> int:
     """Fit the ridge head of all clients' sums (validation tunes it); returns the bytes that they sent."""
-    sent = [setup.head_sums(setup.dataset.train.subset(ids)) for ids in clients]
-    setup.fit_head(reduce(add, sent))
-    return sum(sums.wire_bytes for sums in sent)
+    total = reduce(add, (setup.head_sums(setup.dataset.train.subset(ids)) for ids in clients))
+    setup.fit_head(total)
+    return len(clients) * total.wire_bytes

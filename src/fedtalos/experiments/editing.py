@@ -12,9 +12,10 @@ from torch import Tensor
 from fedtalos import __version__
 from fedtalos.checkpoint import load_checkpoint, save_checkpoint
 from fedtalos.config import LOOKS_AT_IMAGES, EditingConfig
+from fedtalos.data.clients import Clients
 from fedtalos.display import Display, density_report
 from fedtalos.errors import InputError
-from fedtalos.experiments.clients import Clients, fit_ridge_head, in_words, split, write_split
+from fedtalos.experiments.clients import fit_ridge_head, in_words, split, write_split
 from fedtalos.experiments.runs import RunPaths, open_run
 from fedtalos.experiments.scoring import Holder, Score, chunk_that_fits, fisher_name, image_holders, scorer
 from fedtalos.experiments.setup import Setup, prepare
@@ -34,8 +35,8 @@ def run(config: EditingConfig, paths: RunPaths, console: Console) -> dict[str, A
     config, setup = prepare(config)
     config, eligible, clients = check(config, setup)
     open_run(config, paths, setup.inputs())
-    if clients:
-        write_split(paths, setup, config.split, clients)
+    if clients is not None:
+        write_split(paths, setup, clients)
     if setup.head == "ridge":
         console.print("fitting the ridge head", highlight=False)
     sent = fit_head(setup, paths, clients)
@@ -61,7 +62,7 @@ def run(config: EditingConfig, paths: RunPaths, console: Console) -> dict[str, A
     return summary
 
 
-def check(config: EditingConfig, setup: Setup) -> tuple[EditingConfig, Entries, Clients]:
+def check(config: EditingConfig, setup: Setup) -> tuple[EditingConfig, Entries, Clients | None]:
     """The config with its chunk settled, the eligible entries, and the clients, if it is they who score.
 
     Raises InputError where no mask can come of it.
@@ -73,8 +74,8 @@ def check(config: EditingConfig, setup: Setup) -> tuple[EditingConfig, Entries, 
             f"--head random: {options.criterion} scores through an untrained head would mean nothing; "
             "use --head ridge, a head file, or --checkpoint"
         )
-    clients = split(setup, config.split, config.run.seed) if options.calibration == "federated" else []
-    if not clients and len(setup.dataset.calibration) == 0 and (setup.head == "ridge" or scored):
+    clients = split(setup, config.split, config.run.seed) if options.calibration == "federated" else None
+    if clients is None and len(setup.dataset.calibration) == 0 and (setup.head == "ridge" or scored):
         raise InputError("the calibration split is empty; raise --calibration_fraction, or add images")
     eligible = eligible_entries(setup.model, options.eligible)
     if round((1 - options.target_sparsity) * len(eligible)) == 0:
@@ -87,17 +88,18 @@ def check(config: EditingConfig, setup: Setup) -> tuple[EditingConfig, Entries, 
     )
 
 
-def fit_head(setup: Setup, paths: RunPaths, clients: Clients) -> tuple[int, int]:
+def fit_head(setup: Setup, paths: RunPaths, clients: Clients | None) -> tuple[int, int]:
     """Fit and write a ridge head where one is wanted; returns the bytes that clients got and sent for it."""
     if setup.head != "ridge":
         return 0, 0
-    if clients:
-        up = fit_ridge_head(setup, clients)
-    else:
-        up = 0
+    if clients is None:
+        down = up = 0
         setup.fit_head(setup.head_sums(setup.dataset.calibration))
+    else:
+        down = len(clients) * sum(parameter.nbytes for parameter in setup.model.head.parameters())
+        up = fit_ridge_head(setup, clients)
     save_head(paths.head, setup.model)
-    return len(clients) * sum(parameter.nbytes for parameter in setup.model.head.parameters()), up
+    return down, up
 
 
 @dataclass(frozen=True)

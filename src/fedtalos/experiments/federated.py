@@ -9,8 +9,9 @@ from torch.optim import Optimizer
 
 from fedtalos.config import FederatedConfig, FederationOptions
 from fedtalos.data.batches import steps_per_epoch
+from fedtalos.data.clients import Clients
 from fedtalos.display import Display
-from fedtalos.experiments.clients import Clients, fit_ridge_head, split, write_split
+from fedtalos.experiments.clients import fit_ridge_head, split, write_split
 from fedtalos.experiments.grouping import grouped, settle_clients_at_once
 from fedtalos.experiments.moving import moving_entries, optimizer_for, schedule_for
 from fedtalos.experiments.processes import Others, agreed, others
@@ -42,7 +43,7 @@ def _lead(config: FederatedConfig, paths: RunPaths, console: Console, beside: Ot
     optimizer = optimizer_for(setup, entries, config.train)
     config = settle_clients_at_once(config, setup, entries, optimizer, clients, console)
     open_run(config, paths, setup.inputs())
-    write_split(paths, setup, config.split, clients)
+    write_split(paths, setup, clients)
     progress, saved = resume(paths, setup)
     if not saved and setup.head == "ridge":
         console.print("fitting the ridge head", highlight=False)
@@ -61,7 +62,7 @@ def _lead(config: FederatedConfig, paths: RunPaths, console: Console, beside: Ot
         setup.model,
         entries,
         train_clients,
-        [len(ids) for ids in clients],
+        clients.sizes,
         fraction=federation.client_fraction,
         rounds=federation.num_rounds,
         seed=config.run.seed,

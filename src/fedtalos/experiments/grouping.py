@@ -6,13 +6,14 @@ from functools import partial
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from rich.console import Console
 from torch import Tensor
 from torch.optim import Optimizer
 
 from fedtalos.config import FederatedConfig, TrainOptions
 from fedtalos.data.batches import batch_sizes, stacked_batches
-from fedtalos.experiments.clients import Clients
+from fedtalos.data.clients import Clients
 from fedtalos.experiments.moving import optimizer_of
 from fedtalos.experiments.setup import Setup
 from fedtalos.parameters import Entries
@@ -64,7 +65,11 @@ def grouped(
 
 
 def _batches(
-    setup: Setup, options: TrainOptions, indices: Clients, steps: int, rngs: Sequence[np.random.Generator]
+    setup: Setup,
+    options: TrainOptions,
+    indices: Sequence[NDArray[np.int64]],
+    steps: int,
+    rngs: Sequence[np.random.Generator],
 ) -> Iterator[tuple[Tensor, Tensor]]:
     assert options.augmentation != "auto"
     return stacked_batches(
@@ -90,7 +95,7 @@ def settle_clients_at_once(
         return config
     size = 1
     if setup.device.type == "cuda":
-        batch = next(_batches(setup, options, clients[:1], 1, [generator(config.run.seed, "measurement")]))
+        batch = next(_batches(setup, options, [clients[0]], 1, [generator(config.run.seed, "measurement")]))
         seconds = seconds_a_step(
             partial(_steps, setup, entries, optimizer, options, batch),
             clients_per_round(len(clients), federation.client_fraction),

@@ -13,7 +13,9 @@ from pydantic import BaseModel, ValidationError
 
 from fedtalos import figures
 from fedtalos.config_tools import PlotConfig
+from fedtalos.data.clients import class_counts
 from fedtalos.errors import InputError
+from fedtalos.experiments.clients import read_split
 from fedtalos.experiments.runs import RunPaths, plain_name
 from fedtalos.figures import History, Row
 from fedtalos.files import write_atomic
@@ -23,17 +25,10 @@ _STEP_NAMES = ("round", "epoch")
 _COLUMNS = ("split", "loss", "accuracy", "bytes_down", "bytes_up")
 
 
-class _Split(BaseModel):
-    """What is read of split.json; class_counts is clients x classes."""
-
-    partition: str
-    classes: list[str]
-    class_counts: list[list[int]]
-
-
 class _Options(BaseModel):
     """What is read of config.yaml: the options that name a split."""
 
+    partition: str
     classes_per_client: int | None = None
     alpha: float | None = None
 
@@ -61,7 +56,7 @@ def run(config: PlotConfig) -> list[Path]:
 def plot_run(run_dir: Path, plots_dir: Path) -> list[Path]:
     """Draw every figure that one run's records allow, straight into ``plots_dir``; returns the files.
 
-    curves.png always, clients.png where the run has a split.json, megabytes.png where it sent bytes.
+    curves.png always, clients.png where the run has a split.npz, megabytes.png where it sent bytes.
     Raises InputError where the folder is missing, is not a run's, or its records cannot be read.
     """
     history = _read_history(run_dir)
@@ -195,20 +190,15 @@ def _read_row(path: Path, line: int, step_name: str, record: Mapping[str, str]) 
 
 
 def _clients(run_dir: Path) -> dict[str, Figure]:
-    path = run_dir / "split.json"
-    if not path.is_file():
+    split = read_split(run_dir)
+    if split is None:
         return {}
-    try:
-        split = _Split.model_validate_json(path.read_bytes())
-        counts = np.array([np.reshape(row, len(split.classes)) for row in split.class_counts], dtype=np.int64)
-        if not counts.size:
-            raise ValueError("no counts")
-    except ValueError as error:  # also pydantic's
-        raise InputError(
-            f"{path}: expected partition, classes and class_counts (clients x classes); make the run anew"
-        ) from error
-    title = f"Images of each class at each client\n{_words(split.partition, _read_options(run_dir))}"
-    return {"clients": figures.clients(counts, split.classes, f"{title}, {len(counts)} clients")}
+    held_by = int(split.client.max()) + 1
+    shown = min(held_by, figures.MOST_CLIENTS)
+    counts = class_counts(split.client, split.label, shown, len(split.classes))
+    number = f"{held_by} clients" if shown == held_by else f"the first {shown} of {held_by:,} clients"
+    title = f"Images of each class at each client\n{_words(_read_options(run_dir))}, {number}"
+    return {"clients": figures.clients(counts, split.classes, title)}
 
 
 def _read_options(run_dir: Path) -> _Options:
@@ -219,7 +209,7 @@ def _read_options(run_dir: Path) -> _Options:
         raise InputError(f"{path}: expected the run's options, a YAML mapping; make the run anew") from error
 
 
-def _words(partition: str, options: _Options) -> str:
+def _words(options: _Options) -> str:
     """The split in words, e.g. "label skew, 2 classes per client"."""
     known = {
         "iid": "IID",
@@ -227,4 +217,4 @@ def _words(partition: str, options: _Options) -> str:
         "dirichlet": f"Dirichlet, alpha {options.alpha}",
         "quantity": "unequal amounts",
     }
-    return known.get(partition, partition)
+    return known.get(options.partition, options.partition)

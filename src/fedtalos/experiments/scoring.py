@@ -10,9 +10,9 @@ from torch import Tensor
 
 from fedtalos.config import EditingConfig, EditingOptions
 from fedtalos.data.batches import evaluation_batches, steps_per_epoch
+from fedtalos.data.clients import Clients
 from fedtalos.data.images import LabelledImages
 from fedtalos.devices import total_memory
-from fedtalos.experiments.clients import Clients
 from fedtalos.experiments.setup import Setup
 from fedtalos.parameters import Entries
 from fedtalos.randomness import generator
@@ -37,17 +37,17 @@ Score = Callable[[Sequence[Holder], int, Tensor], Tensor]
 """(holders, iteration, kept (E,)) -> scores (E,), low = keep."""
 
 
-def image_holders(setup: Setup, config: EditingConfig, clients: Clients) -> list[Holder]:
+def image_holders(setup: Setup, config: EditingConfig, clients: Clients | None) -> list[Holder]:
     """Clients, each with a draw of its training images, or, where there are none, one with the calibration split.
 
     Together they score about ``calibration_images``: each client its share of them, at least one.
     """
     wanted, count, seed = config.editing.calibration_images, config.editing.calibration_clients, config.run.seed
-    if not clients:
+    if clients is None:
         ids = generator(seed, "scored").permutation(len(setup.dataset.calibration))[:wanted]
         return [Holder(0, ids, setup.dataset.calibration.subset(ids))]
     numbers = np.sort(generator(seed, "scorers").permutation(len(clients))[:count]).tolist()
-    share = min(1.0, wanted / sum(len(clients[number]) for number in numbers))
+    share = min(1.0, wanted / clients.sizes[numbers].sum())
     holders = []
     for number in numbers:
         held = clients[number]

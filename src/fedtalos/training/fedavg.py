@@ -5,8 +5,11 @@ Letters: K clients, C fraction sampled per round, theta the values of what may m
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from fedtalos.metrics import Metrics
@@ -62,7 +65,7 @@ def fedavg(
     model: nn.Module,
     entries: Entries,
     train_clients: TrainClients,
-    client_sizes: Sequence[int],
+    client_sizes: NDArray[np.integer[Any]],
     *,
     fraction: float,
     rounds: int,
@@ -79,9 +82,9 @@ def fedavg(
     """
     resident = entries.moving_rows(named_tensors(model))
     theta, mean = Values(resident), Values(resident)
-    met = {
-        client for number in range(1, done + 1) for client in sample_clients(len(client_sizes), fraction, seed, number)
-    }
+    met = np.zeros(len(client_sizes), dtype=np.bool_)
+    for number in range(1, done + 1):
+        met[list(sample_clients(len(client_sizes), fraction, seed, number))] = True
     for number in range(done + 1, rounds + 1):
         torch._foreach_copy_(theta.parts, resident)
         clients = sample_clients(len(client_sizes), fraction, seed, number)
@@ -89,13 +92,14 @@ def fedavg(
         try:
             for client, (metrics, values) in zip(clients, train_clients(number, clients, theta), strict=True):
                 train += metrics
-                examples += client_sizes[client]
-                torch._foreach_lerp_(mean.parts, values, client_sizes[client] / examples)
+                size = int(client_sizes[client])
+                examples += size
+                torch._foreach_lerp_(mean.parts, values, size / examples)
         except BaseException:
             torch._foreach_copy_(resident, theta.parts)
             raise
         torch._foreach_copy_(resident, mean.parts)
-        new = set(clients) - met
-        met |= new
+        new = len(clients) - int(met[list(clients)].sum())
+        met[list(clients)] = True
         wire = entries.nbytes * len(clients)
-        yield Round(number, clients, train, wire + first_contact_bytes * len(new), wire)
+        yield Round(number, clients, train, wire + first_contact_bytes * new, wire)

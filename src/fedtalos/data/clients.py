@@ -1,0 +1,69 @@
+"""Who holds which examples, in a few bytes per client and example.
+
+Letters: N examples, K clients, C classes.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+Ids = NDArray[np.int64]
+Integers = NDArray[np.integer[Any]]
+
+
+@dataclass(frozen=True, eq=False)
+class Clients:
+    """Each client's examples, as two arrays: no object per client.
+
+    ``ids`` (N,) are the examples of client 0, then of client 1, and so on, ascending within each; those of client k
+    are ids[offsets[k] : offsets[k + 1]], ``offsets`` (K + 1,). Both int32 where N fits, so that sizes add safely.
+    """
+
+    ids: Integers
+    offsets: Integers
+
+    @classmethod
+    def of(cls, owner: Integers, num_clients: int) -> "Clients":
+        """From the client of each example, (N,)."""
+        small: type[np.signedinteger[Any]] = np.int32 if len(owner) <= np.iinfo(np.int32).max else np.int64
+        ids = np.argsort(owner, kind="stable").astype(small)  # stable: ids ascend within a client
+        offsets = np.zeros(num_clients + 1, small)
+        np.cumsum(np.bincount(owner, minlength=num_clients), out=offsets[1:])
+        return cls(ids, offsets)
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
+
+    def __getitem__(self, client: int) -> Ids:
+        """The ascending ids of one client's examples."""
+        client = range(len(self))[client]  # IndexError beyond the last
+        return self.ids[self.offsets[client] : self.offsets[client + 1]].astype(np.int64)
+
+    def __iter__(self) -> Iterator[Ids]:
+        return map(self.__getitem__, range(len(self)))
+
+    @property
+    def sizes(self) -> Integers:
+        """How many examples each client holds, (K,)."""
+        return np.diff(self.offsets)
+
+    @property
+    def owner(self) -> Integers:
+        """The client of each example, (N,), in the smallest unsigned type."""
+        owner = np.empty(len(self.ids), np.min_scalar_type(len(self) - 1))
+        owner[self.ids] = np.repeat(np.arange(len(self), dtype=owner.dtype), self.sizes)
+        return owner
+
+
+def class_counts(owner: Integers, labels: Integers, num_clients: int, num_classes: int) -> Ids:
+    """How many examples of each class each of the first ``num_clients`` clients holds, (num_clients, C).
+
+    ``owner`` (N,) is the client of each example, ``labels`` (N,) its class.
+    """
+    shown = owner < num_clients
+    cells = owner[shown].astype(np.int64) * num_classes + labels[shown]
+    counts: Ids = np.bincount(cells, minlength=num_clients * num_classes).reshape(num_clients, num_classes)
+    return counts
