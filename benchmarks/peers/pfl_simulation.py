@@ -48,7 +48,7 @@ def main(settings: Annotated[Settings, tyro.conf.arg(name="")], *, processes: in
     if processes > 1 and distributed.world_size == 1:
         launch(processes)
     started, launcher = (float(os.environ[STARTED]), os.getppid()) if processes > 1 else (None, None)
-    meter = Meter(started, launcher)
+    meter = Meter(started, launcher, weigh=distributed.global_rank == 0)
     torch.set_num_threads(max(1, settings.threads // processes))
     model = pfl_model(settings)
     dataset = FederatedDataset(lambda client: user_dataset(settings, client), cohorts(settings).__next__)

@@ -159,15 +159,19 @@ class Meter:
     that takes at most a twentieth of one core.
     """
 
-    def __init__(self, started: float | None = None, root: int | None = None) -> None:
-        """``started`` and ``root`` (a process id) where another process than this one began, or holds, the peer."""
+    def __init__(self, started: float | None = None, root: int | None = None, weigh: bool = True) -> None:
+        """``started`` and ``root`` (a process id) where another process than this one began, or holds, the peer.
+
+        ``weigh``: False in all but one of several equal processes.
+        """
         self._start = time.perf_counter() if started is None else started
         self._root = psutil.Process(root)
         self._marks: list[float] = []
         self._peak = 0
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._watch, daemon=True)
-        self._thread.start()
+        if weigh:
+            self._thread.start()
 
     def mark(self) -> None:
         """Call when round 1 begins, and at the end of every round."""
