@@ -103,7 +103,7 @@ def rows(
 
 
 def fisher_line(setting: Setting, load: Load, device: torch.device) -> str:
-    """Per-example Fisher scores of all eligible tensors, against a loop over single examples: ms per image, TF32 on CUDA."""
+    """Per-example Fisher scores of all eligible tensors against a loop over examples: ms an image, TF32 on CUDA."""
     set_float32(device, "tf32")
     found = []
     for images, method in ((load.fisher_images, Work.ours), (min(16, load.fisher_images), Work.loop)):
