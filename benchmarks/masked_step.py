@@ -16,7 +16,7 @@ from typing import Literal
 
 import torch
 import tyro
-from measure import environment, markdown_table, peak_memory, timed_ratios
+from measure import environment, markdown_table, multiply_adds, peak_memory, scattered, timed_ratios
 from torch import Tensor
 from torch.optim import Optimizer
 
@@ -83,13 +83,6 @@ def variants(model: VisionTransformer, mask_file: Path | None) -> dict[str, Mask
     return chosen
 
 
-def scattered(entries: Entries, count: int) -> Mask:
-    """``count`` of the entries, drawn alike."""
-    kept = torch.zeros(len(entries), dtype=torch.bool, device=entries.device)
-    kept[torch.randperm(len(entries), generator=torch_generator(0, "mask"))[:count]] = True
-    return entries.unflatten(kept)
-
-
 def rows(entries: Entries, count: int) -> Mask:
     """Whole rows of the entries' weights, drawn alike, of ``count`` entries in all."""
     weights = {name: mask for name, mask in entries.masks.items() if mask.dim() == 2}
@@ -128,27 +121,6 @@ def steps(
 def two_steps(options: Options, mask: Mask) -> Callable[[], object]:
     """Two, for in the second gradients, activations and the optimiser's state are there together."""
     return steps(options, mask, 2)[0]
-
-
-def multiply_adds(model: VisionTransformer, mask: Mask) -> int:
-    """Multiply-adds per image of a step's matrix products: convolution, linear layers, attention.
-
-    Forward; the gradient of every layer's input behind the first tensor that moves (attention's two products have two
-    such gradients each); weight gradients of the rows that hold a True. Norms, activation functions and the optimiser
-    are left out.
-    """
-    tokens, dim = model.pos_embed.shape[1:]
-    total, moves = 0, False
-    for name, p in model.named_parameters():  # the order of the forward pass, but for the two embeddings
-        if name.endswith("weight") and p.dim() > 1:
-            positions = {"patch_embed": tokens - 1, "head": 1}.get(name.split(".")[0], tokens)
-            active = int(mask[name].flatten(1).any(1).sum()) if name in mask else 0
-            input_gradient = moves and not name.startswith("patch_embed")
-            total += positions * p[0].numel() * (len(p) * (1 + input_gradient) + active)
-        moves = moves or (name in mask and bool(mask[name].any()))
-        if name.endswith("qkv.bias"):
-            total += 2 * tokens**2 * dim * (1 + 2 * moves)
-    return total
 
 
 def state_bytes(optimizer: Optimizer) -> int:

@@ -1,4 +1,7 @@
-"""What the benchmarks share: interleaved timing, peak memory of a fresh process, the machine in a line, a table."""
+"""What the benchmarks share: interleaved timing, counted work, peak memory of a fresh process, the machine, a table.
+
+Needs only torch, numpy and what of fedtalos needs nothing else.
+"""
 
 import resource
 import sys
@@ -10,6 +13,11 @@ from pathlib import Path
 from statistics import median
 
 import torch
+from torch import Tensor
+
+from fedtalos.models.vision_transformer import VisionTransformer
+from fedtalos.parameters import Entries
+from fedtalos.randomness import torch_generator
 
 
 @dataclass(frozen=True)
@@ -25,10 +33,10 @@ def timed_ratios(calls: Mapping[str, Callable[[], object]], repeats: int, warmup
     seconds: dict[str, list[float]] = {name: [] for name in calls}
     for _ in range(warmup + repeats):
         for name, call in calls.items():
-            _synchronize()
+            synchronize()
             start = time.perf_counter()
             call()
-            _synchronize()
+            synchronize()
             seconds[name].append(time.perf_counter() - start)
     counted = {name: times[warmup:] for name, times in seconds.items()}
     first = next(iter(counted.values()))
@@ -36,6 +44,34 @@ def timed_ratios(calls: Mapping[str, Callable[[], object]], repeats: int, warmup
         name: Timing(median(times), median(t / f for t, f in zip(times, first, strict=True)))
         for name, times in counted.items()
     }
+
+
+def scattered(entries: Entries, count: int) -> dict[str, Tensor]:
+    """``count`` of the entries, drawn alike."""
+    kept = torch.zeros(len(entries), dtype=torch.bool, device=entries.device)
+    kept[torch.randperm(len(entries), generator=torch_generator(0, "mask"))[:count]] = True
+    return entries.unflatten(kept)
+
+
+def multiply_adds(model: VisionTransformer, mask: Mapping[str, Tensor]) -> int:
+    """Multiply-adds per image of a step's matrix products: convolution, linear layers, attention.
+
+    Forward; the gradient of every layer's input behind the first tensor that moves (attention's two products have two
+    such gradients each); weight gradients of the rows that hold a True. Norms, activation functions and the optimiser
+    are left out.
+    """
+    tokens, dim = model.pos_embed.shape[1:]
+    total, moves = 0, False
+    for name, p in model.named_parameters():  # the order of the forward pass, but for the two embeddings
+        if name.endswith("weight") and p.dim() > 1:
+            positions = {"patch_embed": tokens - 1, "head": 1}.get(name.split(".")[0], tokens)
+            active = int(mask[name].flatten(1).any(1).sum()) if name in mask else 0
+            input_gradient = moves and not name.startswith("patch_embed")
+            total += positions * p[0].numel() * (len(p) * (1 + input_gradient) + active)
+        moves = moves or (name in mask and bool(mask[name].any()))
+        if name.endswith("qkv.bias"):
+            total += 2 * tokens**2 * dim * (1 + 2 * moves)
+    return total
 
 
 def peak_memory(prepare: Callable[..., Callable[[], object]], *arguments: object) -> int:
@@ -65,9 +101,12 @@ def markdown_table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> s
     return "".join(f"| {' | '.join(map(str, line))} |\n" for line in lines)
 
 
-def _synchronize() -> None:
+def synchronize() -> None:
+    """Wait for what CUDA or mps, where they are in use, have yet to do."""
     if torch.cuda.is_initialized():
         torch.cuda.synchronize()
+    if torch.backends.mps.is_available():
+        torch.mps.synchronize()
 
 
 def _growth(prepare: Callable[..., Callable[[], object]], *arguments: object) -> int:

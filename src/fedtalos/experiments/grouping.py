@@ -102,7 +102,11 @@ def settle_clients_at_once(
         )
         size = min(seconds, key=lambda size: seconds[size])
         found = ", ".join(f"{size}: {1e3 * took:.2f}" for size, took in seconds.items())
-        console.print(f"clients at once: {size} (ms a client's step, by clients at once: {found})", highlight=False)
+        console.print(
+            f"clients at once: {size} (ms a client's step, by clients at once: {found})",
+            highlight=False,
+            soft_wrap=True,
+        )
     return config.model_copy(update={"federation": federation.model_copy(update={"clients_at_once": size})})
 
 
