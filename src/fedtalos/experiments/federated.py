@@ -23,7 +23,7 @@ from fedtalos.parameters import Entries, Values, named_tensors
 from fedtalos.randomness import generator
 from fedtalos.training.fedavg import TrainClients, clients_per_round, fedavg, one_by_one
 from fedtalos.training.local import Batches
-from fedtalos.training.workers import Leader, serve
+from fedtalos.training.workers import Leader, WorkerLostError, serve
 
 Watch = Callable[[Batches, float], Batches]
 """Passes batches on; each is that share of a round."""
@@ -32,7 +32,10 @@ Watch = Callable[[Batches, float], Batches]
 def run(config: FederatedConfig, paths: RunPaths, console: Console) -> dict[str, Any]:
     """Train for ``num_rounds`` rounds, leading other processes where asked; returns the summary."""
     with others(config) as beside:
-        return _lead(config, paths, console, beside)
+        try:
+            return _lead(config, paths, console, beside)
+        except WorkerLostError as error:
+            raise WorkerLostError(f"{error}; --resume --run_name {paths.name} goes on from what is saved") from error
 
 
 def _lead(config: FederatedConfig, paths: RunPaths, console: Console, beside: Others) -> dict[str, Any]:

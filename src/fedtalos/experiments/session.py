@@ -119,10 +119,9 @@ class Session:
         """The rounds; where a worker is lost, what came before is saved."""
         try:
             yield from rounds
-        except WorkerLostError as error:
+        except WorkerLostError:
             self._save()
-            saved = f"{self._unit} {self.progress.done} is saved"
-            raise WorkerLostError(f"{error}; {saved}, --resume --run_name {self.paths.name} goes on from it") from error
+            raise
 
     def _record(self, number: int, split: str, metrics: Metrics, rate: float | None = None) -> None:
         self.recorder.record(

@@ -132,4 +132,4 @@ def _checked(communicate: Callable[..., object], *arguments: object, **options: 
     try:
         communicate(*arguments, **options)
     except RuntimeError as error:
-        raise WorkerLostError("the round under way is lost") from error
+        raise WorkerLostError("what it had to do is lost") from error
