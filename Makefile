@@ -23,6 +23,7 @@ check: $(VENV)/installed
 	$(MAKE) test
 
 bench: $(VENV)/installed
+	$(BIN)/python benchmarks/simulator.py
 	$(BIN)/python benchmarks/fisher.py
 	$(BIN)/python benchmarks/selection.py
 	$(BIN)/python benchmarks/masked_step.py

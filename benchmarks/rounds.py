@@ -3,7 +3,7 @@
 Needs only torch, numpy and what of fedtalos needs nothing else.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -12,7 +12,7 @@ import torch
 from measure import multiply_adds, scattered
 from torch import Tensor
 
-from fedtalos.data.batches import View, stacked_batches, training_batches
+from fedtalos.data.batches import Augmentation, View, stacked_batches, training_batches
 from fedtalos.data.images import LabelledImages
 from fedtalos.metrics import Metrics
 from fedtalos.models.vision_transformer import Architecture, VisionTransformer
@@ -80,7 +80,9 @@ class Rounds:
     """Endless rounds of one variant on fresh weights."""
 
     def __init__(self, setting: Setting, variant: Variant, load: Load, images: LabelledImages) -> None:
-        self.variant, self.load, self.images = variant, load, images
+        self.setting, self.variant, self.load, self.images = setting, variant, load, images
+        self.augmentation: Augmentation = "crop_flip"
+        self.forward: Callable[[Tensor], Tensor] | None = None
         device = images.pixels.device
         architecture = Architecture(setting.size, setting.pixels, setting.patch, CLASSES)
         self.model = VisionTransformer(architecture, torch_generator(0, "weights")).to(device)
@@ -95,7 +97,7 @@ class Rounds:
             self.model.compile(mode=variant.compiled)  # in place: the parameters keep their names
 
     def __iter__(self) -> Iterator[Round]:
-        sizes, fraction = [len(own) for own in self.indices], self.load.per_round / self.load.clients
+        sizes, fraction = np.array([len(own) for own in self.indices]), self.load.per_round / self.load.clients
         return fedavg(self.model, self.entries, self.train_clients(), sizes, fraction=fraction, rounds=10**9, seed=0)
 
     def train_clients(self) -> TrainClients:
@@ -123,7 +125,7 @@ class Rounds:
             self.view,
             steps=self.load.steps,
             batch_size=self.load.batch_size,
-            augmentation="crop_flip",
+            augmentation=self.augmentation,
             rng=generator(0, "batches", number, client),
         )
         return train(
@@ -134,6 +136,7 @@ class Rounds:
             learning_rate=lambda _: 1e-4,
             clip_norm=1.0,
             precision="bf16" if self.variant.precision == "bf16" else "fp32",
+            forward=self.forward,
         )
 
     def batches_of(self, number: int, group: Sequence[int]) -> Batches:
@@ -144,18 +147,21 @@ class Rounds:
             self.view,
             steps=self.load.steps,
             batch_size=self.load.batch_size,
-            augmentation="crop_flip",
+            augmentation=self.augmentation,
             rngs=[generator(0, "batches", number, client) for client in group],
         )
 
 
 def what_moves(model: VisionTransformer, moves: str) -> dict[str, Tensor]:
-    """Everything, or scattered entries of q and k, a tenth as many as the blocks have eligible ones, and the head."""
+    """Everything; the head; or the head and scattered entries of q and k, a tenth of what the blocks have eligible."""
     whole = {name: torch.ones_like(p, dtype=torch.bool, requires_grad=False) for name, p in model.named_parameters()}
     if moves == "all":
         return whole
+    head = {name: mask for name, mask in whole.items() if name.startswith("head.")}
+    if moves == "head":
+        return head
     chosen = scattered(eligible_entries(model, "qk"), round(0.1 * len(eligible_entries(model))))
-    return chosen | {name: mask for name, mask in whole.items() if name.startswith("head.")}
+    return chosen | head
 
 
 def random_images(setting: Setting, load: Load, device: torch.device) -> LabelledImages:

@@ -16,8 +16,7 @@ from safetensors.torch import load_file
 
 from fedtalos.checkpoint import load_checkpoint
 from fedtalos.cli import main
-from fedtalos.experiments import plots
-from fedtalos.experiments import setup as preparation
+from fedtalos.experiments import plots, setup
 from fedtalos.masks import load_mask, save_mask
 from fedtalos.models.vision_transformer import Architecture, VisionTransformer
 from fedtalos.randomness import torch_generator
@@ -82,7 +81,7 @@ def test_a_seed_fixes_every_figure_and_another_seed_changes_them(command):
 
 
 def interrupt_after(monkeypatch, calls: int):
-    original = preparation.train
+    original = setup.train
     seen = []
 
     def train(*args, **kwargs):
@@ -91,7 +90,7 @@ def interrupt_after(monkeypatch, calls: int):
             raise KeyboardInterrupt
         return original(*args, **kwargs)
 
-    monkeypatch.setattr(preparation, "train", train)
+    monkeypatch.setattr(setup, "train", train)
 
 
 @pytest.mark.parametrize(

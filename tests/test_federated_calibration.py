@@ -15,8 +15,8 @@ from fedtalos.config import EditingConfig
 from fedtalos.config_files import override
 from fedtalos.experiments import editing, plots
 from fedtalos.experiments.clients import read_split, split
+from fedtalos.experiments.preparation import prepare
 from fedtalos.experiments.scoring import image_holders, scorer
-from fedtalos.experiments.setup import prepare
 from fedtalos.masks import load_mask, overlap
 from fedtalos.training.editing import eligible_entries, keep_lowest
 

@@ -13,9 +13,9 @@ from fedtalos.config import CentralizedConfig
 from fedtalos.data.batches import steps_per_epoch
 from fedtalos.display import Display
 from fedtalos.experiments.moving import moving_entries, optimizer_for, schedule_for
+from fedtalos.experiments.preparation import prepare
 from fedtalos.experiments.runs import RunPaths, open_run
 from fedtalos.experiments.session import Session, resume
-from fedtalos.experiments.setup import prepare
 from fedtalos.randomness import generator
 from fedtalos.training.fedavg import Round
 

@@ -16,9 +16,10 @@ from fedtalos.data.clients import Clients
 from fedtalos.display import Display, density_report
 from fedtalos.errors import InputError
 from fedtalos.experiments.clients import fit_ridge_head, in_words, split, write_split
+from fedtalos.experiments.preparation import prepare
 from fedtalos.experiments.runs import RunPaths, open_run
 from fedtalos.experiments.scoring import Holder, Score, chunk_that_fits, fisher_name, image_holders, scorer
-from fedtalos.experiments.setup import Setup, prepare
+from fedtalos.experiments.setup import Setup
 from fedtalos.head import save_head
 from fedtalos.masks import Mask, MaskFacts, density_table, save_mask, votes_needed
 from fedtalos.models.vision_transformer import WIDTH_DEPTH_HEADS

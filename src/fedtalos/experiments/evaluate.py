@@ -7,7 +7,7 @@ from fedtalos.config import RUN_CONFIGS
 from fedtalos.config_files import override
 from fedtalos.config_tools import EvaluateConfig
 from fedtalos.errors import InputError
-from fedtalos.experiments.setup import prepare
+from fedtalos.experiments.preparation import prepare
 from fedtalos.metrics import Metrics
 
 

@@ -14,10 +14,11 @@ from fedtalos.display import Display
 from fedtalos.experiments.clients import fit_ridge_head, split, write_split
 from fedtalos.experiments.grouping import grouped, settle_clients_at_once
 from fedtalos.experiments.moving import moving_entries, optimizer_for, schedule_for
+from fedtalos.experiments.preparation import prepare
 from fedtalos.experiments.processes import Others, agreed, others
 from fedtalos.experiments.runs import RunPaths, open_run
 from fedtalos.experiments.session import Session, resume
-from fedtalos.experiments.setup import Setup, prepare
+from fedtalos.experiments.setup import Setup
 from fedtalos.metrics import Metrics
 from fedtalos.parameters import Entries, Values, named_tensors
 from fedtalos.randomness import generator

@@ -15,6 +15,7 @@ from fedtalos.config import FederatedConfig, TrainOptions
 from fedtalos.data.batches import batch_sizes, stacked_batches
 from fedtalos.data.clients import Clients
 from fedtalos.experiments.moving import optimizer_of
+from fedtalos.experiments.processes import number_of_processes
 from fedtalos.experiments.setup import Setup
 from fedtalos.parameters import Entries
 from fedtalos.randomness import generator
@@ -98,7 +99,7 @@ def settle_clients_at_once(
         batch = next(_batches(setup, options, [clients[0]], 1, [generator(config.run.seed, "measurement")]))
         seconds = seconds_a_step(
             partial(_steps, setup, entries, optimizer, options, batch),
-            clients_per_round(len(clients), federation.client_fraction),
+            -(-clients_per_round(len(clients), federation.client_fraction) // number_of_processes(config)),
         )
         size = min(seconds, key=lambda size: seconds[size])
         found = ", ".join(f"{size}: {1e3 * took:.2f}" for size, took in seconds.items())
