@@ -51,7 +51,13 @@ def products(load: Load, rounds: Rounds) -> Callable[[], object]:
     left, right = torch.randn(load.batch_size * tokens, dim), torch.randn(dim, 4 * dim)
     per_round = rounds.multiply_adds * load.images_per_round
     times = round(per_round / (len(left) * right.numel()))
-    return lambda: [left @ right for _ in range(times)]
+    out = left @ right
+
+    def multiply() -> None:
+        for _ in range(times):
+            torch.mm(left, right, out=out)
+
+    return multiply
 
 
 def bare_steps(rounds: Rounds, load: Load) -> Callable[[], object]:

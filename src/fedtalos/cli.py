@@ -140,6 +140,8 @@ def run_experiment(config: RunConfig, console: Console) -> None:
     if processes.rank() and isinstance(config, FederatedConfig):
         federated.follow(config)
         return
+    if not isinstance(config, FederatedConfig):
+        processes.check_alone(config.command)
     require_tracker(config.run.tracker)
     paths = choose_run(config)
     if paths.finished:

@@ -62,7 +62,8 @@ def frozen_entries(setup: Setup) -> dict[str, Tensor]:
 def optimizer_for(setup: Setup, entries: Entries, options: TrainOptions) -> Optimizer:
     """Freeze what may not move, and make the optimiser of what may."""
     freeze_all_but(setup.model, entries)
-    setup.frozen_stages = setup.model.frozen_stages(entries.masks)
+    frozen = setup.model.frozen_stages(entries.masks)
+    setup.frozen_stages = frozen if frozen > 1 else 0  # the embedding alone is cheaper to compute than to keep
     return optimizer_of(options, dict(setup.model.named_parameters()), entries)
 
 

@@ -41,6 +41,12 @@ def number_of_processes(config: FederatedConfig) -> int:
     return started or asked
 
 
+def check_alone(command: str) -> None:
+    """InputError where torchrun started several processes of a command that is for one."""
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise InputError(f"{command}: runs in one process; torchrun is for federated alone")
+
+
 def share_threads(config: FederatedConfig) -> None:
     """Give this process its part of the machine's cores, or the threads asked for."""
     here = int(os.environ.get("LOCAL_WORLD_SIZE", config.federation.workers))

@@ -72,7 +72,7 @@ class Setup:
 
     def _source(self, split: str, images: LabelledImages, asked: Iterable[NDArray[np.int64]]) -> "Source":
         """The images themselves, or what the frozen stages make of those ``asked`` for, a batch or client at a time."""
-        if not self.frozen_stages:
+        if not self.frozen_stages or split == "test":  # which is read once
             return Source(images, self.view, self.model)
         if split not in self._caches:
             self._caches[split] = ActivationCache(
