@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Union, cast
 
+import torch
 import tyro
 import yaml
 from rich.console import Console
@@ -137,6 +138,8 @@ def run_experiment(config: RunConfig, console: Console) -> None:
     """Train or edit, draw the figures, and say where everything is."""
     from fedtalos.experiments import centralized, editing, federated, plots, processes
 
+    if config.run.threads is not None:
+        torch.set_num_threads(config.run.threads)
     if processes.rank() and isinstance(config, FederatedConfig):
         federated.follow(config)
         return

@@ -102,7 +102,9 @@ class DataOptions(Options):
     )
     eval_batch_size: int = Field(250, ge=1, description="images per forward pass without gradients")
     cache_gb: float = Field(
-        1.0, ge=0, description="memory for what frozen first blocks make of plain images; beyond it, a file"
+        1.0,
+        ge=0,
+        description="memory, of each process, for what frozen blocks make of plain images; else a file",
     )
 
 

@@ -30,12 +30,14 @@ def choose_device(name: str) -> torch.device:
 
 def choose_precision(name: str, device: torch.device) -> Precision:
     """auto: bf16 where its matrix products take at most two thirds of fp32's time here, measured; fp32 elsewhere."""
-    if name == "auto":
-        return "bf16" if bf16_speedup(device) >= 1.5 else "fp32"
     try:
-        with autocast(device, "bf16" if name == "bf16" else "fp32"):
+        with autocast(device, "fp32" if name == "fp32" else "bf16"):
             pass
+        if name == "auto":
+            return "bf16" if bf16_speedup(device) >= 1.5 else "fp32"
     except RuntimeError as error:
+        if name == "auto":
+            return "fp32"
         raise InputError(f"--precision {name}: not supported on {device.type}; use fp32") from error
     return "bf16" if name == "bf16" else "fp32"
 

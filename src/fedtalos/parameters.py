@@ -75,7 +75,7 @@ class Entries:
         """Views of ``tensors``, each contiguous: the rows from the first to the last that hold a chosen entry.
 
         To copy these whole, entries between that do not move included, takes a fraction of the time of picking the
-        chosen ones by index (benchmarks/results/aggregation.md).
+        chosen ones by index.
         """
         return [tensors[name].detach()[rows] for name, rows in self._rows.items()]
 

@@ -10,6 +10,7 @@ from torch.optim import Optimizer
 from fedtalos.config import FederatedConfig, FederationOptions
 from fedtalos.data.batches import steps_per_epoch
 from fedtalos.data.clients import Clients
+from fedtalos.devices import choose_device
 from fedtalos.display import Display
 from fedtalos.experiments.clients import fit_ridge_head, split, write_split
 from fedtalos.experiments.grouping import grouped, settle_clients_at_once
@@ -85,14 +86,11 @@ def _lead(config: FederatedConfig, paths: RunPaths, console: Console, beside: Ot
 def follow(config: FederatedConfig) -> None:
     """What a process beside the leader does: train the clients, and evaluate the batches, that it is given."""
     with others(config) as beside:
-        config, setup = prepare(config)
+        beside.meet(choose_device(config.run.device))
+        config, setup = prepare(agreed(config))  # after the leader's: data and weights are downloaded once
         clients = split(setup, config.split, config.run.seed)
         entries = moving_entries(setup, config.train)
         optimizer = optimizer_for(setup, entries, config.train)
-        beside.meet(setup.device)
-        config = agreed(config)
-        assert config.run.precision != "auto"
-        setup.precision = config.run.precision
         train_clients = local_training(config, setup, clients, entries, optimizer, lambda batches, _: batches)
         theta = Values(entries.moving_rows(named_tensors(setup.model)))
         serve(setup.model, train_clients, theta, setup.evaluate_part)

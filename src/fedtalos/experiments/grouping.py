@@ -94,8 +94,8 @@ def settle_clients_at_once(
     federation, options = config.federation, config.train
     if federation.clients_at_once is not None:
         return config
-    size = 1
-    if setup.device.type == "cuda":
+    size = 1  # also where activations are kept: stacks compute them anew
+    if setup.device.type == "cuda" and not (setup.frozen_stages and options.augmentation == "none"):
         batch = next(_batches(setup, options, [clients[0]], 1, [generator(config.run.seed, "measurement")]))
         seconds = seconds_a_step(
             partial(_steps, setup, entries, optimizer, options, batch),

@@ -107,7 +107,7 @@ def prepare(config: ConfigT) -> tuple[ConfigT, Setup]:
     mean, std = STATISTICS.get(options.normalisation) or ((weights.mean, weights.std) if weights else HALF)
     setup = Setup(
         device=device,
-        precision=choose_precision(config.run.precision, device),
+        precision="bf16" if config.run.precision == "bf16" else "fp32",
         dataset=dataset.to(device),
         model=model.to(device),
         view=View(options.image_size, mean, std),

@@ -19,6 +19,7 @@ import torch.distributed as dist
 
 from fedtalos.config import FederatedConfig
 from fedtalos.config_files import NOT_IN_FILES, flatten
+from fedtalos.devices import choose_device
 from fedtalos.errors import InputError
 from fedtalos.recorder import write_yaml
 from fedtalos.training.workers import WorkerLostError
@@ -47,11 +48,25 @@ def check_alone(command: str) -> None:
         raise InputError(f"{command}: runs in one process; torchrun is for federated alone")
 
 
-def share_threads(config: FederatedConfig) -> None:
-    """Give this process its part of the machine's cores, or the threads asked for."""
-    here = int(os.environ.get("LOCAL_WORLD_SIZE", config.federation.workers))
-    if config.run.threads or here > 1:
-        torch.set_num_threads(config.run.threads or max(1, torch.get_num_threads() // here))
+def share_machine(config: FederatedConfig, size: int) -> None:
+    """Give this process its part of the cores, and a GPU of its own. InputError where there are too few of these.
+
+    To be called before anything is put on the GPU. Cores are counted, for torchrun sets one thread, whatever there is.
+    """
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", size))
+    if here == 1:
+        return
+    if config.run.threads is None:
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        torch.set_num_threads(max(1, cores // here))
+    device = choose_device(config.run.device)
+    if device.type == "mps":
+        raise InputError("--workers: an mps GPU is driven by one process; leave --workers out")
+    if device.type == "cuda":
+        if here > torch.cuda.device_count():
+            there = torch.cuda.device_count()
+            raise InputError(f"--workers {here}: each takes a GPU of its own, and there are {there}; ask for that many")
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
 
 
 @dataclass(frozen=True)
@@ -80,28 +95,25 @@ class Others:
     children: list[Child]
 
     def meet(self, device: torch.device) -> None:
-        """Wait until all are there. InputError where the device cannot be shared, WorkerLostError where one died."""
-        on_cuda = device.type == "cuda"
-        if device.type == "mps":
-            raise InputError("--workers: an mps GPU is driven by one process; leave --workers out")
-        if on_cuda:
-            local, there = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
-            if max(local, len(self.children)) >= there:
-                raise InputError(f"--workers: each takes a GPU of its own, and there are {there}; ask for that many")
-            torch.cuda.set_device(local)
+        """Wait until all are there. WorkerLostError where one died."""
         if self.meeting is not None and rank():
             _here(self.meeting, rank()).touch()
-        while not all(_here(child.log.with_name("meeting"), child.rank).exists() for child in self.children):
+        there = False
+        while not there:
+            there = all(_here(child.log.with_name("meeting"), child.rank).exists() for child in self.children)
             if any(child.process.poll() is not None for child in self.children):
                 raise WorkerLostError("it never began")
             time.sleep(0.02)
-        dist.init_process_group(
-            "cpu:gloo,cuda:nccl" if on_cuda else "gloo",
-            init_method="env://" if self.meeting is None else f"file://{self.meeting.absolute()}",
-            rank=rank(),
-            world_size=self.size,
-            timeout=PATIENCE,
-        )
+        try:
+            dist.init_process_group(
+                "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
+                init_method="env://" if self.meeting is None else f"file://{self.meeting.absolute()}",
+                rank=rank(),
+                world_size=self.size,
+                timeout=PATIENCE,
+            )
+        except RuntimeError as error:
+            raise WorkerLostError(f"the processes did not meet ({error})") from error
 
 
 @contextmanager
@@ -111,7 +123,7 @@ def others(config: FederatedConfig) -> Iterator[Others]:
     A WorkerLostError that leaves the block says what became of the process.
     """
     size = number_of_processes(config)
-    share_threads(config)
+    share_machine(config, size)
     if "RANK" in os.environ or size == 1:
         point = os.environ.get(MEETING_POINT)
         if point is not None:
@@ -127,7 +139,7 @@ def others(config: FederatedConfig) -> Iterator[Others]:
         except WorkerLostError as error:
             time.sleep(0.2)  # a connection breaks before its process is gone
             gone = [child.epitaph for child in children if child.process.poll() is not None]
-            raise WorkerLostError(f"{', '.join(gone) or 'a worker is gone'}: {error}") from error
+            raise WorkerLostError(": ".join([*gone, str(error)])) from error
         finally:
             if dist.is_initialized():
                 dist.destroy_process_group()
@@ -160,7 +172,7 @@ def _start(folder: Path, number: int, size: int) -> Child:
 
 
 def _end_with_the_leader(folder: Path) -> None:
-    sys.stdin.buffer.read()  # a pipe from the leader: it ends when the leader does, however that is
+    os.read(0, 1)  # of a pipe from the leader: it ends when the leader does, however that is
     shutil.rmtree(folder, ignore_errors=True)
     os._exit(1)
 

@@ -22,6 +22,7 @@ MAY_DIFFER = (
     "precision",
     "threads",
     "workers",
+    "cache_gb",
     "clients_at_once",
     "tracker",
 )

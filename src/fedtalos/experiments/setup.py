@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.optim import Optimizer
 
-from fedtalos.config import Config, TrainOptions
+from fedtalos.config import TrainOptions
 from fedtalos.data.batches import View, evaluation_batches, training_batches
 from fedtalos.data.dataset_loader import Dataset
 from fedtalos.data.images import LabelledImages
@@ -25,8 +25,6 @@ from fedtalos.training.activations import ActivationCache
 from fedtalos.training.evaluation import evaluate_batches, extract_features
 from fedtalos.training.heads import RidgeSums, fit_ridge_head, ridge_sums
 from fedtalos.training.local import Batches, Precision, TrainingError, train
-
-ConfigT = TypeVar("ConfigT", bound=Config)
 
 
 @dataclass(frozen=True)
@@ -72,7 +70,7 @@ class Setup:
 
     def _source(self, split: str, images: LabelledImages, asked: Iterable[NDArray[np.int64]]) -> "Source":
         """The images themselves, or what the frozen stages make of those ``asked`` for, a batch or client at a time."""
-        if not self.frozen_stages or split == "test":  # which is read once
+        if not self.frozen_stages or split == "test":  # which is read once or twice
             return Source(images, self.view, self.model)
         if split not in self._caches:
             self._caches[split] = ActivationCache(

@@ -45,6 +45,7 @@ class ActivationCache:
         if self.bytes_in_memory:
             values = torch.empty(shape, device=images.pixels.device)
         else:
+            folder.mkdir(parents=True, exist_ok=True)
             with NamedTemporaryFile(dir=folder, prefix="activations-") as file:  # its name goes now, its space later
                 values = torch.from_file(file.name, shared=True, size=size // 4).view(shape)
         self.activations = LabelledImages(values, images.labels.to(values.device))

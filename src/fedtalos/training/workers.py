@@ -132,4 +132,4 @@ def _checked(communicate: Callable[..., object], *arguments: object, **options: 
     try:
         communicate(*arguments, **options)
     except RuntimeError as error:
-        raise WorkerLostError("what it had to do is lost") from error
+        raise WorkerLostError(f"the work of a round was not shared to its end ({error})") from error
