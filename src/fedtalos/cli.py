@@ -12,7 +12,8 @@ import tyro
 import yaml
 from rich.console import Console
 
-from fedtalos.config import RUN_CONFIGS, CentralizedConfig, EditingConfig, FederatedConfig, RunConfig, check_together
+from fedtalos.config import RUN_CONFIGS, CentralizedConfig, EditingConfig, FederatedConfig, RunConfig
+from fedtalos.config_checks import check_together
 from fedtalos.config_files import from_file, from_preset, nearest, override
 from fedtalos.config_tools import MASK_TOOLS, OTHERS, DemoConfig, EvaluateConfig, InfoConfig, MaskConfig, PlotConfig
 from fedtalos.errors import InputError

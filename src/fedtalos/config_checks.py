@@ -1,0 +1,44 @@
+"""Options that contradict each other, found before anything is loaded."""
+
+from fedtalos.config import LOOKS_AT_IMAGES, CentralizedConfig, EditingConfig, EditingOptions, RunConfig
+from fedtalos.errors import InputError
+
+
+def check_together(config: RunConfig) -> None:
+    """InputError where options contradict each other; asked once all of them are in."""
+    if isinstance(config, EditingConfig):
+        _check_editing(config.editing)
+        if (config.editing.calibration_clients or 0) > config.split.num_clients:
+            asked = f"--calibration_clients {config.editing.calibration_clients}"
+            raise InputError(f"{asked}: there are only {config.split.num_clients} clients; ask for fewer")
+        return
+    total = config.num_epochs if isinstance(config, CentralizedConfig) else config.federation.num_rounds
+    if config.train.warmup >= total:
+        raise InputError(f"--warmup {config.train.warmup}: must be below the {total} epochs or rounds of the run")
+    if config.train.mask is None and config.train.force_mask:
+        raise InputError("--force_mask: takes a mask made on other weights; give --mask FILE too")
+    if config.train.mask is None and config.train.mask_mode == "prune":
+        raise InputError("--mask_mode prune: prunes by a mask; give --mask FILE too")
+    if config.train.mask is not None and config.train.trainable != "all":
+        raise InputError(f"--trainable {config.train.trainable} and --mask both say what may move; give one of them")
+
+
+def _check_editing(options: EditingOptions) -> None:
+    if options.criterion not in LOOKS_AT_IMAGES and options.calibration == "federated":
+        raise InputError(f"--calibration federated: {options.criterion} looks at no images; leave it out")
+    if options.merge != "scores" and options.calibration == "central":
+        raise InputError(f"--merge {options.merge}: joins masks of clients; give --calibration federated too")
+    if options.calibration_clients is not None and options.calibration == "central":
+        raise InputError("--calibration_clients: says how many clients score; give --calibration federated too")
+    if options.fisher == "batch" and options.calibration == "federated":
+        raise InputError(
+            "--fisher batch: squares sums over batches, which clients do not share; leave out --calibration"
+        )
+    if options.merge != "vote" and options.quorum != EditingOptions.model_fields["quorum"].default:
+        raise InputError(f"--quorum {options.quorum:g}: counts for --merge vote only; give both, or neither")
+    if options.personal_masks and options.merge == "scores":
+        raise InputError("--personal_masks: clients make masks of their own only with --merge union, vote or the like")
+    if options.fisher_samples > 1 and options.fisher != "true":
+        raise InputError(
+            f"--fisher_samples {options.fisher_samples}: --fisher {options.fisher} draws one label or none"
+        )
