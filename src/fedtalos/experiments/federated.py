@@ -21,7 +21,7 @@ from fedtalos.experiments.runs import RunPaths, open_run
 from fedtalos.experiments.session import Session, resume
 from fedtalos.experiments.setup import Setup
 from fedtalos.metrics import Metrics
-from fedtalos.parameters import Entries, Values, named_tensors
+from fedtalos.parameters import Entries
 from fedtalos.randomness import generator
 from fedtalos.training.fedavg import TrainClients, clients_per_round, fedavg, one_by_one
 from fedtalos.training.local import Batches
@@ -60,9 +60,9 @@ def _lead(config: FederatedConfig, paths: RunPaths, console: Console, beside: Ot
     if beside.size > 1:
         beside.meet(setup.device)
         agreed(config)
-        leader = Leader(setup.model)
+        leader = Leader(setup.model, entries)
         train_clients = leader.spread(train_clients)
-        evaluate = partial(leader.evaluate, setup.evaluate_part)
+        evaluate = partial(evaluate_shared, leader, setup)
     rounds = fedavg(
         setup.model,
         entries,
@@ -92,8 +92,15 @@ def follow(config: FederatedConfig) -> None:
         entries = moving_entries(setup, config.train)
         optimizer = optimizer_for(setup, entries, config.train)
         train_clients = local_training(config, setup, clients, entries, optimizer, lambda batches, _: batches)
-        theta = Values(entries.moving_rows(named_tensors(setup.model)))
-        serve(setup.model, train_clients, theta, setup.evaluate_part)
+        serve(setup.model, entries, train_clients, setup.evaluate_part)
+
+
+def evaluate_shared(leader: Leader, setup: Setup, split: str) -> Metrics:
+    """The metrics of a split, by all processes; by this one alone where one is lost, which ends the next round."""
+    try:
+        return leader.evaluate(setup.evaluate_part, split)
+    except WorkerLostError:
+        return setup.evaluate(split)
 
 
 def local_training(
