@@ -4,7 +4,7 @@ import ast
 from pathlib import Path
 
 SRC = Path(__file__).parents[1] / "src" / "fedtalos"
-GROUND = {"errors", "randomness", "metrics", "parameters", "files"}
+GROUND = {"errors", "randomness", "metrics", "parameters", "files", "interruption"}
 MAY_IMPORT = {
     "models": GROUND | {"models"},
     "data": GROUND | {"data"},

@@ -1,7 +1,6 @@
 """Train on all images in one place: the baseline."""
 
 from collections.abc import Iterator
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -16,6 +15,8 @@ from fedtalos.experiments.moving import moving_entries, optimizer_for, schedule_
 from fedtalos.experiments.preparation import prepare
 from fedtalos.experiments.runs import RunPaths, open_run
 from fedtalos.experiments.session import Session, resume
+from fedtalos.interruption import safe_point, until_asked
+from fedtalos.metrics import Metrics
 from fedtalos.randomness import generator
 from fedtalos.training.fedavg import Round
 
@@ -35,22 +36,28 @@ def run(config: CentralizedConfig, paths: RunPaths, console: Console) -> dict[st
     elif setup.head == "ridge":
         setup.fit_head(setup.head_sums(images))
 
-    def within_epoch(number: int, step: int) -> float:
-        return rate(number - 1 + step / steps)
+    def train_epoch(number: int, first: int) -> Metrics:
+        return setup.train_on(
+            np.arange(len(images)),
+            steps,
+            optimizer,
+            entries,
+            config.train,
+            rng=generator(config.run.seed, "batches", number, 0),
+            learning_rate=lambda step: rate(number - 1 + (first + step) / steps),
+            where=f"epoch {number}",
+            watch=lambda batches: display.watch(until_asked(batches), 1 / steps),
+            first=first,
+        )
 
-    def epochs(done: int) -> Iterator[Round]:
-        for number in range(done + 1, config.num_epochs + 1):
-            metrics = setup.train_on(
-                np.arange(len(images)),
-                steps,
-                optimizer,
-                entries,
-                config.train,
-                rng=generator(config.run.seed, "batches", number, 0),
-                learning_rate=partial(within_epoch, number),
-                where=f"epoch {number}",
-                watch=lambda batches: display.watch(batches, 1 / steps),
-            )
+    def epochs() -> Iterator[Round]:
+        for number in range(progress.done + 1, config.num_epochs + 1):
+            before = progress.epoch_so_far
+            metrics = before + train_epoch(number, before.examples // config.train.batch_size)
+            if metrics.examples < len(images):  # asked to stop within the epoch
+                progress.epoch_so_far = metrics
+                safe_point()
+            progress.epoch_so_far = Metrics()
             yield Round(number, (), metrics, 0, 0)
 
     def state() -> dict[str, Tensor]:
@@ -69,5 +76,5 @@ def run(config: CentralizedConfig, paths: RunPaths, console: Console) -> dict[st
         ) as session,
         Display(console, "epoch", config.num_epochs, progress.done) as display,
     ):
-        session.follow(epochs(progress.done), config.num_epochs, rate, display)
+        session.follow(epochs(), config.num_epochs, rate, display)
         return session.finish({"moving_parameters": len(entries)})

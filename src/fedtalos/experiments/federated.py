@@ -20,6 +20,7 @@ from fedtalos.experiments.processes import Others, agreed, others
 from fedtalos.experiments.runs import RunPaths, open_run
 from fedtalos.experiments.session import Session, resume
 from fedtalos.experiments.setup import Setup
+from fedtalos.interruption import with_safe_points
 from fedtalos.metrics import Metrics
 from fedtalos.parameters import Entries
 from fedtalos.randomness import generator
@@ -114,7 +115,7 @@ def local_training(
         return local_steps(config.federation, len(clients[client]), config.train.batch_size)
 
     def watch_work(batches: Batches, share: float) -> Batches:
-        return watch(batches, share / per_round)
+        return watch(with_safe_points(batches), share / per_round)
 
     def update_client(number: int, client: int) -> Metrics:
         optimizer.state.clear()  # a client keeps no momentum from the one before it

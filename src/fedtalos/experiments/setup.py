@@ -17,6 +17,7 @@ from fedtalos.data.batches import View, evaluation_batches, training_batches
 from fedtalos.data.dataset_loader import Dataset
 from fedtalos.data.images import LabelledImages
 from fedtalos.head import set_head
+from fedtalos.interruption import with_safe_points
 from fedtalos.masks import Mask, MaskFacts, fingerprint
 from fedtalos.metrics import Metrics
 from fedtalos.models.vision_transformer import VisionTransformer
@@ -66,7 +67,7 @@ class Setup:
         parts = [positions[start : start + size] for start in range(first * size, len(images), every * size)]
         source = self._source(split, images, parts)
         batches = evaluation_batches(source.images, source.view, size, first=first, every=every)
-        return evaluate_batches(self.model, batches, self.precision, source.forward)
+        return evaluate_batches(self.model, with_safe_points(batches), self.precision, source.forward)
 
     def _source(self, split: str, images: LabelledImages, asked: Iterable[NDArray[np.int64]]) -> "Source":
         """The images themselves, or what the frozen stages make of those ``asked`` for, a batch or client at a time."""
@@ -117,8 +118,9 @@ class Setup:
         learning_rate: Callable[[int], float],
         where: str,
         watch: Callable[[Batches], Batches],
+        first: int = 0,
     ) -> Metrics:
-        """``steps`` optimiser steps on the training images at ``indices``, in an order drawn from ``rng``.
+        """Optimiser steps ``first`` to ``steps`` - 1 on the training images at ``indices``, in an order of ``rng``.
 
         Raises TrainingError, saying ``where`` in the run, if training diverges.
         """
@@ -135,6 +137,7 @@ class Setup:
             batch_size=options.batch_size,
             augmentation=options.augmentation,
             rng=rng,
+            first=first,
         )
         try:
             return train(
