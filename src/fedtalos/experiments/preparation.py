@@ -52,7 +52,7 @@ def checkpoint_weights(path: Path) -> Weights:
         raise InputError(f"checkpoint {path}: holds no model, or is of another version; give another") from error
 
 
-def _resolve(config: ConfigT, weights: Weights | None, device: torch.device) -> ConfigT:
+def resolve(config: ConfigT, weights: Weights | None, device: torch.device) -> ConfigT:
     """The config with `auto` and None settled (but for the head), so that what is recorded is what ran."""
     options = config.model
     if weights and options.model_size not in (None, weights.size):
@@ -91,7 +91,7 @@ def prepare(config: ConfigT) -> tuple[ConfigT, Setup]:
     """
     device = choose_device(config.run.device)
     weights = starting_weights(config)
-    config = _resolve(config, weights, device)
+    config = resolve(config, weights, device)
     options, mask = config.model, None
     if isinstance(config, CentralizedConfig | FederatedConfig) and config.train.mask is not None:
         mask = load_mask(config.train.mask)
