@@ -36,7 +36,19 @@ def test_ground_floor_imports_only_itself():
 
 def test_experiments_do_not_import_each_other():
     shared, may_call_others = (
-        {"runs", "preparation", "setup", "clients", "grouping", "scoring", "moving", "session", "plots", "processes"},
+        {
+            "runs",
+            "preparation",
+            "setup",
+            "clients",
+            "grouping",
+            "scoring",
+            "moving",
+            "session",
+            "plots",
+            "processes",
+            "heads",
+        },
         {"demo", "sweep"},
     )
     for path in (SRC / "experiments").glob("*.py"):

@@ -16,14 +16,23 @@ from fedtalos import interruption
 from fedtalos.config import RUN_CONFIGS, CentralizedConfig, EditingConfig, FederatedConfig, RunConfig
 from fedtalos.config_checks import check_together
 from fedtalos.config_files import from_file, from_preset, nearest, override
-from fedtalos.config_tools import MASK_TOOLS, OTHERS, DemoConfig, EvaluateConfig, InfoConfig, MaskConfig, PlotConfig
+from fedtalos.config_tools import (
+    MASK_TOOLS,
+    OTHERS,
+    DemoConfig,
+    EvaluateConfig,
+    InfoConfig,
+    MaskConfig,
+    PlotConfig,
+    SweepConfig,
+)
 from fedtalos.errors import InputError
 from fedtalos.experiments.runs import choose_run, claimed, run_to_resume
 from fedtalos.interruption import Interrupted
 from fedtalos.recorder import require_tracker
 from fedtalos.training.local import TrainingError
 
-AnyConfig = RunConfig | EvaluateConfig | PlotConfig | MaskConfig | DemoConfig | InfoConfig
+AnyConfig = RunConfig | EvaluateConfig | PlotConfig | MaskConfig | SweepConfig | DemoConfig | InfoConfig
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -133,6 +142,11 @@ def dispatch(config: AnyConfig, console: Console) -> None:
             from fedtalos.experiments import mask_tools
 
             for path in mask_tools.run(config.tool, console):
+                say(console, str(path))
+        case SweepConfig():
+            from fedtalos.experiments import sweep
+
+            for path in sweep.run(config, console, run_experiment):
                 say(console, str(path))
         case DemoConfig():
             from fedtalos.experiments import demo

@@ -1,22 +1,27 @@
 """Train on all images in one place: the baseline."""
 
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import numpy as np
 from rich.console import Console
 from torch import Tensor
+from torch.optim import Optimizer
 
 from fedtalos.checkpoint import optimizer_tensors, restore_optimizer
 from fedtalos.config import CentralizedConfig
 from fedtalos.data.batches import steps_per_epoch
 from fedtalos.display import Display
+from fedtalos.experiments.heads import fit_head_first
 from fedtalos.experiments.moving import moving_entries, optimizer_for, schedule_for
 from fedtalos.experiments.preparation import prepare
 from fedtalos.experiments.runs import RunPaths, open_run
-from fedtalos.experiments.session import Session, resume
+from fedtalos.experiments.session import Progress, Session, resume
+from fedtalos.experiments.setup import Setup
 from fedtalos.interruption import safe_point, until_asked
 from fedtalos.metrics import Metrics
+from fedtalos.parameters import Entries
 from fedtalos.randomness import generator
 from fedtalos.training.fedavg import Round
 
@@ -26,39 +31,13 @@ def run(config: CentralizedConfig, paths: RunPaths, console: Console) -> dict[st
     config, setup = prepare(config)
     entries = moving_entries(setup, config.train)
     open_run(config, paths, setup.inputs())
-    images = setup.dataset.train
     optimizer = optimizer_for(setup, entries, config.train)
-    rate = schedule_for(config.train, config.num_epochs)
-    steps = steps_per_epoch(len(images), config.train.batch_size)
     progress, saved = resume(paths, setup)
     if saved:
         restore_optimizer(optimizer, saved)
-    elif setup.head == "ridge":
-        setup.fit_head(setup.head_sums(images))
-
-    def train_epoch(number: int, first: int) -> Metrics:
-        return setup.train_on(
-            np.arange(len(images)),
-            steps,
-            optimizer,
-            entries,
-            config.train,
-            rng=generator(config.run.seed, "batches", number, 0),
-            learning_rate=lambda step: rate(number - 1 + (first + step) / steps),
-            where=f"epoch {number}",
-            watch=lambda batches: display.watch(until_asked(batches), 1 / steps),
-            first=first,
-        )
-
-    def epochs() -> Iterator[Round]:
-        for number in range(progress.done + 1, config.num_epochs + 1):
-            before = progress.epoch_so_far
-            metrics = before + train_epoch(number, before.examples // config.train.batch_size)
-            if metrics.examples < len(images):  # asked to stop within the epoch
-                progress.epoch_so_far = metrics
-                safe_point()
-            progress.epoch_so_far = Metrics()
-            yield Round(number, (), metrics, 0, 0)
+    else:
+        everything = [np.arange(len(setup.dataset.train))]
+        fit_head_first(config, setup, entries, everything, partial(epochs, setup), progress, console)
 
     def state() -> dict[str, Tensor]:
         return optimizer_tensors(optimizer)
@@ -76,5 +55,45 @@ def run(config: CentralizedConfig, paths: RunPaths, console: Console) -> dict[st
         ) as session,
         Display(console, "epoch", config.num_epochs, progress.done) as display,
     ):
-        session.follow(epochs(), config.num_epochs, rate, display)
+        rate = schedule_for(config.train, config.num_epochs)
+        to_come = epochs(setup, config, entries, optimizer, display, progress)
+        session.follow(to_come, config.num_epochs, rate, display)
         return session.finish({"moving_parameters": len(entries)})
+
+
+def epochs(
+    setup: Setup,
+    config: CentralizedConfig,
+    entries: Entries,
+    optimizer: Optimizer,
+    display: Display,
+    progress: Progress | None = None,
+) -> Iterator[Round]:
+    """Train the epochs that are to come: each a round without clients."""
+    progress = progress or Progress()
+    images = len(setup.dataset.train)
+    steps = steps_per_epoch(images, config.train.batch_size)
+    rate = schedule_for(config.train, config.num_epochs)
+
+    def train_epoch(number: int, first: int) -> Metrics:
+        return setup.train_on(
+            np.arange(images),
+            steps,
+            optimizer,
+            entries,
+            config.train,
+            rng=generator(config.run.seed, "batches", number, 0),
+            learning_rate=lambda step: rate(number - 1 + (first + step) / steps),
+            where=f"epoch {number}",
+            watch=lambda batches: display.watch(until_asked(batches), 1 / steps),
+            first=first,
+        )
+
+    for number in range(progress.done + 1, config.num_epochs + 1):
+        so_far = progress.epoch_so_far
+        metrics = so_far + train_epoch(number, so_far.examples // config.train.batch_size)
+        if metrics.examples < images:  # asked to stop within the epoch
+            progress.epoch_so_far = metrics
+            safe_point()
+        progress.epoch_so_far = Metrics()
+        yield Round(number, (), metrics, 0, 0)

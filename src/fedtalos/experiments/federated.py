@@ -1,6 +1,6 @@
 """Train with federated averaging over clients that keep their images."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
@@ -12,8 +12,9 @@ from fedtalos.data.batches import steps_per_epoch
 from fedtalos.data.clients import Clients
 from fedtalos.devices import choose_device
 from fedtalos.display import Display
-from fedtalos.experiments.clients import fit_ridge_head, split, write_split
+from fedtalos.experiments.clients import split, write_split
 from fedtalos.experiments.grouping import grouped, settle_clients_at_once
+from fedtalos.experiments.heads import fit_head_first
 from fedtalos.experiments.moving import moving_entries, optimizer_for, schedule_for
 from fedtalos.experiments.preparation import prepare
 from fedtalos.experiments.processes import Others, agreed, others
@@ -24,7 +25,7 @@ from fedtalos.interruption import with_safe_points
 from fedtalos.metrics import Metrics
 from fedtalos.parameters import Entries
 from fedtalos.randomness import generator
-from fedtalos.training.fedavg import TrainClients, clients_per_round, fedavg, one_by_one
+from fedtalos.training.fedavg import Round, TrainClients, clients_per_round, fedavg, one_by_one
 from fedtalos.training.local import Batches
 from fedtalos.training.workers import Leader, WorkerLostError, serve
 
@@ -51,9 +52,9 @@ def _lead(config: FederatedConfig, paths: RunPaths, console: Console, beside: Ot
     open_run(config, paths, setup.inputs())
     write_split(paths, setup, clients)
     progress, saved = resume(paths, setup)
-    if not saved and setup.head == "ridge":
-        console.print("fitting the ridge head", highlight=False)
-        progress.bytes_up += fit_ridge_head(setup, clients)
+    if not saved:
+        head_rounds = partial(rounds_of_the_head, setup, clients)
+        fit_head_first(config, setup, entries, clients, head_rounds, progress, console)
 
     display = Display(console, "round", federation.num_rounds, progress.done)
     train_clients = local_training(config, setup, clients, entries, optimizer, display.watch)
@@ -94,6 +95,21 @@ def follow(config: FederatedConfig) -> None:
         optimizer = optimizer_for(setup, entries, config.train)
         train_clients = local_training(config, setup, clients, entries, optimizer, lambda batches, _: batches)
         serve(setup.model, entries, train_clients, setup.evaluate_part)
+
+
+def rounds_of_the_head(
+    setup: Setup, clients: Clients, config: FederatedConfig, entries: Entries, optimizer: Optimizer, display: Display
+) -> Iterator[Round]:
+    """FedAvg of a linear head, by this process alone: on kept features a round takes milliseconds."""
+    return fedavg(
+        setup.model,
+        entries,
+        local_training(config, setup, clients, entries, optimizer, display.watch),
+        clients.sizes,
+        fraction=config.federation.client_fraction,
+        rounds=config.federation.num_rounds,
+        seed=config.run.seed,
+    )
 
 
 def evaluate_shared(leader: Leader, setup: Setup, split: str) -> Metrics:
