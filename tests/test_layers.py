@@ -36,7 +36,20 @@ def test_ground_floor_imports_only_itself():
 
 def test_experiments_do_not_import_each_other():
     shared, may_call_others = (
-        {"runs", "preparation", "setup", "clients", "grouping", "scoring", "moving", "session", "plots", "processes"},
+        {
+            "runs",
+            "algorithms",
+            "personal",
+            "preparation",
+            "setup",
+            "clients",
+            "grouping",
+            "scoring",
+            "moving",
+            "session",
+            "plots",
+            "processes",
+        },
         {"demo", "sweep"},
     )
     for path in (SRC / "experiments").glob("*.py"):

@@ -22,9 +22,9 @@ from fedtalos.metrics import Metrics
 from fedtalos.models.vision_transformer import VisionTransformer
 from fedtalos.parameters import Entries
 from fedtalos.training.activations import ActivationCache
-from fedtalos.training.evaluation import evaluate_batches, extract_features
+from fedtalos.training.evaluation import answers_by_class, evaluate_batches, extract_features
 from fedtalos.training.heads import RidgeSums, fit_ridge_head, ridge_sums
-from fedtalos.training.local import Batches, Precision, TrainingError, train
+from fedtalos.training.local import Adjust, Batches, Precision, TrainingError, train
 
 
 @dataclass(frozen=True)
@@ -88,6 +88,13 @@ class Setup:
             cache.fill(indices)
         return Source(cache.activations, cache.to_device, partial(self.model, passed=self.frozen_stages))
 
+    def answers_by_class(self, split: str, classes: NDArray[np.int64]) -> Tensor:
+        """Correct answers to, and number of, the split's images of each class, int64 (2, C): of ``classes``, else 0."""
+        images = self.limited(getattr(self.dataset, split))
+        wanted = torch.isin(images.labels, torch.as_tensor(classes, device=images.labels.device))
+        batches = evaluation_batches(images.subset(wanted.nonzero().squeeze(1)), self.view, self.eval_batch_size)
+        return answers_by_class(self.model, batches, len(self.dataset.classes), self.precision)
+
     def limited(self, images: LabelledImages) -> LabelledImages:
         """The first ``eval_limit`` images, or all."""
         return images.slice(0, self.eval_limit)
@@ -116,7 +123,8 @@ class Setup:
         rng: np.random.Generator,
         learning_rate: Callable[[int], float],
         where: str,
-        watch: Callable[[Batches], Batches],
+        watch: Callable[[Batches], Batches] = lambda batches: batches,
+        adjust: Adjust | None = None,
     ) -> Metrics:
         """``steps`` optimiser steps on the training images at ``indices``, in an order drawn from ``rng``.
 
@@ -146,6 +154,7 @@ class Setup:
                 clip_norm=options.clip_norm,
                 precision=self.precision,
                 forward=source.forward,
+                adjust=adjust,
             )
         except TrainingError as error:
             raise TrainingError(f"{where}: {error}") from error
