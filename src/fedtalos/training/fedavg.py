@@ -95,11 +95,11 @@ def fedavg(
         torch._foreach_copy_(theta.parts, resident)
         before = None if server is None else entries.gather(tensors)
         clients = sample_clients(len(client_weights), fraction, seed, number)
-        train, total = Metrics(), 0
+        train, total = Metrics(), 0.0
         try:
             for client, (metrics, values) in zip(clients, train_clients(number, clients, theta), strict=True):
                 train += metrics
-                weight = client_weights[client].item()
+                weight = float(client_weights[client])
                 total += weight
                 torch._foreach_lerp_(mean.parts, values, weight / total)
         except BaseException:
