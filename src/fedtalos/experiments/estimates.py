@@ -17,7 +17,7 @@ from fedtalos.data.batches import View, steps_per_epoch
 from fedtalos.data.dataset_loader import Dataset, load_dataset
 from fedtalos.data.images import LabelledImages
 from fedtalos.devices import choose_device
-from fedtalos.experiments.federated import local_steps
+from fedtalos.experiments.algorithms import local_steps
 from fedtalos.experiments.grids import Cell
 from fedtalos.experiments.moving import moving_entries, optimizer_for
 from fedtalos.experiments.preparation import resolve, starting_weights

@@ -11,7 +11,7 @@ from rich.console import Console
 from torch import Tensor
 from torch.optim import Optimizer
 
-from fedtalos.config import FederatedConfig, TrainOptions
+from fedtalos.config import ADJUST_GRADIENTS, FederatedConfig, TrainOptions
 from fedtalos.data.batches import batch_sizes, stacked_batches
 from fedtalos.data.clients import Clients
 from fedtalos.experiments.moving import optimizer_of
@@ -94,8 +94,9 @@ def settle_clients_at_once(
     federation, options = config.federation, config.train
     if federation.clients_at_once is not None:
         return config
-    size = 1  # also where activations are kept: stacks compute them anew
-    if setup.device.type == "cuda" and not (setup.frozen_stages and options.augmentation == "none"):
+    size = 1  # also where activations are kept (stacks compute them anew), or gradients are adjusted client by client
+    alone = (setup.frozen_stages and options.augmentation == "none") or config.algorithm.algorithm in ADJUST_GRADIENTS
+    if setup.device.type == "cuda" and not alone:
         batch = next(_batches(setup, options, [clients[0]], 1, [generator(config.run.seed, "measurement")]))
         seconds = seconds_a_step(
             partial(_steps, setup, entries, optimizer, options, batch),

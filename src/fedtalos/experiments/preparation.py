@@ -12,6 +12,7 @@ from fedtalos.data.batches import View
 from fedtalos.data.dataset_loader import Dataset, load_dataset
 from fedtalos.devices import choose_device, choose_precision
 from fedtalos.errors import InputError
+from fedtalos.experiments.algorithms import settled
 from fedtalos.experiments.setup import Setup
 from fedtalos.head import HEADS, read_head, set_head
 from fedtalos.masks import load_mask
@@ -67,9 +68,10 @@ def resolve(config: ConfigT, weights: Weights | None, device: torch.device) -> C
     }
     if isinstance(config, CentralizedConfig | FederatedConfig):
         groups["train"] = _training_defaults(config, config.train, from_scratch=weights is None)
-    return config.model_copy(
-        update={name: getattr(config, name).model_copy(update=values) for name, values in groups.items()}
-    )
+    settled_groups = {name: getattr(config, name).model_copy(update=values) for name, values in groups.items()}
+    if isinstance(config, FederatedConfig):
+        settled_groups["algorithm"] = settled(config.algorithm)
+    return config.model_copy(update=settled_groups)
 
 
 def _training_defaults(config: Config, train: TrainOptions, *, from_scratch: bool) -> dict[str, Any]:

@@ -22,8 +22,8 @@ from fedtalos.metrics import Metrics
 from fedtalos.models.vision_transformer import VisionTransformer
 from fedtalos.parameters import Entries
 from fedtalos.training.activations import ActivationCache
-from fedtalos.training.evaluation import evaluate_batches
-from fedtalos.training.local import Batches, Precision, TrainingError, freeze_all_but, train
+from fedtalos.training.evaluation import answers_by_class, evaluate_batches
+from fedtalos.training.local import Adjust, Batches, Precision, TrainingError, freeze_all_but, train
 
 
 @dataclass(frozen=True)
@@ -93,6 +93,13 @@ class Setup:
             )
         return self._caches[split]
 
+    def answers_by_class(self, split: str, classes: NDArray[np.int64]) -> Tensor:
+        """Correct answers to, and number of, the split's images of each class, int64 (2, C): of ``classes``, else 0."""
+        images = self.limited(getattr(self.dataset, split))
+        wanted = torch.isin(images.labels, torch.as_tensor(classes, device=images.labels.device))
+        batches = evaluation_batches(images.subset(wanted.nonzero().squeeze(1)), self.view, self.eval_batch_size)
+        return answers_by_class(self.model, batches, len(self.dataset.classes), self.precision)
+
     def limited(self, images: LabelledImages) -> LabelledImages:
         """The first ``eval_limit`` images, or all."""
         return images.slice(0, self.eval_limit)
@@ -127,8 +134,9 @@ class Setup:
         rng: np.random.Generator,
         learning_rate: Callable[[int], float],
         where: str,
-        watch: Callable[[Batches], Batches],
+        watch: Callable[[Batches], Batches] = lambda batches: batches,
         first: int = 0,
+        adjust: Adjust | None = None,
     ) -> Metrics:
         """Optimiser steps ``first`` to ``steps`` - 1 on the training images at ``indices``, in an order of ``rng``.
 
@@ -159,6 +167,7 @@ class Setup:
                 clip_norm=options.clip_norm,
                 precision=self.precision,
                 forward=source.forward,
+                adjust=adjust,
             )
         except TrainingError as error:
             raise TrainingError(f"{where}: {error}") from error
