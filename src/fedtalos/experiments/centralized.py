@@ -24,7 +24,7 @@ def run(config: CentralizedConfig, paths: RunPaths, console: Console) -> dict[st
     """Train for ``num_epochs`` epochs; returns the summary."""
     config, setup = prepare(config)
     entries = moving_entries(setup, config.train)
-    open_run(config, paths, setup.inputs())
+    open_run(config, paths, setup.origin())
     images = setup.dataset.train
     optimizer = optimizer_for(setup, entries, config.train)
     rate = schedule_for(config.train, config.num_epochs)

@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 import torch
 
 from fedtalos.checkpoint import find_checkpoint, load_checkpoint
-from fedtalos.config import CentralizedConfig, Config, EditingConfig, FederatedConfig, TrainOptions
+from fedtalos.config import CentralizedConfig, Config, EditingConfig, FederatedConfig, ModelOptions, TrainOptions
 from fedtalos.data.batches import View
 from fedtalos.data.dataset_loader import Dataset, load_dataset
 from fedtalos.devices import choose_device, choose_precision
@@ -15,7 +15,8 @@ from fedtalos.errors import InputError
 from fedtalos.experiments.setup import Setup
 from fedtalos.head import read_head, set_head
 from fedtalos.masks import load_mask
-from fedtalos.models.pretrained import HALF, STATISTICS, Weights, load_into, read_weights
+from fedtalos.models.pixels import HALF, STATISTICS
+from fedtalos.models.pretrained import Weights, load_into, read_weights
 from fedtalos.models.vision_transformer import Architecture, VisionTransformer
 from fedtalos.randomness import torch_generator
 
@@ -41,7 +42,7 @@ def checkpoint_weights(path: Path) -> Weights:
     try:
         return Weights(
             tensors={name: tensor for name, tensor in checkpoint.tensors.items() if "/" not in name},
-            **facts["model"],
+            architecture=Architecture(**facts["model"]),
             mean=tuple(facts["mean"]),
             std=tuple(facts["std"]),
             source=str(path),
@@ -54,22 +55,30 @@ def checkpoint_weights(path: Path) -> Weights:
 
 def _resolve(config: ConfigT, weights: Weights | None, device: torch.device) -> ConfigT:
     """The config with `auto` and None settled (but for the head), so that what is recorded is what ran."""
-    options = config.model
-    if weights and options.model_size not in (None, weights.size):
-        raise InputError(f"--model_size {options.model_size}: {weights.source} is a ViT-{weights.size}; leave it out")
     groups: dict[str, Any] = {
         "run": {"device": device.type, "precision": choose_precision(config.run.precision, device)},
-        "model": {
-            "model_size": weights.size if weights else options.model_size or "small",
-            "image_size": options.image_size or (weights.image_size if weights else 32),
-            "patch_size": options.patch_size or (weights.patch_size if weights else 4),
-        },
+        "model": _model_defaults(config.model, weights),
     }
     if isinstance(config, CentralizedConfig | FederatedConfig):
         groups["train"] = _training_defaults(config, config.train, from_scratch=weights is None)
     return config.model_copy(
         update={name: getattr(config, name).model_copy(update=values) for name, values in groups.items()}
     )
+
+
+def _model_defaults(options: ModelOptions, weights: Weights | None) -> dict[str, Any]:
+    if weights is None:
+        return {
+            "model_size": options.model_size or "small",
+            "image_size": options.image_size or 32,
+            "patch_size": options.patch_size or 4,
+        }
+    theirs = weights.architecture
+    has = {"model_size": theirs.size, "patch_size": theirs.patch_size}
+    for flag, asked in (("model_size", options.model_size), ("patch_size", options.patch_size)):
+        if asked not in (None, has[flag]):
+            raise InputError(f"--{flag} {asked}: {weights.source} is a {theirs}; leave it out")
+    return has | {"image_size": options.image_size or theirs.image_size}
 
 
 def _training_defaults(config: Config, train: TrainOptions, *, from_scratch: bool) -> dict[str, Any]:
@@ -98,7 +107,10 @@ def prepare(config: ConfigT) -> tuple[ConfigT, Setup]:
     assert options.model_size is not None
     assert options.image_size is not None
     assert options.patch_size is not None
-    architecture = Architecture(options.model_size, options.image_size, options.patch_size, num_classes=1)
+    if weights is None:
+        architecture = Architecture(options.model_size, options.image_size, options.patch_size, num_classes=0)
+    else:
+        architecture = replace(weights.architecture, image_size=options.image_size)
     dataset = _load_images(config, options.image_size)
     architecture = replace(architecture, num_classes=len(dataset.classes))
     model = VisionTransformer(architecture, torch_generator(config.run.seed, "weights"))
@@ -112,6 +124,7 @@ def prepare(config: ConfigT) -> tuple[ConfigT, Setup]:
         model=model.to(device),
         view=View(options.image_size, mean, std),
         weights=weights.sha256 if weights else _drawn(config.run.seed, architecture),
+        weights_origin={"source": weights.source, "sha256": weights.sha256} if weights else {"source": "none"},
         head=head,
         mask=mask,
         eval_batch_size=config.data.eval_batch_size,

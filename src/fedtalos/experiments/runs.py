@@ -120,14 +120,14 @@ def choose_run(config: RunConfig) -> RunPaths:
     return paths
 
 
-def open_run(config: RunConfig, paths: RunPaths, inputs: Mapping[str, str]) -> None:
+def open_run(config: RunConfig, paths: RunPaths, origin: Mapping[str, Mapping[str, str]]) -> None:
     """Claim the run's folder and write config.yaml; on --resume check that data, weights and mask are the same.
 
-    ``inputs`` are their fingerprints, by what they are of.
+    ``origin`` goes to made_by; its ``inputs`` are fingerprints, by what they are of.
     """
     if config.run.resume:
         saved: dict[str, Any] = read_yaml(paths.config).get("made_by", {}).get("inputs", {})
-        for what, fingerprint in inputs.items():
+        for what, fingerprint in origin["inputs"].items():
             if saved.get(what) != fingerprint:
                 raise InputError(
                     f"--resume: the {what} of {paths.name} changed since it started; "
@@ -139,5 +139,6 @@ def open_run(config: RunConfig, paths: RunPaths, inputs: Mapping[str, str]) -> N
     except FileExistsError:
         raise InputError(f"{paths.results} exists: another run took the name; choose another --run_name") from None
     options = {**flatten(config), "run_name": paths.name}
-    origin = {**made_by(config.run.device), "inputs": dict(inputs)}
-    write_yaml(paths.config, {"command": config.command, **options, "made_by": origin})
+    write_yaml(
+        paths.config, {"command": config.command, **options, "made_by": {**made_by(config.run.device), **origin}}
+    )

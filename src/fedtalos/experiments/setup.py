@@ -46,6 +46,7 @@ class Setup:
     model: VisionTransformer
     view: View
     weights: str
+    weights_origin: dict[str, str]
     head: str
     mask: tuple[Mask, MaskFacts] | None
     eval_batch_size: int
@@ -154,6 +155,10 @@ class Setup:
         """Fingerprints of what the run reads, by what it is."""
         mask = {} if self.mask is None else {"mask": fingerprint(self.mask[0])}
         return {"data": self.dataset.fingerprint, "weights": self.weights, **mask}
+
+    def origin(self) -> dict[str, dict[str, str]]:
+        """What config.yaml says of where the weights are from, and of what the run reads."""
+        return {"weights": self.weights_origin, "inputs": self.inputs()}
 
     def facts(self) -> dict[str, Any]:
         """What a checkpoint needs, beside its tensors, to be used again."""
