@@ -74,6 +74,8 @@ def check(config: EditingConfig, setup: Setup) -> tuple[EditingConfig, Entries, 
             f"--head random: {options.criterion} scores through an untrained head would mean nothing; "
             "use --head ridge, a head file, or --checkpoint"
         )
+    if options.granularity == "head" and not setup.model.architecture.heads:
+        raise InputError(f"--granularity head: {setup.model.architecture} says nothing of its heads; choose another")
     clients = split(setup, config.split, config.run.seed) if options.calibration == "federated" else None
     if clients is None and len(setup.dataset.calibration) == 0 and (setup.head == "ridge" or scored):
         raise InputError("the calibration split is empty; raise --calibration_fraction, or add images")

@@ -35,6 +35,8 @@ def moving_entries(setup: Setup, train: TrainOptions) -> Entries:
             for name, parameter in model.named_parameters()
             if train.trainable == "all" or name.startswith(train.trainable)
         }
+        if not chosen:
+            raise InputError(f"--trainable {train.trainable}: {model.architecture} has none; give all or head")
     for name, parameter in model.head.named_parameters(prefix="head"):
         if train.freeze_head:
             chosen.pop(name, None)
@@ -63,7 +65,8 @@ def optimizer_for(setup: Setup, entries: Entries, options: TrainOptions) -> Opti
     """Freeze what may not move, and make the optimiser of what may."""
     freeze_all_but(setup.model, entries)
     frozen = setup.model.frozen_stages(entries.masks)
-    setup.frozen_stages = frozen if frozen > 1 else 0  # the embedding alone is cheaper to compute than to keep
+    # A ViT's embedding alone is cheaper to compute than to keep; features are worth it always.
+    setup.frozen_stages = frozen if frozen > 1 or frozen == len(setup.model.stages) else 0
     return optimizer_of(options, dict(setup.model.named_parameters()), entries)
 
 

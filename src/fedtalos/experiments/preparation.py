@@ -15,6 +15,8 @@ from fedtalos.errors import InputError
 from fedtalos.experiments.setup import Setup
 from fedtalos.head import read_head, set_head
 from fedtalos.masks import load_mask
+from fedtalos.models.backbone import Backbone
+from fedtalos.models.foreign import ForeignArchitecture, ForeignModel
 from fedtalos.models.pixels import HALF, STATISTICS
 from fedtalos.models.pretrained import Weights, load_into, read_weights
 from fedtalos.models.vision_transformer import Architecture, VisionTransformer
@@ -42,7 +44,7 @@ def checkpoint_weights(path: Path) -> Weights:
     try:
         return Weights(
             tensors={name: tensor for name, tensor in checkpoint.tensors.items() if "/" not in name},
-            architecture=Architecture(**facts["model"]),
+            architecture=_architecture(facts["model"]),
             mean=tuple(facts["mean"]),
             std=tuple(facts["std"]),
             source=str(path),
@@ -74,7 +76,9 @@ def _model_defaults(options: ModelOptions, weights: Weights | None) -> dict[str,
             "patch_size": options.patch_size or 4,
         }
     theirs = weights.architecture
-    has = {"model_size": theirs.size, "patch_size": theirs.patch_size}
+    has: dict[str, Any] = {"model_size": None, "patch_size": None}  # what is no ViT of ours has neither
+    if isinstance(theirs, Architecture):
+        has = {"model_size": theirs.size, "patch_size": theirs.patch_size}
     for flag, asked in (("model_size", options.model_size), ("patch_size", options.patch_size)):
         if asked not in (None, has[flag]):
             raise InputError(f"--{flag} {asked}: {weights.source} is a {theirs}; leave it out")
@@ -104,16 +108,16 @@ def prepare(config: ConfigT) -> tuple[ConfigT, Setup]:
     options, mask = config.model, None
     if isinstance(config, CentralizedConfig | FederatedConfig) and config.train.mask is not None:
         mask = load_mask(config.train.mask)
-    assert options.model_size is not None
     assert options.image_size is not None
-    assert options.patch_size is not None
-    if weights is None:
-        architecture = Architecture(options.model_size, options.image_size, options.patch_size, num_classes=0)
-    else:
+    architecture: Architecture | ForeignArchitecture
+    if weights is not None:
         architecture = replace(weights.architecture, image_size=options.image_size)
+    else:
+        assert options.model_size is not None
+        assert options.patch_size is not None
+        architecture = Architecture(options.model_size, options.image_size, options.patch_size, num_classes=0)
     dataset = _load_images(config, options.image_size)
-    architecture = replace(architecture, num_classes=len(dataset.classes))
-    model = VisionTransformer(architecture, torch_generator(config.run.seed, "weights"))
+    model = _model(replace(architecture, num_classes=len(dataset.classes)), config.run.seed)
     default_head = "ridge" if isinstance(config, EditingConfig) else "random"
     head = _load_weights(model, weights, options.head, dataset.classes, default_head)
     mean, std = STATISTICS.get(options.normalisation) or ((weights.mean, weights.std) if weights else HALF)
@@ -123,7 +127,7 @@ def prepare(config: ConfigT) -> tuple[ConfigT, Setup]:
         dataset=dataset.to(device),
         model=model.to(device),
         view=View(options.image_size, mean, std),
-        weights=weights.sha256 if weights else _drawn(config.run.seed, architecture),
+        weights=weights.sha256 if weights else _drawn(config.run.seed, options),
         weights_origin={"source": weights.source, "sha256": weights.sha256} if weights else {"source": "none"},
         head=head,
         mask=mask,
@@ -135,9 +139,21 @@ def prepare(config: ConfigT) -> tuple[ConfigT, Setup]:
     return config.model_copy(update={"model": options.model_copy(update={"head": head})}), setup
 
 
-def _drawn(seed: int, architecture: Architecture) -> str:
+def _architecture(facts: dict[str, Any]) -> Architecture | ForeignArchitecture:
+    """What a checkpoint says of its model."""
+    return ForeignArchitecture(**facts) if "name" in facts else Architecture(**facts)
+
+
+def _model(architecture: Architecture | ForeignArchitecture, seed: int) -> Backbone:
+    generator = torch_generator(seed, "weights")
+    if isinstance(architecture, Architecture):
+        return VisionTransformer(architecture, generator)
+    return ForeignModel(architecture, generator)
+
+
+def _drawn(seed: int, options: ModelOptions) -> str:
     """What fixes weights that were not loaded: draws come in the order of the tensors, so their sizes count too."""
-    return f"none, seed {seed}, {architecture.size}/{architecture.patch_size} at {architecture.image_size} px"
+    return f"none, seed {seed}, {options.model_size}/{options.patch_size} at {options.image_size} px"
 
 
 def _load_images(config: Config, image_size: int) -> Dataset:
@@ -155,9 +171,7 @@ def _load_images(config: Config, image_size: int) -> Dataset:
     return replace(dataset, train=dataset.train.slice(data.train_skip, data.train_limit))
 
 
-def _load_weights(
-    model: VisionTransformer, weights: Weights | None, head: str, classes: tuple[str, ...], default: str
-) -> str:
+def _load_weights(model: Backbone, weights: Weights | None, head: str, classes: tuple[str, ...], default: str) -> str:
     """Load the backbone, and the head where it is wanted and fits; returns where the head comes from.
 
     `auto` takes the weights' head only where its classes are known to be these: a count alone says little.

@@ -19,7 +19,7 @@ from fedtalos.data.images import LabelledImages
 from fedtalos.head import set_head
 from fedtalos.masks import Mask, MaskFacts, fingerprint
 from fedtalos.metrics import Metrics
-from fedtalos.models.vision_transformer import VisionTransformer
+from fedtalos.models.backbone import Backbone
 from fedtalos.parameters import Entries
 from fedtalos.training.activations import ActivationCache
 from fedtalos.training.evaluation import evaluate_batches, extract_features
@@ -43,7 +43,7 @@ class Setup:
     device: torch.device
     precision: Precision
     dataset: Dataset
-    model: VisionTransformer
+    model: Backbone
     view: View
     weights: str
     weights_origin: dict[str, str]

@@ -13,9 +13,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fedtalos.errors import InputError
+from fedtalos.models.backbone import Backbone
+from fedtalos.models.foreign import LIBRARIES, ForeignArchitecture
 from fedtalos.models.hub import FILES, download, hub_address
 from fedtalos.models.names import in_timms_names
 from fedtalos.models.pixels import STATISTICS, Channels, statistics
+from fedtalos.models.published import published
 from fedtalos.models.state_dicts import read_tensors, sha256_of
 from fedtalos.models.vision_transformer import WIDTH_DEPTH_HEADS, Architecture, ModelSize, VisionTransformer
 
@@ -38,7 +41,7 @@ class Weights:
     """
 
     tensors: dict[str, Tensor]
-    architecture: Architecture
+    architecture: Architecture | ForeignArchitecture
     mean: Channels
     std: Channels
     source: str
@@ -48,7 +51,9 @@ class Weights:
 
 
 def read_weights(source: str, size: ModelSize, *, normalisation: str = "auto") -> Weights:
-    """Read ``source``: "pretrained" or "dino" (for ``size``), a timm model name, "hf:OWNER/REPO[/FILE]", or a file.
+    """Read ``source``: "pretrained" or "dino" (for ``size``), a timm ViT's name, "hf:OWNER/REPO[/FILE]", or a file.
+
+    Or "timm:NAME" or "torch:NAME", for what is no plain ViT of ours (foreign.py).
 
     Names of parameters may be timm's, DINO's, DINOv2's or transformers'. Mean and std are those of the hub's JSON
     files, of one beside the weights with the same stem, or of the safetensors metadata; else ImageNet's where the name
@@ -56,6 +61,11 @@ def read_weights(source: str, size: ModelSize, *, normalisation: str = "auto") -
 
     Raises InputError where the source is unknown, unreachable, unreadable, not finite, or no plain ViT.
     """
+    if source.startswith(tuple(LIBRARIES)):
+        given = published(source)
+        mean, std = STATISTICS.get(normalisation) or (given.mean, given.std)
+        architecture = ForeignArchitecture(source, given.image_size, num_classes=0)
+        return Weights(given.tensors, architecture, mean, std, given.source, given.sha256)
     if source.endswith(FILES) and not source.startswith("hf:"):
         path, configs, label = Path(source), [Path(source).with_suffix(".json")], Path(source).name
         if not path.is_file():
@@ -69,10 +79,10 @@ def read_weights(source: str, size: ModelSize, *, normalisation: str = "auto") -
     return Weights(tensors, _architecture(label, tensors), mean, std, label, sha256_of(path))
 
 
-def load_into(model: VisionTransformer, weights: Weights) -> list[str]:
+def load_into(model: Backbone, weights: Weights) -> list[str]:
     """Copy the weights into the model and return the names that keep their initial value: none, or the head's two.
 
-    The position embedding is resampled to the model's grid; the head is loaded where the class counts agree.
+    A ViT's position embedding is resampled to the model's grid; the head is loaded where the class counts agree.
 
     Raises InputError, with the model untouched, where size, patch size, names or shapes differ.
     """
@@ -80,12 +90,13 @@ def load_into(model: VisionTransformer, weights: Weights) -> list[str]:
     if str(ours) != str(theirs):
         raise InputError(
             f"weights {weights.source}: expected a {ours}, got a {theirs}; "
-            f"give --model_size {theirs.size} --patch_size {theirs.patch_size}, or --weights none"
+            "give --model_size and --patch_size of the weights, or --weights none"
         )
     new_head = ["head.weight", "head.bias"] if theirs.num_classes != ours.num_classes else []
     tensors = {name: tensor for name, tensor in weights.tensors.items() if name not in new_head}
-    prefix = int(theirs.class_position)
-    tensors["pos_embed"] = resample_position_embedding(tensors["pos_embed"], model.patch_embed.grid, prefix=prefix)
+    if isinstance(model, VisionTransformer):
+        grid, prefix = model.patch_embed.grid, int(model.architecture.class_position)
+        tensors["pos_embed"] = resample_position_embedding(tensors["pos_embed"], grid, prefix=prefix)
     parameters = {name: p for name, p in model.named_parameters() if name not in new_head}
     _check_names_and_shapes(weights.source, parameters, tensors)
     with torch.no_grad():

@@ -16,11 +16,11 @@ _PRETRAINING_HEADS = ("head.mlp.", "head.last_layer.", "dino_head.", "ibot_head.
 """What DINO's and DINOv2's teachers hold beside the ViT."""
 
 
-def read_tensors(path: Path, label: str) -> tuple[dict[str, Tensor], Mapping[str, str]]:
+def read_tensors(path: Path, label: str, *, floats_only: bool = False) -> tuple[dict[str, Tensor], Mapping[str, str]]:
     """Tensors of the model by plain name, float32, and the safetensors metadata.
 
-    Names with a "/" (optimiser state in our checkpoints) are left out. Raises InputError where the file is torn, holds
-    more than tensors, or one that is not finite.
+    Names with a "/" (optimiser state in our checkpoints) are left out, with ``floats_only`` integers too. Raises
+    InputError where the file is torn, holds more than tensors, or one that is not finite.
     """
     content, metadata = _content(path)
     if not isinstance(content, dict):
@@ -31,6 +31,8 @@ def read_tensors(path: Path, label: str) -> tuple[dict[str, Tensor], Mapping[str
         name = str(full_name).removeprefix("module.").removeprefix("backbone.")
         if not isinstance(tensor, Tensor):
             raise InputError(f"weights {path}: {name} is a {type(tensor).__name__}, no tensor; save a state dict alone")
+        if floats_only and not tensor.is_floating_point():
+            continue
         if "/" not in name and not (key == "teacher" and name.startswith(_PRETRAINING_HEADS)):
             tensors[name] = _as_float32(label, name, tensor)
     return tensors, metadata

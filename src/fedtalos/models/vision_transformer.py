@@ -169,8 +169,9 @@ class Block(nn.Module):
 
 
 def parts(name: str, tensor: Tensor) -> dict[str, Tensor]:
-    """Views of what a parameter of that name is made of: q, k and v of a qkv layer, else itself, under no name."""
-    return dict(zip("qkv", tensor.chunk(3), strict=True)) if ".attn.qkv." in name else {"": tensor}
+    """Views of what a parameter of that name is made of: q, k and v of our qkv layer, else itself, under no name."""
+    ours = name.startswith("blocks.") and ".attn.qkv." in name
+    return dict(zip("qkv", tensor.chunk(3), strict=True)) if ours else {"": tensor}
 
 
 def _stage(name: str, depth: int) -> int:

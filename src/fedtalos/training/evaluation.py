@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fedtalos.metrics import Metrics
-from fedtalos.models.vision_transformer import VisionTransformer
+from fedtalos.models.backbone import Backbone
 from fedtalos.training.local import Batches, Precision, autocast, correct_answers
 
 
@@ -37,9 +37,7 @@ def evaluate_batches(
 
 
 @torch.inference_mode()
-def extract_features(
-    model: VisionTransformer, batches: Batches, precision: Precision = "fp32"
-) -> tuple[Tensor, Tensor]:
+def extract_features(model: Backbone, batches: Batches, precision: Precision = "fp32") -> tuple[Tensor, Tensor]:
     """Class-token features (N, D) float32 and labels (N,), on the CPU, in eval mode."""
     model.eval()
     features, labels = [], []
