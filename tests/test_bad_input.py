@@ -402,13 +402,14 @@ SENTENCES = [
     ),
     # weights and checkpoints
     case("centralized --weights nowhere.safetensors", "--weights nowhere.safetensors: no such file", "none"),
+    case("centralized --weights hf:owner/repo/README.md", "hf:OWNER/REPO[/FILE]"),
     case("centralized --weights pretraned", "--weights pretraned: expected none, pretrained, dino"),
     case("centralized --weights pretrained", "--weights pretrained", "not for micro", "--model_size"),
     case("centralized --weights half.safetensors", "half.safetensors: neither a whole safetensors file"),
     case("centralized --weights masks/m.safetensors", "m.safetensors", "give weights in float32"),
     case("centralized --weights masks/m.head.safetensors", "m.head.safetensors: no cls_token"),
     case("centralized --weights hostile.pth", "hostile.pth: neither a whole safetensors file"),
-    case("centralized --weights weights.safetensors --patch_size 4", "got a ViT-micro/2", "--patch_size 2"),
+    case("centralized --weights weights.safetensors --patch_size 4", "--patch_size 4: ", "is a ViT-micro/2"),
     case(
         "centralized --weights nowhere/last.json", "checkpoint nowhere/last.json", "give a run's name or its .json file"
     ),

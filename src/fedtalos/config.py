@@ -117,7 +117,11 @@ class ModelOptions(Options):
     model_size: Annotated[ModelSize | None, unset("{micro,tiny,small,base,large}", "as the weights; small")] = Field(
         None, description="parameters: 0.7, 5.7, 22, 86, 303 million"
     )
-    weights: str = Field("pretrained", description="none, pretrained, dino, a timm model NAME, a FILE or a checkpoint")
+    weights: str = Field(
+        "pretrained",
+        description="none, pretrained, dino, a timm ViT's NAME, hf:OWNER/REPO[/FILE], a FILE, a checkpoint, or "
+        "timm:NAME or torch:NAME (docs/backbones.md)",
+    )
     image_size: Annotated[int | None, unset("PX", "as the weights had; 32 for none")] = Field(
         None, ge=1, description="pixels a side"
     )

@@ -30,7 +30,7 @@ def run(config: CentralizedConfig, paths: RunPaths, console: Console) -> dict[st
     """Train for ``num_epochs`` epochs; returns the summary."""
     config, setup = prepare(config)
     entries = moving_entries(setup, config.train)
-    open_run(config, paths, setup.inputs())
+    open_run(config, paths, setup.origin())
     optimizer = optimizer_for(setup, entries, config.train)
     progress, saved = resume(paths, setup)
     if saved:

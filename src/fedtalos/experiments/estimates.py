@@ -17,6 +17,7 @@ from fedtalos.data.batches import View, steps_per_epoch
 from fedtalos.data.dataset_loader import Dataset, load_dataset
 from fedtalos.data.images import LabelledImages
 from fedtalos.devices import choose_device
+from fedtalos.errors import InputError
 from fedtalos.experiments.algorithms import local_steps
 from fedtalos.experiments.grids import Cell
 from fedtalos.experiments.moving import moving_entries, optimizer_for
@@ -24,8 +25,8 @@ from fedtalos.experiments.preparation import resolve, starting_weights
 from fedtalos.experiments.scoring import Holder, chunk_that_fits, scorer
 from fedtalos.experiments.setup import Setup
 from fedtalos.masks import load_mask
-from fedtalos.models.hub import FILES, hub_name
-from fedtalos.models.pretrained import HALF
+from fedtalos.models.hub import FILES, hub_address
+from fedtalos.models.pixels import HALF
 from fedtalos.models.vision_transformer import Architecture, VisionTransformer
 from fedtalos.parameters import Entries
 from fedtalos.randomness import generator, torch_generator
@@ -150,7 +151,7 @@ def architecture_of(cell: Cell, classes: int) -> Architecture:
     elif options.weights == "none":
         size, image_size, patch_size = options.model_size or "small", 32, 4
     elif _on_the_hub(cell.config):
-        name = hub_name(options.weights, options.model_size or "small")
+        name, _ = hub_address(options.weights, options.model_size or "small")
         found = re.search(r"vit_([a-z]+)_patch(\d+)(?:_.*?)?_(\d{2,})", name)
         size, image_size, patch_size = (found[1], int(found[3]), int(found[2])) if found else ("small", 224, 16)
     else:
@@ -165,7 +166,9 @@ def _on_the_hub(config: RunConfig) -> bool:
         return False
     name = config.model.weights
     return not (
-        name.endswith((*FILES, ".json")) or (config.run.output_dir / "checkpoints" / name / "last.json").exists()
+        name.startswith(("timm:", "torch:"))
+        or name.endswith((*FILES, ".json"))
+        or (config.run.output_dir / "checkpoints" / name / "last.json").exists()
     )
 
 
@@ -173,7 +176,10 @@ def _on_the_hub(config: RunConfig) -> bool:
 def _read(config: RunConfig) -> tuple[str, int, int]:
     weights = starting_weights(config)
     assert weights is not None
-    return weights.size, weights.image_size, weights.patch_size
+    theirs = weights.architecture
+    if not isinstance(theirs, Architecture):
+        raise InputError(f"--dry_run: there is no estimate for {theirs}; leave it out")
+    return theirs.size, theirs.image_size, theirs.patch_size
 
 
 def stand_in(config: RunConfig, architecture: Architecture, amounts: Amounts, device: torch.device) -> Setup:
@@ -191,6 +197,7 @@ def stand_in(config: RunConfig, architecture: Architecture, amounts: Amounts, de
         model=VisionTransformer(architecture, rng).to(device),
         view=View(architecture.image_size, *HALF),
         weights="",
+        weights_origin={},
         head="weights" if config.model.head == "weights" else "random",
         mask=None,
         eval_batch_size=config.data.eval_batch_size,

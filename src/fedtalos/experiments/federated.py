@@ -51,7 +51,7 @@ def _lead(config: FederatedConfig, paths: RunPaths, console: Console, beside: Ot
     entries = moving_entries(setup, config.train)
     optimizer = optimizer_for(setup, entries, config.train)
     config = settle_clients_at_once(config, setup, entries, optimizer, clients, console)
-    open_run(config, paths, setup.inputs())
+    open_run(config, paths, setup.origin())
     write_split(paths, setup, clients)
     progress, saved = resume(paths, setup)
     if not saved:

@@ -168,14 +168,14 @@ def choose_run(config: RunConfig) -> RunPaths:
     return paths
 
 
-def open_run(config: RunConfig, paths: RunPaths, inputs: Mapping[str, str]) -> None:
+def open_run(config: RunConfig, paths: RunPaths, origin: Mapping[str, Mapping[str, str]]) -> None:
     """Write config.yaml; of a run that goes on, check that data, weights and mask are the same.
 
-    ``inputs`` are their fingerprints, by what they are of.
+    ``origin`` goes to made_by; its ``inputs`` are fingerprints, by what they are of.
     """
     if paths.started:
         saved: dict[str, Any] = read_yaml(paths.config).get("made_by", {}).get("inputs", {})
-        for what, fingerprint in inputs.items():
+        for what, fingerprint in origin["inputs"].items():
             if saved.get(what) != fingerprint:
                 raise InputError(
                     f"--resume: the {what} of {paths.name} changed since it started; "
@@ -183,5 +183,6 @@ def open_run(config: RunConfig, paths: RunPaths, inputs: Mapping[str, str]) -> N
                 )
         return
     options = {**flatten(config), "run_name": paths.name}
-    origin = {**made_by(config.run.device), "inputs": dict(inputs)}
-    write_yaml(paths.config, {"command": config.command, **options, "made_by": origin})
+    write_yaml(
+        paths.config, {"command": config.command, **options, "made_by": {**made_by(config.run.device), **origin}}
+    )

@@ -63,7 +63,8 @@ def resume(paths: RunPaths, setup: Setup) -> tuple[Progress, dict[str, Tensor]]:
 
 def restore_model(setup: Setup, tensors: dict[str, Tensor]) -> None:
     """Load a checkpoint's model tensors into the resident model."""
-    setup.model.load_state_dict({name: tensor for name, tensor in tensors.items() if "/" not in name})
+    for name, tensor in named_tensors(setup.model).items():
+        tensor.copy_(tensors[name])
 
 
 class Session:

@@ -19,7 +19,7 @@ from fedtalos.data.images import LabelledImages
 from fedtalos.interruption import with_safe_points
 from fedtalos.masks import Mask, MaskFacts, fingerprint
 from fedtalos.metrics import Metrics
-from fedtalos.models.vision_transformer import VisionTransformer
+from fedtalos.models.backbone import Backbone
 from fedtalos.parameters import Entries
 from fedtalos.training.activations import ActivationCache
 from fedtalos.training.evaluation import answers_by_class, evaluate_batches
@@ -42,9 +42,10 @@ class Setup:
     device: torch.device
     precision: Precision
     dataset: Dataset
-    model: VisionTransformer
+    model: Backbone
     view: View
     weights: str
+    weights_origin: dict[str, str]
     head: str
     mask: tuple[Mask, MaskFacts] | None
     eval_batch_size: int
@@ -176,6 +177,10 @@ class Setup:
         """Fingerprints of what the run reads, by what it is."""
         mask = {} if self.mask is None else {"mask": fingerprint(self.mask[0])}
         return {"data": self.dataset.fingerprint, "weights": self.weights, **mask}
+
+    def origin(self) -> dict[str, dict[str, str]]:
+        """What config.yaml says of where the weights are from, and of what the run reads."""
+        return {"weights": self.weights_origin, "inputs": self.inputs()}
 
     def facts(self) -> dict[str, Any]:
         """What a checkpoint needs, beside its tensors, to be used again."""
