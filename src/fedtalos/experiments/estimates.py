@@ -164,12 +164,9 @@ def architecture_of(cell: Cell, classes: int) -> Architecture:
 def _on_the_hub(config: RunConfig) -> bool:
     if isinstance(config, EditingConfig) and config.editing.checkpoint is not None:
         return False
-    name = config.model.weights
-    return not (
-        name.startswith(("timm:", "torch:"))
-        or name.endswith((*FILES, ".json"))
-        or (config.run.output_dir / "checkpoints" / name / "last.json").exists()
-    )
+    name, checkpoints = config.model.weights, config.run.output_dir / "checkpoints"
+    here = name.endswith((*FILES, ".json")) or (checkpoints / name / "last.json").exists()
+    return not here and not name.startswith(("timm:", "torch:"))
 
 
 @cache
