@@ -8,7 +8,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import ConfigDict, Field, field_validator
 
@@ -21,7 +21,7 @@ from fedtalos.experiments.runs import MAY_DIFFER, RunPaths, plain_name
 MADE_BY_THE_SWEEP = {"run_name", "output_dir", "seed"}
 REFERENCE = "run:"
 
-Axis = dict[str, dict[str, Any]]
+Axis = Annotated[dict[str, dict[str, Any]], Field(min_length=1)]
 """The values of an axis: name -> the options that it stands for."""
 
 

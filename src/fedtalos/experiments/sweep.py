@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Literal
 
+import torch
 from rich.console import Console
 
 from fedtalos.config import RunConfig
@@ -44,6 +45,8 @@ def run(config: SweepConfig, console: Console, run_one: RunOne) -> list[Path]:
         raise InputError(f"{folder.results} is a run, where the sweep's table is to be; move it away")
     states = {cell.name: state(cell, folder.results) for cell in cells}
     if config.dry_run:
+        if config.threads is not None:
+            torch.set_num_threads(config.threads)
         show_plan(chosen, states, console)
         return []
     to_do = [cell for cell in chosen if states[cell.name] != "finished"]
