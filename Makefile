@@ -24,6 +24,7 @@ check: $(VENV)/installed
 
 bench: $(VENV)/installed
 	$(BIN)/python benchmarks/simulator.py
+	$(BIN)/python benchmarks/ablation.py
 	$(BIN)/python benchmarks/fisher.py
 	$(BIN)/python benchmarks/selection.py
 	$(BIN)/python benchmarks/masked_step.py

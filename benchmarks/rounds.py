@@ -3,7 +3,7 @@
 Needs only torch, numpy and what of fedtalos needs nothing else.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -79,7 +79,15 @@ class Variant:
 class Rounds:
     """Endless rounds of one variant on fresh weights."""
 
-    def __init__(self, setting: Setting, variant: Variant, load: Load, images: LabelledImages) -> None:
+    def __init__(
+        self,
+        setting: Setting,
+        variant: Variant,
+        load: Load,
+        images: LabelledImages,
+        chosen: Callable[[VisionTransformer], dict[str, Tensor]] | None = None,
+    ) -> None:
+        """``chosen`` maps the model to what moves, where that is none of the variant's words."""
         self.setting, self.variant, self.load, self.images = setting, variant, load, images
         self.augmentation: Augmentation = "crop_flip"
         self.forward: Callable[[Tensor], Tensor] | None = None
@@ -88,7 +96,7 @@ class Rounds:
         self.model = VisionTransformer(architecture, torch_generator(0, "weights")).to(device)
         self.view = View(setting.pixels, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
         self.indices = np.split(np.arange(len(images)), load.clients)
-        self.entries = Entries(what_moves(self.model, variant.moves))
+        self.entries = Entries(chosen(self.model) if chosen else what_moves(self.model, variant.moves))
         self.multiply_adds = multiply_adds(self.model, self.entries.masks)
         freeze_all_but(self.model, self.entries)
         self.optimizer_of = partial(make_optimizer, rule="adamw", learning_rate=1e-4, momentum=0.0, weight_decay=0.01)
@@ -97,8 +105,12 @@ class Rounds:
             self.model.compile(mode=variant.compiled)  # in place: the parameters keep their names
 
     def __iter__(self) -> Iterator[Round]:
+        return self.rounds(self.train_clients())
+
+    def rounds(self, train_clients: TrainClients) -> Iterator[Round]:
+        """Rounds of clients that train in that way."""
         sizes, fraction = np.array([len(own) for own in self.indices]), self.load.per_round / self.load.clients
-        return fedavg(self.model, self.entries, self.train_clients(), sizes, fraction=fraction, rounds=10**9, seed=0)
+        return fedavg(self.model, self.entries, train_clients, sizes, fraction=fraction, rounds=10**9, seed=0)
 
     def train_clients(self) -> TrainClients:
         """As the experiments make it."""
@@ -169,3 +181,24 @@ def random_images(setting: Setting, load: Load, device: torch.device) -> Labelle
     count, side = load.clients * load.images_per_client, setting.pixels
     pixels = torch.randint(0, 256, (count, 3, side, side), dtype=torch.uint8, generator=torch_generator(0, "pixels"))
     return LabelledImages(pixels.to(device), torch.arange(count, device=device) % CLASSES)
+
+
+def each(rounds: Iterable[Round]) -> Callable[[], object]:
+    """A call that takes the next round."""
+    going = iter(rounds)
+    return lambda: next(going)
+
+
+def products(load: Load, rounds: Rounds) -> Callable[[], object]:
+    """A call that does a round's multiply-adds as products (B T, D) x (D, 4 D), the shape of the largest layer."""
+    tokens, dim = rounds.model.pos_embed.shape[1:]
+    left, right = torch.randn(load.batch_size * tokens, dim), torch.randn(dim, 4 * dim)
+    per_round = rounds.multiply_adds * load.images_per_round
+    times = round(per_round / (len(left) * right.numel()))
+    out = left @ right
+
+    def multiply() -> None:
+        for _ in range(times):
+            torch.mm(left, right, out=out)
+
+    return multiply

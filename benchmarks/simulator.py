@@ -8,7 +8,7 @@ benchmarks/peers holds the comparison with other simulators.
 """
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 import tyro
 from measure import environment, markdown_table, peak_memory, timed_ratios
-from rounds import Load, Rounds, Setting, Variant, random_images
+from rounds import Load, Rounds, Setting, Variant, each, products, random_images
 
 from fedtalos.data.images import LabelledImages
 from fedtalos.metrics import Metrics
@@ -37,27 +37,6 @@ class Options:
     batch_size: int = 64
     output: Path | None = None
     """also write the tables here"""
-
-
-def endless(rounds: Rounds) -> Callable[[], object]:
-    """A call that takes the next round."""
-    going: Iterator[object] = iter(rounds)
-    return lambda: next(going)
-
-
-def products(load: Load, rounds: Rounds) -> Callable[[], object]:
-    """A call that does a round's multiply-adds as products (B T, D) x (D, 4 D), the shape of the largest layer."""
-    tokens, dim = rounds.model.pos_embed.shape[1:]
-    left, right = torch.randn(load.batch_size * tokens, dim), torch.randn(dim, 4 * dim)
-    per_round = rounds.multiply_adds * load.images_per_round
-    times = round(per_round / (len(left) * right.numel()))
-    out = left @ right
-
-    def multiply() -> None:
-        for _ in range(times):
-            torch.mm(left, right, out=out)
-
-    return multiply
 
 
 def bare_steps(rounds: Rounds, load: Load) -> Callable[[], object]:
@@ -85,8 +64,8 @@ def rounds_and_steps(options: Options) -> str:
         dense, masked = (Rounds(setting, Variant("fp32", moves), load, images) for moves in ("all", "qk"))
         calls = {
             "the steps in a bare loop": bare_steps(dense, load),
-            "a round, dense": endless(dense),
-            "a round, 90 % mask in q and k": endless(masked),
+            "a round, dense": each(dense),
+            "a round, 90 % mask in q and k": each(masked),
             "products alone, dense": products(load, dense),
             "products alone, mask": products(load, masked),
         }
@@ -120,7 +99,7 @@ def a_round_of_many(registered: int, sampled: int) -> Callable[[], object]:
     pixels = torch.zeros(registered, 3, 8, 8, dtype=torch.uint8)
     images = LabelledImages(pixels, torch.zeros(registered, dtype=torch.int64))
     work = Rounds(Setting("micro", 8, 4), Variant("fp32", "all"), load, images)
-    call = endless(work)
+    call = each(work)
     call()  # the optimiser's state and the gradients are there from now on
     return call
 
@@ -162,7 +141,7 @@ def cached_features(options: Options) -> str:
     cached.view, cached.augmentation = cache.to_device, "none"
     cached.forward = lambda x: cached.model(x, passed=passed)
     work.augmentation = "none"
-    found = timed_ratios({"on cached features": endless(cached), "on images": endless(work)}, options.repeats)
+    found = timed_ratios({"on cached features": each(cached), "on images": each(work)}, options.repeats)
     lines = [(name, f"{1e3 * t.seconds:.1f}", f"{t.ratio:.0f}") for name, t in found.items()]
     return f"## A round of the head alone\n\n{setting}, 4 steps.\n\n" + markdown_table(("", "ms", "ratio"), lines)
 

@@ -36,8 +36,23 @@ def test_ground_floor_imports_only_itself():
 
 def test_experiments_do_not_import_each_other():
     shared, may_call_others = (
-        {"runs", "preparation", "setup", "clients", "grouping", "scoring", "moving", "session", "plots", "processes"}
-        | {"grids", "grid_plots", "speeds", "tables"},
+        {
+            "runs",
+            "preparation",
+            "setup",
+            "clients",
+            "grouping",
+            "scoring",
+            "moving",
+            "session",
+            "plots",
+            "processes",
+            "heads",
+            "grids",
+            "grid_plots",
+            "speeds",
+            "tables",
+        },
         {"demo", "sweep", "estimates"},
     )
     for path in (SRC / "experiments").glob("*.py"):

@@ -15,6 +15,7 @@ import torch
 from fedtalos.checkpoint import load_checkpoint
 from fedtalos.cli import main
 from fedtalos.experiments import plots
+from fedtalos.training.workers import Leader, WorkerLostError
 
 FEDERATED = shlex.split(
     "federated --dataset digits --model_size micro --image_size 8 --patch_size 4 --eval_limit 40 --eval_batch_size 16 "
@@ -76,6 +77,15 @@ def test_bad_input_is_said_once_and_leaves_no_process(capsys):
 def children_of(parent: int) -> list[int]:
     found = subprocess.run(["ps", "-o", "pid=", "--ppid", str(parent)], capture_output=True, text=True, check=False)
     return [int(pid) for pid in found.stdout.split()]
+
+
+def test_what_a_lost_worker_cannot_evaluate_the_leader_does(alone, monkeypatch):
+    def lost(*_):
+        raise WorkerLostError("gone")
+
+    monkeypatch.setattr(Leader, "evaluate", lost)
+    main([*FEDERATED, "--run_name", "many", "--workers", "2"])
+    assert_same(alone, "many")
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="ps --ppid is of Linux")

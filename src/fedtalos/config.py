@@ -126,8 +126,8 @@ class ModelOptions(Options):
     )
     head: str = Field(
         "auto",
-        description="weights (their own), random, ridge (closed form) or a head FILE; "
-        "auto: their own where it fits the classes, else random, in editing ridge",
+        description="weights (their own), random, fitted first (ridge, ncm: closed form; linear: trained) or a head "
+        "FILE; auto: their own where it fits the classes, else random, in editing ridge",
     )
 
 
@@ -136,6 +136,12 @@ class TrainOptions(Options):
 
     trainable: Literal["all", "head", "blocks"] = Field("all", description="what may move (without a mask)")
     freeze_head: bool = Field(False, description="keep the head as it starts")
+    head_rounds: Annotated[int | None, unset("N", "100 rounds, 10 epochs")] = Field(
+        None, ge=1, description="of head linear: rounds, or epochs in centralized, of the head alone before the run"
+    )
+    head_learning_rate: Annotated[float | None, unset("FLOAT", "3e-3")] = Field(
+        None, gt=0, description="of head linear: its peak (adamw, on the schedule of the run)"
+    )
     mask: Annotated[Path | None, unset("FILE", "none")] = Field(
         None, description="only its True entries move (and a new head)"
     )

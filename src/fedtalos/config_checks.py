@@ -8,6 +8,8 @@ def check_together(config: RunConfig) -> None:
     """InputError where options contradict each other; asked once all of them are in."""
     if isinstance(config, EditingConfig):
         _check_editing(config.editing)
+        if config.model.head == "linear":
+            raise InputError("--head linear: editing fits heads in closed form; use ridge or ncm, or --checkpoint")
         if (config.editing.calibration_clients or 0) > config.split.num_clients:
             asked = f"--calibration_clients {config.editing.calibration_clients}"
             raise InputError(f"{asked}: there are only {config.split.num_clients} clients; ask for fewer")
@@ -15,6 +17,9 @@ def check_together(config: RunConfig) -> None:
     total = config.num_epochs if isinstance(config, CentralizedConfig) else config.federation.num_rounds
     if config.train.warmup >= total:
         raise InputError(f"--warmup {config.train.warmup}: must be below the {total} epochs or rounds of the run")
+    for name in ("head_rounds", "head_learning_rate"):
+        if getattr(config.train, name) is not None and config.model.head != "linear":
+            raise InputError(f"--{name}: trains a linear head; give --head linear too, or leave it out")
     if config.train.mask is None and config.train.force_mask:
         raise InputError("--force_mask: takes a mask made on other weights; give --mask FILE too")
     if config.train.mask is None and config.train.mask_mode == "prune":

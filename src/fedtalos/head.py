@@ -12,6 +12,8 @@ from fedtalos.errors import InputError
 from fedtalos.files import write_atomic
 from fedtalos.models.vision_transformer import VisionTransformer
 
+HEADS = ("weights", "random", "ridge", "ncm", "linear")  # what --head takes beside auto and a file
+
 
 def set_head(model: VisionTransformer, weight: Tensor, bias: Tensor) -> None:
     """Put weight (C, D) and bias (C,) into the model's head."""
@@ -33,7 +35,7 @@ def read_head(path: Path, model: VisionTransformer) -> tuple[Tensor, Tensor]:
         weight, bias = tensors["head.weight"], tensors["head.bias"]
     except OSError as error:
         raise InputError(
-            f"--head {path}: cannot be read ({error.strerror}); give weights, random, ridge or a head file"
+            f"--head {path}: cannot be read ({error.strerror}); give {', '.join(HEADS)} or a head file"
         ) from error
     except (SafetensorError, KeyError) as error:
         raise InputError(f"--head {path}: not a head file; `fedtalos editing` writes one beside its mask") from error

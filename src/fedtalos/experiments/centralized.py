@@ -7,15 +7,19 @@ from typing import Any
 import numpy as np
 from rich.console import Console
 from torch import Tensor
+from torch.optim import Optimizer
 
 from fedtalos.checkpoint import optimizer_tensors, restore_optimizer
 from fedtalos.config import CentralizedConfig
 from fedtalos.data.batches import steps_per_epoch
 from fedtalos.display import Display
+from fedtalos.experiments.heads import fit_head_first
 from fedtalos.experiments.moving import moving_entries, optimizer_for, schedule_for
 from fedtalos.experiments.preparation import prepare
 from fedtalos.experiments.runs import RunPaths, open_run
 from fedtalos.experiments.session import Session, resume
+from fedtalos.experiments.setup import Setup
+from fedtalos.parameters import Entries
 from fedtalos.randomness import generator
 from fedtalos.training.fedavg import Round
 
@@ -25,33 +29,13 @@ def run(config: CentralizedConfig, paths: RunPaths, console: Console) -> dict[st
     config, setup = prepare(config)
     entries = moving_entries(setup, config.train)
     open_run(config, paths, setup.inputs())
-    images = setup.dataset.train
     optimizer = optimizer_for(setup, entries, config.train)
-    rate = schedule_for(config.train, config.num_epochs)
-    steps = steps_per_epoch(len(images), config.train.batch_size)
     progress, saved = resume(paths, setup)
     if saved:
         restore_optimizer(optimizer, saved)
-    elif setup.head == "ridge":
-        setup.fit_head(setup.head_sums(images))
-
-    def within_epoch(number: int, step: int) -> float:
-        return rate(number - 1 + step / steps)
-
-    def epochs(done: int) -> Iterator[Round]:
-        for number in range(done + 1, config.num_epochs + 1):
-            metrics = setup.train_on(
-                np.arange(len(images)),
-                steps,
-                optimizer,
-                entries,
-                config.train,
-                rng=generator(config.run.seed, "batches", number, 0),
-                learning_rate=partial(within_epoch, number),
-                where=f"epoch {number}",
-                watch=lambda batches: display.watch(batches, 1 / steps),
-            )
-            yield Round(number, (), metrics, 0, 0)
+    else:
+        everything = [np.arange(len(setup.dataset.train))]
+        fit_head_first(config, setup, entries, everything, partial(epochs, setup), progress, console)
 
     def state() -> dict[str, Tensor]:
         return optimizer_tensors(optimizer)
@@ -69,5 +53,38 @@ def run(config: CentralizedConfig, paths: RunPaths, console: Console) -> dict[st
         ) as session,
         Display(console, "epoch", config.num_epochs, progress.done) as display,
     ):
-        session.follow(epochs(progress.done), config.num_epochs, rate, display)
+        rate = schedule_for(config.train, config.num_epochs)
+        to_come = epochs(setup, config, entries, optimizer, display, done=progress.done)
+        session.follow(to_come, config.num_epochs, rate, display)
         return session.finish({"moving_parameters": len(entries)})
+
+
+def epochs(
+    setup: Setup,
+    config: CentralizedConfig,
+    entries: Entries,
+    optimizer: Optimizer,
+    display: Display,
+    done: int = 0,
+) -> Iterator[Round]:
+    """Train epochs done+1..num_epochs: each a round without clients."""
+    images = len(setup.dataset.train)
+    steps = steps_per_epoch(images, config.train.batch_size)
+    rate = schedule_for(config.train, config.num_epochs)
+
+    def within_epoch(number: int, step: int) -> float:
+        return rate(number - 1 + step / steps)
+
+    for number in range(done + 1, config.num_epochs + 1):
+        metrics = setup.train_on(
+            np.arange(images),
+            steps,
+            optimizer,
+            entries,
+            config.train,
+            rng=generator(config.run.seed, "batches", number, 0),
+            learning_rate=partial(within_epoch, number),
+            where=f"epoch {number}",
+            watch=lambda batches: display.watch(batches, 1 / steps),
+        )
+        yield Round(number, (), metrics, 0, 0)

@@ -1,9 +1,7 @@
-"""Clients as the experiments see them: who holds which training images, and the ridge head of all of them."""
+"""Clients as the experiments see them: who holds which training images."""
 
 import io
 from dataclasses import dataclass
-from functools import reduce
-from operator import add
 from pathlib import Path
 
 import numpy as np
@@ -72,10 +70,3 @@ def read_split(run_dir: Path) -> Manifest | None:
             f"{path}: expected client and label of every training image, and classes; make the run anew"
         ) from error
     return Manifest(client, label, tuple(classes.tolist()))
-
-
-def fit_ridge_head(setup: Setup, clients: Clients) -> int:
-    """Fit the ridge head of all clients' sums (validation tunes it); returns the bytes that they sent."""
-    total = reduce(add, (setup.head_sums(setup.dataset.train.subset(ids)) for ids in clients))
-    setup.fit_head(total)
-    return len(clients) * total.wire_bytes

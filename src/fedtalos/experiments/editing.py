@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from rich.console import Console
 from torch import Tensor
@@ -15,12 +16,13 @@ from fedtalos.config import LOOKS_AT_IMAGES, EditingConfig
 from fedtalos.data.clients import Clients
 from fedtalos.display import Display, density_report
 from fedtalos.errors import InputError
-from fedtalos.experiments.clients import fit_ridge_head, in_words, split, write_split
+from fedtalos.experiments.clients import in_words, split, write_split
+from fedtalos.experiments.heads import closed_form, fit_from_sums
 from fedtalos.experiments.preparation import prepare
 from fedtalos.experiments.runs import RunPaths, open_run
 from fedtalos.experiments.scoring import Holder, Score, chunk_that_fits, fisher_name, image_holders, scorer
 from fedtalos.experiments.setup import Setup
-from fedtalos.head import save_head
+from fedtalos.head import HEADS, save_head
 from fedtalos.masks import Mask, MaskFacts, density_table, save_mask, votes_needed
 from fedtalos.models.vision_transformer import WIDTH_DEPTH_HEADS
 from fedtalos.parameters import Entries
@@ -38,9 +40,7 @@ def run(config: EditingConfig, paths: RunPaths, console: Console) -> dict[str, A
     open_run(config, paths, setup.inputs())
     if clients is not None:
         write_split(paths, setup, clients)
-    if setup.head == "ridge":
-        console.print("fitting the ridge head", highlight=False)
-    sent = fit_head(setup, paths, clients)
+    sent = fit_head(setup, paths, clients, console)
     groups = grouped(eligible, config.editing.granularity, WIDTH_DEPTH_HEADS[setup.model.architecture.size][2])
     edit = Edit(config, paths, setup, eligible, groups, image_holders(setup, config, clients), *sent)
     kept, rows, report = edit.one_mask(console) if config.editing.merge == "scores" else edit.joined_mask(console)
@@ -52,7 +52,7 @@ def run(config: EditingConfig, paths: RunPaths, console: Console) -> dict[str, A
     summary = {
         "command": config.command,
         "mask": str(paths.mask),
-        **({"head": str(paths.head)} if setup.head == "ridge" else {}),
+        **({"head": str(paths.head)} if closed_form(setup.head) else {}),
         "eligible": facts.eligible,
         "active": facts.active,
         "density": facts.density,
@@ -76,7 +76,7 @@ def check(config: EditingConfig, setup: Setup) -> tuple[EditingConfig, Entries, 
             "use --head ridge, a head file, or --checkpoint"
         )
     clients = split(setup, config.split, config.run.seed) if options.calibration == "federated" else None
-    if clients is None and len(setup.dataset.calibration) == 0 and (setup.head == "ridge" or scored):
+    if clients is None and len(setup.dataset.calibration) == 0 and (closed_form(setup.head) or scored):
         raise InputError("the calibration split is empty; raise --calibration_fraction, or add images")
     eligible = eligible_entries(setup.model, options.eligible)
     if round((1 - options.target_sparsity) * len(eligible)) == 0:
@@ -89,16 +89,18 @@ def check(config: EditingConfig, setup: Setup) -> tuple[EditingConfig, Entries, 
     )
 
 
-def fit_head(setup: Setup, paths: RunPaths, clients: Clients | None) -> tuple[int, int]:
-    """Fit and write a ridge head where one is wanted; returns the bytes that clients got and sent for it."""
-    if setup.head != "ridge":
+def fit_head(setup: Setup, paths: RunPaths, clients: Clients | None, console: Console) -> tuple[int, int]:
+    """Fit and write a head where one is wanted; returns the bytes that clients got and sent for it."""
+    kind = closed_form(setup.head)
+    if kind is None:
         return 0, 0
+    console.print(f"fitting the {kind} head", highlight=False)
     if clients is None:
         down = up = 0
-        setup.fit_head(setup.head_sums(setup.dataset.calibration))
+        fit_from_sums(kind, setup, "calibration", [np.arange(len(setup.dataset.calibration))])
     else:
         down = len(clients) * sum(parameter.nbytes for parameter in setup.model.head.parameters())
-        up = fit_ridge_head(setup, clients)
+        up = fit_from_sums(kind, setup, "train", clients)
     save_head(paths.head, setup.model)
     return down, up
 
@@ -205,7 +207,7 @@ class Edit:
             model=self.setup.model.architecture.as_dict(),
             weights=self.setup.weights,
             data=self.setup.dataset.fingerprint,
-            head=self.setup.head if self.setup.head in ("weights", "ridge", "random") else "file",
+            head=self.setup.head if self.setup.head in HEADS else "file",
         )
 
     def _calibration(self, holders: list[Holder]) -> str:

@@ -33,6 +33,9 @@ from fedtalos.training.fedavg import clients_per_round
 PUBLISHED = {"cifar100": (50_000, 10_000, 100), "cifar10": (50_000, 10_000, 10)}
 """Training images, test images and classes of the data sets that would have to be downloaded; 32 px a side."""
 
+FITTED = ("ridge", "ncm", "linear")
+"""Heads that take every image's features, once; beside that they cost next to nothing."""
+
 
 @dataclass(frozen=True)
 class Amounts:
@@ -161,8 +164,10 @@ def training_seconds(config: CentralizedConfig | FederatedConfig, amounts: Amoun
     assert config.train.eval_every is not None
     validations = 1 if speed.cached else 1 + -(-total // config.train.eval_every)
     images = validations * amounts.val + 2 * amounts.test
-    images += int(seen) if speed.cached else 0
-    images += amounts.train if config.model.head == "ridge" else 0
+    if config.model.head in FITTED:
+        images += amounts.train
+    elif speed.cached:
+        images += round(seen)
     return steps * speed.step + images * speed.image
 
 
@@ -171,5 +176,5 @@ def editing_seconds(config: EditingConfig, amounts: Amounts, speed: Speed) -> fl
     central = config.editing.calibration == "central"
     held = amounts.calibration if central else amounts.train
     scored = min(config.editing.calibration_images, held) * config.editing.num_iterations
-    fits = config.model.head in ("auto", "ridge")
+    fits = config.model.head in ("auto", *FITTED)
     return scored * speed.step + (held + amounts.val if fits else 0) * speed.image

@@ -1,6 +1,6 @@
 """Train with federated averaging over clients that keep their images."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
@@ -12,8 +12,9 @@ from fedtalos.data.batches import steps_per_epoch
 from fedtalos.data.clients import Clients
 from fedtalos.devices import choose_device
 from fedtalos.display import Display
-from fedtalos.experiments.clients import fit_ridge_head, split, write_split
+from fedtalos.experiments.clients import split, write_split
 from fedtalos.experiments.grouping import grouped, settle_clients_at_once
+from fedtalos.experiments.heads import fit_head_first
 from fedtalos.experiments.moving import moving_entries, optimizer_for, schedule_for
 from fedtalos.experiments.preparation import prepare
 from fedtalos.experiments.processes import Others, agreed, others
@@ -21,9 +22,9 @@ from fedtalos.experiments.runs import RunPaths, open_run
 from fedtalos.experiments.session import Session, resume
 from fedtalos.experiments.setup import Setup
 from fedtalos.metrics import Metrics
-from fedtalos.parameters import Entries, Values, named_tensors
+from fedtalos.parameters import Entries
 from fedtalos.randomness import generator
-from fedtalos.training.fedavg import TrainClients, clients_per_round, fedavg, one_by_one
+from fedtalos.training.fedavg import Round, TrainClients, clients_per_round, fedavg, one_by_one
 from fedtalos.training.local import Batches
 from fedtalos.training.workers import Leader, WorkerLostError, serve
 
@@ -50,9 +51,9 @@ def _lead(config: FederatedConfig, paths: RunPaths, console: Console, beside: Ot
     open_run(config, paths, setup.inputs())
     write_split(paths, setup, clients)
     progress, saved = resume(paths, setup)
-    if not saved and setup.head == "ridge":
-        console.print("fitting the ridge head", highlight=False)
-        progress.bytes_up += fit_ridge_head(setup, clients)
+    if not saved:
+        head_rounds = partial(rounds_of_the_head, setup, clients)
+        fit_head_first(config, setup, entries, clients, head_rounds, progress, console)
 
     display = Display(console, "round", federation.num_rounds, progress.done)
     train_clients = local_training(config, setup, clients, entries, optimizer, display.watch)
@@ -60,9 +61,9 @@ def _lead(config: FederatedConfig, paths: RunPaths, console: Console, beside: Ot
     if beside.size > 1:
         beside.meet(setup.device)
         agreed(config)
-        leader = Leader(setup.model)
+        leader = Leader(setup.model, entries)
         train_clients = leader.spread(train_clients)
-        evaluate = partial(leader.evaluate, setup.evaluate_part)
+        evaluate = partial(evaluate_shared, leader, setup)
     rounds = fedavg(
         setup.model,
         entries,
@@ -92,8 +93,30 @@ def follow(config: FederatedConfig) -> None:
         entries = moving_entries(setup, config.train)
         optimizer = optimizer_for(setup, entries, config.train)
         train_clients = local_training(config, setup, clients, entries, optimizer, lambda batches, _: batches)
-        theta = Values(entries.moving_rows(named_tensors(setup.model)))
-        serve(setup.model, train_clients, theta, setup.evaluate_part)
+        serve(setup.model, entries, train_clients, setup.evaluate_part)
+
+
+def rounds_of_the_head(
+    setup: Setup, clients: Clients, config: FederatedConfig, entries: Entries, optimizer: Optimizer, display: Display
+) -> Iterator[Round]:
+    """FedAvg of a linear head, by this process alone: on kept features a round takes milliseconds."""
+    return fedavg(
+        setup.model,
+        entries,
+        local_training(config, setup, clients, entries, optimizer, display.watch),
+        clients.sizes,
+        fraction=config.federation.client_fraction,
+        rounds=config.federation.num_rounds,
+        seed=config.run.seed,
+    )
+
+
+def evaluate_shared(leader: Leader, setup: Setup, split: str) -> Metrics:
+    """The metrics of a split, by all processes; by this one alone where one is lost, which ends the next round."""
+    try:
+        return leader.evaluate(setup.evaluate_part, split)
+    except WorkerLostError:
+        return setup.evaluate(split)
 
 
 def local_training(

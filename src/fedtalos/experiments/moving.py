@@ -12,7 +12,7 @@ from fedtalos.experiments.setup import Setup
 from fedtalos.masks import check_mask
 from fedtalos.parameters import Entries, named_tensors
 from fedtalos.training.editing import eligible_masks
-from fedtalos.training.local import freeze_all_but, learning_rate_schedule, make_optimizer
+from fedtalos.training.local import learning_rate_schedule, make_optimizer
 
 
 def moving_entries(setup: Setup, train: TrainOptions) -> Entries:
@@ -61,9 +61,7 @@ def frozen_entries(setup: Setup) -> dict[str, Tensor]:
 
 def optimizer_for(setup: Setup, entries: Entries, options: TrainOptions) -> Optimizer:
     """Freeze what may not move, and make the optimiser of what may."""
-    freeze_all_but(setup.model, entries)
-    frozen = setup.model.frozen_stages(entries.masks)
-    setup.frozen_stages = frozen if frozen > 1 else 0  # the embedding alone is cheaper to compute than to keep
+    setup.let_move(entries)
     return optimizer_of(options, dict(setup.model.named_parameters()), entries)
 
 

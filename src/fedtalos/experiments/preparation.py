@@ -13,7 +13,7 @@ from fedtalos.data.dataset_loader import Dataset, load_dataset
 from fedtalos.devices import choose_device, choose_precision
 from fedtalos.errors import InputError
 from fedtalos.experiments.setup import Setup
-from fedtalos.head import read_head, set_head
+from fedtalos.head import HEADS, read_head, set_head
 from fedtalos.masks import load_mask
 from fedtalos.models.pretrained import HALF, STATISTICS, Weights, load_into, read_weights
 from fedtalos.models.vision_transformer import Architecture, VisionTransformer
@@ -81,13 +81,21 @@ def _training_defaults(config: Config, train: TrainOptions, *, from_scratch: boo
         "learning_rate": train.learning_rate or (rate if train.optimizer == "adamw" else 10 * rate),
         "augmentation": augmentation if train.augmentation == "auto" else train.augmentation,
         "eval_every": train.eval_every or (10 if isinstance(config, FederatedConfig) else 1),
+        **(_head_defaults(config, train) if config.model.head == "linear" else {}),
+    }
+
+
+def _head_defaults(config: Config, train: TrainOptions) -> dict[str, Any]:
+    return {
+        "head_rounds": train.head_rounds or (100 if isinstance(config, FederatedConfig) else 10),
+        "head_learning_rate": train.head_learning_rate or 3e-3,
     }
 
 
 def prepare(config: ConfigT) -> tuple[ConfigT, Setup]:
     """The resolved config, with its device, images, model and mask; what is quick to check comes first.
 
-    The head is as the weights or a file have it, or random; a ridge head is the caller's to fit, on what it may see.
+    The head is as the weights or a file have it, or random; where one is to be fitted, that is the caller's to do.
     """
     device = choose_device(config.run.device)
     weights = starting_weights(config)
@@ -152,10 +160,12 @@ def _load_weights(
     initial = {name: tensor.clone() for name, tensor in model.head.state_dict().items()}
     fits = weights is not None and not load_into(model, weights) and weights.classes in (None, classes)
     if head == "weights" and not fits:
-        raise InputError("--head weights: they hold no head for these classes; use random, ridge or a head file")
+        raise InputError(
+            f"--head weights: they hold no head for these classes; use {', '.join(HEADS[1:])} or a head file"
+        )
     if head == "auto":
         head = "weights" if fits and weights is not None and weights.classes is not None else default
-    if head in ("random", "ridge"):
+    if head in HEADS[1:]:
         model.head.load_state_dict(initial)
     elif head != "weights":
         set_head(model, *read_head(Path(head), model))

@@ -16,15 +16,13 @@ from fedtalos.config import TrainOptions
 from fedtalos.data.batches import View, evaluation_batches, training_batches
 from fedtalos.data.dataset_loader import Dataset
 from fedtalos.data.images import LabelledImages
-from fedtalos.head import set_head
 from fedtalos.masks import Mask, MaskFacts, fingerprint
 from fedtalos.metrics import Metrics
 from fedtalos.models.vision_transformer import VisionTransformer
 from fedtalos.parameters import Entries
 from fedtalos.training.activations import ActivationCache
-from fedtalos.training.evaluation import evaluate_batches, extract_features
-from fedtalos.training.heads import RidgeSums, fit_ridge_head, ridge_sums
-from fedtalos.training.local import Batches, Precision, TrainingError, train
+from fedtalos.training.evaluation import evaluate_batches
+from fedtalos.training.local import Batches, Precision, TrainingError, freeze_all_but, train
 
 
 @dataclass(frozen=True)
@@ -72,10 +70,19 @@ class Setup:
         """The images themselves, or what the frozen stages make of those ``asked`` for, a batch or client at a time."""
         if not self.frozen_stages or split == "test":  # which is read once or twice
             return Source(images, self.view, self.model)
+        cache = self._cache(split, images, self.frozen_stages)
+        for indices in asked:
+            cache.fill(indices)
+        return Source(cache.activations, cache.to_device, partial(self.model, passed=self.frozen_stages))
+
+    def _cache(self, split: str, images: LabelledImages, passed: int) -> ActivationCache:
+        """What the first ``passed`` stages make of the split's images; one after other stages is dropped for it."""
+        if split in self._caches and self._caches[split].passed != passed:
+            del self._caches[split]
         if split not in self._caches:
             self._caches[split] = ActivationCache(
                 self.model,
-                self.frozen_stages,
+                passed,
                 images,
                 self.view,
                 batch_size=self.eval_batch_size,
@@ -83,27 +90,30 @@ class Setup:
                 limit=self.cache_bytes - sum(cache.bytes_in_memory for cache in self._caches.values()),
                 folder=self.cache_folder,
             )
-        cache = self._caches[split]
-        for indices in asked:
-            cache.fill(indices)
-        return Source(cache.activations, cache.to_device, partial(self.model, passed=self.frozen_stages))
+        return self._caches[split]
 
     def limited(self, images: LabelledImages) -> LabelledImages:
         """The first ``eval_limit`` images, or all."""
         return images.slice(0, self.eval_limit)
 
-    def features(self, images: LabelledImages) -> tuple[Tensor, Tensor]:
-        """Backbone features (N, D) and labels (N,)."""
-        batches = evaluation_batches(images, self.view, self.eval_batch_size)
-        return extract_features(self.model, batches, self.precision)
+    def features(self, split: str, indices: NDArray[np.int64] | None = None) -> tuple[Tensor, Tensor]:
+        """What the head sees of the split's images at ``indices``, (N, D), and labels (N,); kept while it holds.
 
-    def head_sums(self, images: LabelledImages) -> RidgeSums:
-        """What the holder of ``images`` sends for a ridge head."""
-        return ridge_sums(*self.features(images), len(self.dataset.classes))
+        None: of all, but of validation the first ``eval_limit``.
+        """
+        images = self.limited(self.dataset.val) if split == "val" else getattr(self.dataset, split)
+        cache = self._cache(split, images, len(self.model.stages))
+        indices = np.arange(len(images)) if indices is None else indices
+        cache.fill(indices)
+        features = cache.activations.subset(indices)
+        return features.pixels, features.labels
 
-    def fit_head(self, sums: RidgeSums) -> None:
-        """Put the ridge head of ``sums`` on the model, its penalty and temperature chosen on validation images."""
-        set_head(self.model, *fit_ridge_head(sums, *self.features(self.limited(self.dataset.val))))
+    def let_move(self, entries: Entries) -> None:
+        """Freeze all but ``entries``; what frozen first stages make of plain images is computed once from here on."""
+        freeze_all_but(self.model, entries)
+        frozen = self.model.frozen_stages(entries.masks)
+        self.frozen_stages = frozen if frozen > 1 else 0  # the embedding alone is cheaper to compute than to keep
+        self._caches = {split: cache for split, cache in self._caches.items() if cache.passed == self.frozen_stages}
 
     def train_on(
         self,

@@ -36,7 +36,7 @@ class ActivationCache:
         limit: float,
         folder: Path,
     ) -> None:
-        self._model, self._passed, self._images, self._view = model, passed, images, view
+        self._model, self.passed, self._images, self._view = model, passed, images, view
         self._batch_size, self._precision = batch_size, precision
         self._there = np.zeros(len(images), dtype=np.bool_)
         shape = (len(images), *self._compute(torch.arange(1)).shape[1:])
@@ -70,4 +70,4 @@ class ActivationCache:
     def _compute(self, indices: Tensor) -> Tensor:
         pixels = self._view(self._images.pixels[indices.to(self._images.pixels.device)])
         with autocast(pixels.device, self._precision):
-            return self._model.run(pixels, 0, self._passed).float()
+            return self._model.run(pixels, 0, self.passed).float()

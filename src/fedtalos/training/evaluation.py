@@ -7,7 +7,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fedtalos.metrics import Metrics
-from fedtalos.models.vision_transformer import VisionTransformer
 from fedtalos.training.local import Batches, Precision, autocast, correct_answers
 
 
@@ -34,17 +33,3 @@ def evaluate_batches(
         examples.append(len(labels))
     figures = torch.stack(found).tolist() if found else []
     return [Metrics(loss, int(correct), count) for (loss, correct), count in zip(figures, examples, strict=True)]
-
-
-@torch.inference_mode()
-def extract_features(
-    model: VisionTransformer, batches: Batches, precision: Precision = "fp32"
-) -> tuple[Tensor, Tensor]:
-    """Class-token features (N, D) float32 and labels (N,), on the CPU, in eval mode."""
-    model.eval()
-    features, labels = [], []
-    for images, batch_labels in batches:
-        with autocast(images.device, precision):
-            features.append(model.features(images).float().cpu())
-        labels.append(batch_labels.cpu())
-    return torch.cat(features), torch.cat(labels)

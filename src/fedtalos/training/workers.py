@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from fedtalos.metrics import Metrics
-from fedtalos.parameters import Values, named_tensors
+from fedtalos.parameters import Entries, Values, named_tensors
 from fedtalos.training.fedavg import TrainClients
 from fedtalos.training.local import TrainingError
 
@@ -29,10 +29,14 @@ class WorkerLostError(TrainingError):
 class Leader:
     """Rank 0: spreads clients, and batches to evaluate, over all processes, itself among them."""
 
-    def __init__(self, model: nn.Module) -> None:
-        """Every process gets the model's values."""
-        self._model = model
-        self._share()
+    def __init__(self, model: nn.Module, entries: Entries) -> None:
+        """Every process gets all of the model's values; later on, ``entries`` is what moves."""
+        tensors = named_tensors(model)
+        self._resident = entries.moving_rows(tensors)
+        self._received = Values(self._resident)
+        _checked(_order, ("take",))
+        for tensor in tensors.values():
+            _checked(dist.broadcast, tensor, 0)
 
     def spread(self, train_clients: TrainClients) -> TrainClients:
         """``train_clients`` on every process, for its part of the clients."""
@@ -44,31 +48,28 @@ class Leader:
             _checked(_order, ("train", number, clients))
             _checked(dist.broadcast, theta.vector, 0)
             own = train_clients(number, clients[::size], theta)
-            received = Values(theta.parts)
             for position in range(len(clients)):
                 rank = position % size
-                yield next(own) if rank == 0 else (_receive(rank, received), received.parts)
+                yield next(own) if rank == 0 else (_receive(rank, self._received), self._received.parts)
 
         return spread_clients
 
     def evaluate(self, evaluate_part: EvaluatePart, split: str) -> Metrics:
         """Summed metrics of a split, the batches in their order; every process takes a part of them."""
-        self._share()
         _checked(_order, ("evaluate", split))
+        torch._foreach_copy_(self._received.parts, self._resident)
+        _checked(dist.broadcast, self._received.vector, 0)
         parts: list[Any] = [None] * dist.get_world_size()
         _checked(dist.gather_object, evaluate_part(split, 0, dist.get_world_size()), parts)
         batches = (parts[n % len(parts)][n // len(parts)] for n in range(sum(map(len, parts))))
         return sum(batches, Metrics())
 
-    def _share(self) -> None:
-        _checked(_order, ("take",))
-        for tensor in named_tensors(self._model).values():
-            _checked(dist.broadcast, tensor, 0)
 
-
-def serve(model: nn.Module, train_clients: TrainClients, theta: Values, evaluate_part: EvaluatePart) -> None:
+def serve(model: nn.Module, entries: Entries, train_clients: TrainClients, evaluate_part: EvaluatePart) -> None:
     """What every other rank does: follow the leader's orders, until it is gone."""
     rank, size = dist.get_rank(), dist.get_world_size()
+    resident = entries.moving_rows(named_tensors(model))
+    theta, sent = Values(resident), Values(resident)
     try:
         while True:
             match _order(None):
@@ -77,8 +78,10 @@ def serve(model: nn.Module, train_clients: TrainClients, theta: Values, evaluate
                         dist.broadcast(tensor, 0)
                 case ("train", number, clients):
                     dist.broadcast(theta.vector, 0)
-                    _send_all(train_clients(number, clients[rank::size], theta), Values(theta.parts))
+                    _send_all(train_clients(number, clients[rank::size], theta), sent)
                 case ("evaluate", split):
+                    dist.broadcast(theta.vector, 0)
+                    torch._foreach_copy_(resident, theta.parts)
                     dist.gather_object(evaluate_part(split, rank, size))
     except RuntimeError as error:
         if isinstance(error, TrainingError) or "onnection" not in str(error):
