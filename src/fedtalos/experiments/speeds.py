@@ -1,5 +1,6 @@
 """Seconds of a training step, of scoring an image and of looking at one, timed on random images of the right size."""
 
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -74,7 +75,7 @@ def stand_in(config: RunConfig, architecture: Architecture, stored_size: int) ->
         mask=None,
         eval_batch_size=config.data.eval_batch_size,
         eval_limit=config.data.eval_batch_size,
-        cache_bytes=config.data.cache_gb * 1e9,
+        cache_bytes=math.inf,  # beyond it, a file would be written
         cache_folder=config.run.output_dir,
     )
 
