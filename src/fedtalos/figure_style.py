@@ -40,11 +40,13 @@ def whole_numbers(most: int) -> MaxNLocator:
     return MaxNLocator(most, integer=True, steps=[1, 2, 5, 10], min_n_ticks=1)
 
 
-def megabyte_axis(axes: Axes, smallest_total: float, largest_total: float) -> None:
-    """x in plain megabytes, on a log scale where totals lie far apart."""
+def megabyte_axis(axes: Axes, smallest_total: float, largest_total: float, *, narrow: bool = False) -> None:
+    """x in plain megabytes, on a log scale where totals lie far apart; ``narrow`` axes have fewer ticks."""
     if largest_total > 4 * smallest_total:
         axes.set_xscale("log", nonpositive="mask")  # a round 0 that sent nothing has no place on it
-        axes.xaxis.set_major_locator(LogLocator(subs=(1, 3)))
+        axes.xaxis.set_major_locator(
+            LogLocator(subs=(1,) if narrow and largest_total > 30 * smallest_total else (1, 3))
+        )
         axes.xaxis.set_minor_formatter(NullFormatter())
     else:
         axes.set_xlim(left=0)

@@ -63,15 +63,15 @@ def by_step(lines: Sequence[Line], title: str) -> Figure:
 
 
 def by_megabytes(lines: Sequence[Line], title: str) -> Figure:
-    """Validation accuracy against megabytes sent, of runs that sent any."""
+    """Validation accuracy against megabytes sent, by all clients together."""
 
     def sent(curve: Curve) -> np.ndarray:
         return curve.megabytes
 
-    figure, panels = _panels(lines, title, sent, "sent up and down, all clients (MB)")
+    figure, panels = _panels(lines, title, sent, "sent up and down (MB)")
     totals = [history.rows[-1].megabytes for line in lines for history in line.histories]
     for axes in panels:
-        megabyte_axis(axes, min(totals), max(totals))
+        megabyte_axis(axes, min(totals), max(totals), narrow=len(panels) > 2)
     return figure
 
 

@@ -8,7 +8,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import ConfigDict, Field, field_validator
 
@@ -21,8 +21,10 @@ from fedtalos.experiments.runs import MAY_DIFFER, RunPaths, plain_name
 MADE_BY_THE_SWEEP = {"run_name", "output_dir", "seed"}
 REFERENCE = "run:"
 
-Axis = dict[str, dict[str, Any]]
+Axis = Annotated[dict[str, dict[str, Any]], Field(min_length=1)]
 """The values of an axis: name -> the options that it stands for."""
+
+Seeds = Annotated[tuple[int, ...], Field(min_length=1)]
 
 
 class Block(Options):
@@ -32,7 +34,7 @@ class Block(Options):
 
     command: Literal["centralized", "federated", "editing"]
     name: str = ""
-    seeds: tuple[int, ...] | None = None
+    seeds: Seeds | None = None
     options: dict[str, Any] = Field({})
     axes: dict[str, Axis] = Field({})
 
@@ -40,25 +42,22 @@ class Block(Options):
     @classmethod
     def _lists_as_options(cls, axes: Any) -> Any:
         """[4, 8] is short for {4: {AXIS: 4}, 8: {AXIS: 8}}, an empty value for no options."""
-        if not isinstance(axes, dict):
-            return axes
-        named = {
-            axis: {v: {axis: v} for v in values} if isinstance(values, list) else values
-            for axis, values in axes.items()
-        }
-        return {
-            axis: {key: {} if options is None else options for key, options in values.items()}
-            if isinstance(values, dict)
-            else values
-            for axis, values in named.items()
-        }
+        return {axis: _named(axis, values) for axis, values in axes.items()} if isinstance(axes, dict) else axes
+
+
+def _named(axis: str, values: Any) -> Any:
+    if isinstance(values, list):
+        return {str(value): {axis: value} for value in values}
+    if isinstance(values, dict):
+        return {value: {} if options is None else options for value, options in values.items()}
+    return values
 
 
 class Grid(Options):
     """Blocks in the order in which they run, and what they share."""
 
     grid: tuple[Block, ...] = Field(min_length=1)
-    seeds: tuple[int, ...] = (0,)
+    seeds: Seeds = (0,)
     options: dict[str, Any] = Field({})
 
 

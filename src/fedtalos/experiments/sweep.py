@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Literal
 
+import torch
 from rich.console import Console
 
 from fedtalos.config import RunConfig
@@ -28,8 +29,7 @@ GIVEN = ("weights", "output_dir", "data_dir", "device", "precision", "threads", 
 
 
 def run(config: SweepConfig, console: Console, run_one: RunOne) -> list[Path]:
-    """Run the grid's runs that are not finished, one after another with ``run_one``; returns the table's and figures'
-    files.
+    """Run what is not finished, one by one with ``run_one``, then report; returns the table's and figures' files.
 
     A run that fails is noted, and its traceback kept; the others go on. Raises InputError before the first of them
     starts where any is not valid or was run with other options, and TrainingError at the end where any failed.
@@ -45,6 +45,8 @@ def run(config: SweepConfig, console: Console, run_one: RunOne) -> list[Path]:
         raise InputError(f"{folder.results} is a run, where the sweep's table is to be; move it away")
     states = {cell.name: state(cell, folder.results) for cell in cells}
     if config.dry_run:
+        if config.threads is not None:
+            torch.set_num_threads(config.threads)
         show_plan(chosen, states, console)
         return []
     to_do = [cell for cell in chosen if states[cell.name] != "finished"]
@@ -107,8 +109,8 @@ def state(cell: Cell, folder: Path) -> State:
                 old, new = (options.get(key, "its default") for options in (before, now))
                 raise InputError(
                     f"{cell.name} was run with {key} {old!r} of {run}, now the grid asks for {new!r}; "
-                    f"ask for what it was (flags included), or move {cell.paths.results} away, with what it left in "
-                    "checkpoints, masks and plots, to run it anew"
+                    "ask for what it was (flags included), take another --output_dir, or move the run away from "
+                    "results, checkpoints, masks and plots"
                 )
     return "finished" if cell.paths.finished else "unfinished"
 
