@@ -4,7 +4,7 @@ import ast
 from pathlib import Path
 
 SRC = Path(__file__).parents[1] / "src" / "fedtalos"
-GROUND = {"errors", "randomness", "metrics", "parameters", "files"}
+GROUND = {"errors", "randomness", "metrics", "parameters", "files", "interruption"}
 MAY_IMPORT = {
     "models": GROUND | {"models"},
     "data": GROUND | {"data"},
@@ -38,6 +38,8 @@ def test_experiments_do_not_import_each_other():
     shared, may_call_others = (
         {
             "runs",
+            "algorithms",
+            "personal",
             "preparation",
             "setup",
             "clients",
@@ -48,8 +50,12 @@ def test_experiments_do_not_import_each_other():
             "plots",
             "processes",
             "heads",
+            "grids",
+            "grid_plots",
+            "speeds",
+            "tables",
         },
-        {"demo", "sweep"},
+        {"demo", "sweep", "estimates"},
     )
     for path in (SRC / "experiments").glob("*.py"):
         siblings = {n.split(".")[1] for n in imports(path) if n.startswith("experiments.")} - shared

@@ -141,7 +141,7 @@ def test_of_very_many_clients_the_first_are_drawn(tmp_path: Path, monkeypatch: p
     run = make_run(tmp_path / "run")
     (run / "split.npz").write_bytes(npz(client=np.arange(many, dtype=np.uint32), label=np.zeros(many, np.uint8)))
     drawn = []
-    monkeypatch.setattr(figures, "png", lambda figure: drawn.append(figure) or b"")
+    monkeypatch.setattr("fedtalos.experiments.plots.png", lambda figure: drawn.append(figure) or b"")
     plot_split(run, tmp_path / "plots")
     (axes, _) = drawn[0].axes
     assert axes.images[0].get_array().shape == (3, figures.MOST_CLIENTS)

@@ -98,22 +98,29 @@ def from_file(path: Path, command: str) -> dict[str, Any]:
     return {key: value for key, value in values.items() if key in mine and key not in passed_over}
 
 
+def named_entry(what: str, name: str) -> tuple[dict[str, Any], str]:
+    """The entry ``name`` of the file of presets and grids, and how errors call it; ``what`` of both is looked for."""
+    path = PRESETS if PRESETS.exists() else Path(__file__).parents[2] / PRESETS
+    entries = read_yaml(path)
+    if name not in entries:
+        raise InputError(f"{what}: no {name!r} in {path}{nearest(name, entries) or '; it has ' + ', '.join(entries)}")
+    if not isinstance(entries[name], dict):
+        raise InputError(f"{what} {name!r} in {path}: expected 'option: value' lines, got {entries[name]!r}")
+    return dict(entries[name]), f"{what} {name!r} in {path}"
+
+
 def from_preset(name: str, command: str) -> dict[str, Any]:
     """The options of a named preset, which must be one for ``command``."""
-    path = PRESETS if PRESETS.exists() else Path(__file__).parents[2] / PRESETS
-    presets = read_yaml(path)
-    if name not in presets:
-        raise InputError(f"preset: no {name!r} in {path}{nearest(name, presets) or '; it has ' + ', '.join(presets)}")
-    if not isinstance(presets[name], dict):
-        raise InputError(f"preset {name!r} in {path}: expected 'option: value' lines, got {presets[name]!r}")
-    values = dict(presets[name])
+    values, source = named_entry("preset", name)
+    if "grid" in values:
+        raise InputError(f"preset {name!r} is a grid of many runs: `fedtalos sweep {name}` runs them")
     made_for = values.pop("command", None)
     if made_for not in RUN_CONFIGS:
-        raise InputError(f"preset {name!r} in {path}: expected command: {' | '.join(RUN_CONFIGS)}, got {made_for!r}")
+        raise InputError(f"{source}: expected command: {' | '.join(RUN_CONFIGS)}, got {made_for!r}")
     if made_for != command:
         raise InputError(f"preset {name!r} is for `{made_for}`, not for `{command}`")
     mine = groups(RUN_CONFIGS[command]).keys() - NOT_IN_FILES
     for key in values:
         if key not in mine:
-            raise InputError(f"preset {name!r} in {path}: unknown option {key!r}{nearest(str(key), mine)}")
+            raise InputError(f"{source}: unknown option {key!r}{nearest(str(key), mine)}")
     return values

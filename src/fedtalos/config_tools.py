@@ -39,11 +39,43 @@ class PlotConfig(Options):
     output_dir: Path = Field(Path(), description="holds results/ and plots/")
 
 
+class SweepConfig(Options):
+    """Run a named grid of runs, then write its table and figures; stopped, it goes on with the same command."""
+
+    command: ClassVar[str] = "sweep"
+
+    grid: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="GRID")] = Field(
+        description="entry of configs/experiment_configs.yaml"
+    )
+    dry_run: bool = Field(
+        False, description="list the runs and an estimate of their time, from measured steps; run none"
+    )
+    only: Annotated[str | None, unset("TEXT", "all")] = Field(
+        None, description="only runs with that in their name, and those that they need"
+    )
+    seeds: Annotated[tuple[int, ...] | None, unset("SEED [SEED ...]", "the grid's")] = Field(
+        None, description="instead of the grid's seeds (a block's own stay)"
+    )
+    weights: Annotated[str | None, unset("NAME|FILE", "the grid's")] = Field(
+        None, description="what runs start from that the grid does not start from another of its runs"
+    )
+    output_dir: Path = Field(Path(), description="holds results/ checkpoints/ masks/ plots/")
+    data_dir: Annotated[Path | None, unset("PATH", "the grid's")] = Field(None, description="where the data set is")
+    device: Literal["auto", "mps", "cuda", "cpu"] = Field("auto", description="auto: mps, then cuda, then cpu")
+    precision: Literal["auto", "fp32", "bf16"] = Field("auto", description="auto: bf16 where it is faster, measured")
+    threads: Annotated[int | None, unset("N", "all cores")] = Field(None, ge=1, description="CPU threads")
+    workers: int = Field(1, ge=1, description="processes that share a federated run's clients")
+
+
 class DemoConfig(Options):
     """Two minutes on embedded digits: pretrain, edit, federate dense and sparse."""
 
     command: ClassVar[str] = "demo"
 
+    run_name: Annotated[str | None, unset("NAME", "demo and time")] = Field(
+        None, description="first part of its runs' names"
+    )
+    resume: bool = Field(False, description="go on with --run_name, else with the newest unfinished demo")
     seed: int = Field(0, ge=0, description="source of every random draw")
     device: Literal["auto", "mps", "cuda", "cpu"] = Field("cpu", description="auto: mps, then cuda, then cpu")
     output_dir: Path = Field(Path(), description="holds results/ checkpoints/ masks/ plots/")
@@ -131,4 +163,4 @@ class MaskConfig:
     )
 
 
-OTHERS = (EvaluateConfig, PlotConfig, MaskConfig, DemoConfig, InfoConfig)
+OTHERS = (EvaluateConfig, PlotConfig, MaskConfig, SweepConfig, DemoConfig, InfoConfig)

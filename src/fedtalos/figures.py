@@ -1,10 +1,8 @@
-"""Figures from plain data: each function draws one matplotlib Figure, ``png`` turns it into a file's bytes.
+"""Figures of runs and masks from plain data: each function draws one matplotlib Figure.
 
-Lines have Okabe and Ito's colours, cells one blue from light to dark: both can be told apart by colour-blind eyes.
-Figures are made as objects: no pyplot, no global settings. Importing this module takes up to a second: import it late.
+Cells are one blue from light to dark. Importing this module takes up to a second: import it late.
 """
 
-import io
 import math
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
@@ -17,17 +15,13 @@ from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
 from matplotlib.lines import Line2D
-from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
+from fedtalos.figure_style import COLOURS, MOST_LINES, look, megabyte_axis, new_figure, plain, whole_numbers
 from fedtalos.masks import KINDS, DensityRow
 
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-MARKERS = ("o", "s", "^")  # the second and third seven runs take another marker
-MOST_RUNS = len(COLOURS) * len(MARKERS)
+MOST_RUNS = MOST_LINES
 MOST_CLIENTS = 200  # of more, the first: they are drawn alike, and a column of five pixels can still be seen
 
-_WIDTH = 8.0  # inches; 1280 pixels
-_DPI = 160
 _GREY = "#555555"
 _CELLS = LinearSegmentedColormap.from_list("blue", ["#C2DBED", "#0072B2", "#00263B"])
 _FEW = 25  # a line of at most so many points marks each of them
@@ -77,14 +71,14 @@ def curves(histories: Sequence[History]) -> Figure:
     """
     splits = ("train", "val", "test") if len(histories) <= 4 else ("val", "test")
     steps = sorted({history.step_name for history in histories}, reverse=True)
-    figure = _figure(3.4)
+    figure = new_figure(3.4)
     left, right = figure.subplots(1, 2)
     for axes, label, y in ((left, "accuracy (%)", _per_cent), (right, "cross-entropy (nats)", lambda row: row.loss)):
         for index, history in enumerate(histories):
             _draw_run(axes, history, index, splits, _step, y)
         axes.set(xlabel=" or ".join(steps), ylabel=label)
-        axes.xaxis.set_major_locator(_whole_numbers(8))
-        _plain(axes)
+        axes.xaxis.set_major_locator(whole_numbers(8))
+        plain(axes)
     _legend_of_splits(right)
     _title(figure, f"Accuracy and loss by {' or '.join(steps)}", histories)
     return figure
@@ -92,20 +86,14 @@ def curves(histories: Sequence[History]) -> Figure:
 
 def megabytes(histories: Sequence[History]) -> Figure:
     """Validation accuracy (%) against megabytes sent, test a marker at the end; log x where totals lie far apart."""
-    figure = _figure(3.8)
+    figure = new_figure(3.8)
     axes = figure.subplots()
     for index, history in enumerate(histories):
         _draw_run(axes, history, index, ("val", "test"), lambda row: row.megabytes, _per_cent)
     totals = [np.nanmax([row.megabytes for row in history.rows]) for history in histories]
-    if max(totals) > 4 * min(totals):
-        axes.set_xscale("log", nonpositive="mask")  # a round 0 that sent nothing has no place on it
-        axes.xaxis.set_major_locator(LogLocator(subs=(1, 3)))
-        axes.xaxis.set_minor_formatter(NullFormatter())
-    else:
-        axes.set_xlim(left=0)
+    megabyte_axis(axes, min(totals), max(totals))
     axes.set(xlabel="sent up and down, all clients (MB)", ylabel="accuracy (%)")
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.10g}"))
-    _plain(axes)
+    plain(axes)
     _legend_of_splits(axes)
     _title(figure, "Accuracy against megabytes sent", histories)
     return figure
@@ -114,12 +102,12 @@ def megabytes(histories: Sequence[History]) -> Figure:
 def clients(class_counts: npt.NDArray[np.int64], classes: Sequence[str], title: str) -> Figure:
     """Images of each class at each client, from counts (K, C); classes are named where there is room."""
     num_classes = len(classes)
-    figure = _figure(float(np.clip(1.2 + 0.22 * num_classes, 2.8, 5.0)))
+    figure = new_figure(float(np.clip(1.2 + 0.22 * num_classes, 2.8, 5.0)))
     axes = figure.subplots()
     counts = np.ma.masked_equal(class_counts.T, 0)
     image = axes.imshow(counts, cmap=_CELLS, vmin=0, aspect="auto", interpolation="nearest")
     axes.set(xlabel="client", ylabel="class")
-    axes.xaxis.set_major_locator(_whole_numbers(20 if len(class_counts) <= 20 else 10))
+    axes.xaxis.set_major_locator(whole_numbers(20 if len(class_counts) <= 20 else 10))
     if num_classes <= 20:
         axes.set_yticks(range(num_classes), labels=classes, parse_math=False)
     figure.colorbar(image, ax=axes, label="images (white: none)", pad=0.02)
@@ -134,7 +122,7 @@ def density(rows: Sequence[DensityRow], title: str) -> Figure:
     shares = np.full((len(blocks), len(kinds)), np.nan)
     for row in rows:
         shares[blocks.index(row.block), kinds.index(row.kind)] = 100 * row.density
-    figure = _figure(max(2.8, 1.3 + 0.3 * len(blocks)))
+    figure = new_figure(max(2.8, 1.3 + 0.3 * len(blocks)))
     axes = figure.subplots()
     image = axes.imshow(shares, cmap=_CELLS, vmin=0, vmax=max(1.0, np.nanmax(shares)), aspect="auto")
     axes.set_xticks(range(len(kinds)), labels=kinds)
@@ -148,7 +136,7 @@ def density(rows: Sequence[DensityRow], title: str) -> Figure:
 
 def iterations(report: Mapping[int, Sequence[DensityRow]], name: str) -> Figure:
     """Share of entries that may move after each iteration, by kind of tensor, from the iterations' density rows."""
-    figure = _figure(3.8)
+    figure = new_figure(3.8)
     axes = figure.subplots()
     numbers = [0, *report]
 
@@ -161,8 +149,8 @@ def iterations(report: Mapping[int, Sequence[DensityRow]], name: str) -> Figure:
         axes.plot(numbers, shares(kind), color=colour, marker="o", markersize=4, label=kind)
     axes.plot(numbers, shares(*kinds), color=_GREY, linestyle="--", linewidth=1, label="all")
     axes.set(xlabel="iteration", ylabel="entries that may move (%)", ylim=(0, None))
-    axes.xaxis.set_major_locator(_whole_numbers(10))
-    _plain(axes)
+    axes.xaxis.set_major_locator(whole_numbers(10))
+    plain(axes)
     figure.legend(loc="outside right center", frameon=False)
     axes.set_title(f"What each iteration lets move\n{name}", parse_math=False)
     return figure
@@ -170,7 +158,7 @@ def iterations(report: Mapping[int, Sequence[DensityRow]], name: str) -> Figure:
 
 def overlap(names: Sequence[str], shares: npt.NDArray[np.float64]) -> Figure:
     """Intersection over union of every two masks, from a matrix (M, M) of values 0 to 1."""
-    figure = _figure(1.6 + 0.45 * len(names))
+    figure = new_figure(1.6 + 0.45 * len(names))
     axes = figure.subplots()
     image = axes.imshow(shares, cmap=_CELLS, vmin=0, vmax=1, aspect="auto")
     numbers = [str(number) for number in range(1, len(names) + 1)]
@@ -184,34 +172,8 @@ def overlap(names: Sequence[str], shares: npt.NDArray[np.float64]) -> Figure:
     return figure
 
 
-def png(figure: Figure) -> bytes:
-    """The figure as PNG; equal figures give equal bytes."""
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", metadata={"Software": None})
-    return buffer.getvalue()
-
-
-def _figure(height: float) -> Figure:
-    return Figure(figsize=(_WIDTH, height), dpi=_DPI, layout="constrained")
-
-
-def _plain(axes: Axes) -> None:
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(color="#DDDDDD", linewidth=0.6)
-    axes.set_axisbelow(True)
-
-
-def _whole_numbers(most: int) -> MaxNLocator:
-    return MaxNLocator(most, integer=True, steps=[1, 2, 5, 10], min_n_ticks=1)
-
-
-def _look(index: int) -> tuple[str, str]:
-    """Colour and marker of the run at a place in the comparison."""
-    return COLOURS[index % len(COLOURS)], MARKERS[index // len(COLOURS)]
-
-
 def _draw_run(axes: Axes, history: History, index: int, splits: Sequence[str], x: Quantity, y: Quantity) -> None:
-    colour, marker = _look(index)
+    colour, marker = look(index)
     for split in splits:
         at, values = history.series(split, x, y)
         if not at:
@@ -246,7 +208,7 @@ def _title(figure: Figure, words: str, histories: Sequence[History]) -> None:
         figure.suptitle(f"{words}\n{labels[0]}", parse_math=False)
         return
     figure.suptitle(words)
-    looks = [_look(index) for index in range(len(histories))]
+    looks = [look(index) for index in range(len(histories))]
     handles = [
         Line2D([], [], color=colour, marker=marker if index >= len(COLOURS) else "")
         for index, (colour, marker) in enumerate(looks)

@@ -10,7 +10,7 @@ import torch
 from rich.console import Console
 from torch.optim import Optimizer
 
-from fedtalos.config import CentralizedConfig, FederatedConfig
+from fedtalos.config import AlgorithmOptions, CentralizedConfig, FederatedConfig
 from fedtalos.data.clients import Clients, Ids
 from fedtalos.display import Display
 from fedtalos.experiments.moving import optimizer_of
@@ -103,4 +103,5 @@ def linear_config(config: ConfigT) -> ConfigT:
     if isinstance(config, CentralizedConfig):
         return config.model_copy(update={**alike, "num_epochs": train.head_rounds})
     rounds = {"num_rounds": train.head_rounds, "clients_at_once": 1}  # stacks would compute features anew
-    return config.model_copy(update={**alike, "federation": config.federation.model_copy(update=rounds)})
+    federation = config.federation.model_copy(update=rounds)
+    return config.model_copy(update={**alike, "federation": federation, "algorithm": AlgorithmOptions()})

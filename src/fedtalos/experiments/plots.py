@@ -17,6 +17,7 @@ from fedtalos.data.clients import class_counts
 from fedtalos.errors import InputError
 from fedtalos.experiments.clients import read_split
 from fedtalos.experiments.runs import RunPaths, plain_name
+from fedtalos.figure_style import png
 from fedtalos.figures import History, Row
 from fedtalos.files import write_atomic
 from fedtalos.masks import DensityRow, density_table, load_mask, overlap
@@ -59,14 +60,14 @@ def plot_run(run_dir: Path, plots_dir: Path) -> list[Path]:
     curves.png always, clients.png where the run has a split.npz, megabytes.png where it sent bytes.
     Raises InputError where the folder is missing, is not a run's, or its records cannot be read.
     """
-    history = _read_history(run_dir)
+    history = read_history(run_dir)
     drawn = {"curves": figures.curves([history]), **_megabytes([history]), **_clients(run_dir)}
-    return _write(drawn, plots_dir)
+    return write_figures(drawn, plots_dir)
 
 
 def plot_split(run_dir: Path, plots_dir: Path) -> list[Path]:
     """Draw clients.png, who holds which classes, of a federated run; nothing for another run."""
-    return _write(_clients(run_dir), plots_dir)
+    return write_figures(_clients(run_dir), plots_dir)
 
 
 def plot_comparison(run_dirs: Sequence[Path], plots_dir: Path) -> list[Path]:
@@ -80,9 +81,9 @@ def plot_comparison(run_dirs: Sequence[Path], plots_dir: Path) -> list[Path]:
             f"runs to compare: expected 1 to {figures.MOST_RUNS}, which colours can tell apart, "
             f"got {len(run_dirs)}; choose which to show"
         )
-    histories = [_read_history(run_dir) for run_dir in run_dirs]
+    histories = [read_history(run_dir) for run_dir in run_dirs]
     _check_names("runs", [history.name for history in histories])
-    return _write({"curves": figures.curves(histories), **_megabytes(histories)}, plots_dir)
+    return write_figures({"curves": figures.curves(histories), **_megabytes(histories)}, plots_dir)
 
 
 def plot_masks(mask_paths: Sequence[Path], plots_dir: Path) -> list[Path]:
@@ -104,7 +105,7 @@ def plot_masks(mask_paths: Sequence[Path], plots_dir: Path) -> list[Path]:
     if len(masks) > 1:
         shares = np.array([[overlap(first, second) for first, _ in masks] for second, _ in masks])
         drawn["overlap"] = figures.overlap(names, shares)
-    return _write(drawn, plots_dir)
+    return write_figures(drawn, plots_dir)
 
 
 def plot_iterations(run_dir: Path, plots_dir: Path) -> list[Path]:
@@ -128,12 +129,12 @@ def plot_iterations(run_dir: Path, plots_dir: Path) -> list[Path]:
     if len(iterations) < 2:
         return []
     name = run_dir.resolve().name
-    return _write({f"{name}_iterations": figures.iterations(iterations, name)}, plots_dir)
+    return write_figures({f"{name}_iterations": figures.iterations(iterations, name)}, plots_dir)
 
 
-def _write(drawn: Mapping[str, Figure], plots_dir: Path) -> list[Path]:
+def write_figures(drawn: Mapping[str, Figure], plots_dir: Path) -> list[Path]:
     """Render all before the first file is written, so that an error leaves none."""
-    contents = {plots_dir / f"{name}.png": figures.png(figure) for name, figure in drawn.items()}
+    contents = {plots_dir / f"{name}.png": png(figure) for name, figure in drawn.items()}
     for path, content in contents.items():
         write_atomic(path, content)
     return list(contents)
@@ -155,7 +156,8 @@ def _megabytes(histories: Sequence[History]) -> dict[str, Figure]:
     return {"megabytes": figures.megabytes(sent)} if sent else {}
 
 
-def _read_history(run_dir: Path) -> History:
+def read_history(run_dir: Path) -> History:
+    """A run's metrics. InputError where they are missing, broken, or hold no accuracy yet."""
     path = run_dir / "metrics.csv"
     if not path.is_file():
         raise InputError(

@@ -1,0 +1,60 @@
+"""How all figures look: size, colours, plain axes, and PNG.
+
+Lines have Okabe and Ito's colours, which colour-blind eyes tell apart. Figures are made as objects: no pyplot, no
+global settings. Importing this module takes up to a second: import it late.
+"""
+
+import io
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
+
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+MARKERS = ("o", "s", "^")  # the second and third seven lines take another marker
+MOST_LINES = len(COLOURS) * len(MARKERS)
+
+_WIDTH = 8.0  # inches; 1280 pixels
+_DPI = 160
+
+
+def new_figure(height: float) -> Figure:
+    """Of all figures' width, ``height`` in inches."""
+    return Figure(figsize=(_WIDTH, height), dpi=_DPI, layout="constrained")
+
+
+def plain(axes: Axes) -> None:
+    """A light grid behind what is drawn, and no frame."""
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(color="#DDDDDD", linewidth=0.6)
+    axes.set_axisbelow(True)
+
+
+def look(index: int) -> tuple[str, str]:
+    """Colour and marker of the line at a place in the comparison."""
+    return COLOURS[index % len(COLOURS)], MARKERS[index // len(COLOURS)]
+
+
+def whole_numbers(most: int) -> MaxNLocator:
+    """At most so many ticks, on whole numbers."""
+    return MaxNLocator(most, integer=True, steps=[1, 2, 5, 10], min_n_ticks=1)
+
+
+def megabyte_axis(axes: Axes, smallest_total: float, largest_total: float, *, narrow: bool = False) -> None:
+    """x in plain megabytes, on a log scale where totals lie far apart; ``narrow`` axes have fewer ticks."""
+    if largest_total > 4 * smallest_total:
+        axes.set_xscale("log", nonpositive="mask")  # a round 0 that sent nothing has no place on it
+        axes.xaxis.set_major_locator(
+            LogLocator(subs=(1,) if narrow and largest_total > 30 * smallest_total else (1, 3))
+        )
+        axes.xaxis.set_minor_formatter(NullFormatter())
+    else:
+        axes.set_xlim(left=0)
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.10g}"))
+
+
+def png(figure: Figure) -> bytes:
+    """The figure as PNG; equal figures give equal bytes."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", metadata={"Software": None})
+    return buffer.getvalue()
