@@ -1,6 +1,7 @@
 """The real command line, on embedded digits: the identities that make a run trustworthy."""
 
 import csv
+import hashlib
 import os
 import shlex
 import signal
@@ -12,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from fedtalos.checkpoint import load_checkpoint
 from fedtalos.cli import main
@@ -324,3 +325,26 @@ def test_tensorboard_gets_the_figures():
     pytest.importorskip("tensorboard")
     main([*CENTRALIZED, "--run_name", "a", "--tracker", "tensorboard"])
     assert list(Path("results/a/tensorboard").glob("events.*"))
+
+
+def test_a_vit_with_registers_and_layer_scale_goes_through_every_command(capsys):
+    architecture = Architecture("micro", 8, 4, 10, registers=2, layer_scale=True, class_position=False)
+    save_file(VisionTransformer(architecture, torch_generator(0, "theirs")).state_dict(), "vit.safetensors")
+    shared = shlex.split("--dataset digits --eval_limit 40 --weights vit.safetensors --image_size 16")
+    main([*EDITING[:1], *shared, *EDITING[-4:], "--run_name", "m"])
+    mask, facts = load_mask(Path("masks/m.safetensors"))
+    assert not any(name.endswith(".gamma") for name in mask)
+    assert (facts.model["registers"], bool(facts.model["layer_scale"])) == (2, True)
+    train = [*FEDERATED[:1], *shared, *FEDERATED[len(SCRATCH) + 1 :], "--run_name", "f"]
+    main([*train, "--mask", "masks/m.safetensors"])
+    before, after = load_file("vit.safetensors"), tensors("f")
+    assert after["reg_token"].shape == (1, 2, 96)
+    moved = {name for name, tensor in before.items() if name != "pos_embed" and not torch.equal(tensor, after[name])}
+    assert moved <= {*mask, "head.weight", "head.bias"}
+    main(["evaluate", "f"])
+    origin = yaml.safe_load(Path("results/f/config.yaml").read_text())["made_by"]["weights"]
+    assert origin == {
+        "source": "vit.safetensors",
+        "sha256": hashlib.sha256(Path("vit.safetensors").read_bytes()).hexdigest(),
+    }
+    assert "test loss" in capsys.readouterr().out

@@ -4,7 +4,7 @@ import ast
 from pathlib import Path
 
 SRC = Path(__file__).parents[1] / "src" / "fedtalos"
-GROUND = {"errors", "randomness", "metrics", "parameters", "files"}
+GROUND = {"errors", "randomness", "metrics", "parameters", "files", "interruption"}
 MAY_IMPORT = {
     "models": GROUND | {"models"},
     "data": GROUND | {"data"},
@@ -38,6 +38,8 @@ def test_experiments_do_not_import_each_other():
     shared, may_call_others = (
         {
             "runs",
+            "algorithms",
+            "personal",
             "preparation",
             "setup",
             "clients",

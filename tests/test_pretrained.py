@@ -1,14 +1,10 @@
+import argparse
 import hashlib
-import http.server
 import json
 import os
 import pickle
-import subprocess
-import sys
-import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
-from typing import ClassVar
 
 import pytest
 import torch
@@ -18,7 +14,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from fedtalos.errors import InputError
-from fedtalos.models.pretrained import HALF, IMAGENET, load_into, read_weights, resample_position_embedding
+from fedtalos.models.pixels import HALF, IMAGENET
+from fedtalos.models.pretrained import load_into, read_weights, resample_position_embedding
 from fedtalos.models.vision_transformer import Architecture, VisionTransformer
 from fedtalos.randomness import torch_generator
 
@@ -60,8 +57,7 @@ def refused(path: Path, state: State) -> str:
 
 def test_a_saved_model_comes_back_bit_for_bit(file: Path, state: State) -> None:
     weights = read_weights(str(file), "large")
-    shape = (weights.size, weights.image_size, weights.patch_size, weights.num_classes)
-    assert shape == ("micro", 16, 4, 10)
+    assert weights.architecture == Architecture("micro", 16, 4, 10)
     assert weights.source == "vit.safetensors"
     assert weights.sha256 == hashlib.sha256(file.read_bytes()).hexdigest()
     ours = micro(source="ours")
@@ -93,11 +89,18 @@ def test_dinos_projection_is_left_out_of_a_teacher_only(tmp_path: Path, state: S
     dino = headless(state) | {"head.mlp.0.weight": torch.ones(2, 2), "head.last_layer.weight_v": torch.ones(2, 2)}
     torch.save({"teacher": dino}, path)
     weights = read_weights(str(path), "micro")
-    assert weights.num_classes == 0
+    assert weights.architecture.num_classes == 0
     assert same(weights.tensors, headless(state))
     torch.save(dino, path)
     with pytest.raises(InputError, match=r"2 unexpected \(head.mlp.0.weight, head.last_layer.weight_v\)"):
         load_into(micro(), read_weights(str(path), "micro"))
+
+
+def test_what_dino_and_dinov2_keep_beside_the_teacher_is_left_out(tmp_path: Path, state: State) -> None:
+    teacher = {f"backbone.{name}": tensor for name, tensor in headless(state).items()}
+    teacher |= {"dino_head.mlp.0.weight": torch.ones(2, 2), "backbone.mask_token": torch.ones(1, 96)}
+    torch.save({"teacher": teacher, "args": argparse.Namespace(arch="vit"), "epoch": 9}, tmp_path / "vit.pth")
+    assert same(read_weights(str(tmp_path / "vit.pth"), "micro").tensors, headless(state))
 
 
 def test_optimiser_state_beside_the_model_is_left_out(file: Path, state: State) -> None:
@@ -151,10 +154,10 @@ def test_resampling_keeps_the_class_token_constants_and_transposition(old: int, 
 
 def test_another_size_or_patch_is_refused_with_both_named(file: Path) -> None:
     weights = read_weights(str(file), "micro")
-    with pytest.raises(InputError, match=r"expected a ViT-micro/8, got a ViT-micro/4; give .* --patch_size 4"):
+    with pytest.raises(InputError, match=r"expected a ViT-micro/8, got a ViT-micro/4; give .* --patch_size"):
         load_into(micro(patch_size=8), weights)
     tiny = VisionTransformer(Architecture("tiny", 16, 4, 10), torch_generator(0, "ours"))
-    with pytest.raises(InputError, match=r"expected a ViT-tiny/4, got a ViT-micro/4; give --model_size micro"):
+    with pytest.raises(InputError, match=r"expected a ViT-tiny/4, got a ViT-micro/4; give --model_size"):
         load_into(tiny, weights)
 
 
@@ -162,7 +165,7 @@ def test_missing_unexpected_and_misshapen_tensors_are_counted_and_leave_the_mode
     file: Path, state: State
 ) -> None:
     broken = {name: tensor for name, tensor in state.items() if not name.startswith("blocks.3.mlp.")}
-    broken |= {"mask_token": torch.ones(1), "norm.bias": torch.ones(5)}
+    broken |= {"other_token": torch.ones(1), "norm.bias": torch.ones(5)}
     save_file(broken, file)
     ours = micro(source="ours")
     before = {name: tensor.clone() for name, tensor in ours.state_dict().items()}
@@ -171,7 +174,7 @@ def test_missing_unexpected_and_misshapen_tensors_are_counted_and_leave_the_mode
     assert "4 missing (blocks.3.mlp.fc1.weight, blocks.3.mlp.fc1.bias, blocks.3.mlp.fc2.weight, …)" in str(
         refusal.value
     )
-    assert "1 unexpected (mask_token)" in str(refusal.value)
+    assert "1 unexpected (other_token)" in str(refusal.value)
     assert "1 misshapen (norm.bias (5,) instead of (96,))" in str(refusal.value)
     assert same(ours.state_dict(), before)
 
@@ -179,9 +182,7 @@ def test_missing_unexpected_and_misshapen_tensors_are_counted_and_leave_the_mode
 @pytest.mark.parametrize(
     ("name", "words"),
     [
-        ("reg_token", "register tokens"),
-        ("register_tokens", "register tokens"),
-        ("blocks.0.ls1.gamma", "layer scale"),
+        ("blocks.0.mlp.w12.weight", "a gated MLP (SwiGLU)"),
         ("blocks.0.attn.q_norm.weight", "query and key norms"),
         ("norm_pre.weight", "a norm before the blocks"),
         ("fc_norm.weight", "fc_norm"),
@@ -201,7 +202,13 @@ def test_other_kinds_of_vit_are_refused_in_words(file: Path, state: State, name:
         ({"norm.bias": torch.full((96,), 1e300, dtype=torch.float64)}, "norm.bias holds NaN or infinity"),
         ({"norm.bias": torch.ones(96, dtype=torch.int8)}, "norm.bias is torch.int8"),
         ({"norm.bias": torch.ones(96).to(torch.float8_e4m3fn)}, "norm.bias is torch.float8_e4m3fn"),
-        ({"pos_embed": torch.ones(1, 16, 96)}, "(1, 16, 96)"),
+        ({"pos_embed": torch.ones(1, 16, 96)}, "expected a ViT-micro/4, got a ViT-micro/4 with no class position"),
+        ({"pos_embed": torch.ones(1, 18, 96)}, "(1, 18, 96)"),
+        ({"pos_embed": torch.ones(1, 1, 0)}, "(1, 1, 0)"),
+        ({"reg_token": torch.ones(1, 96)}, "no reg_token of 3 dimensions"),
+        ({"reg_token": torch.ones(1, 4, 96)}, "got a ViT-micro/4 with 4 registers"),
+        ({"blocks.0.ls1.gamma": torch.ones(96)}, "got a ViT-micro/4 with layer scale"),
+        ({"blocks.0.mlp.fc1.weight": torch.ones(768, 96)}, "a gated MLP (SwiGLU)"),
         ({"pos_embed": torch.ones(2, 17, 96)}, "(2, 17, 96)"),
         ({"pos_embed": torch.ones(17, 96)}, "no pos_embed of 3 dimensions"),
         ({"head.weight": torch.ones(())}, "no head.weight of 2 dimensions"),
@@ -277,6 +284,7 @@ PLAIN = {"mean": STATED[0], "std": STATED[1]}
         ("dino", {"architecture": "vit", "pretrained_cfg": PLAIN}, None, STATED),
         ("dino", None, {"pixels": json.dumps(PLAIN)}, STATED),
         ("dino", {"epoch": 3}, {"format": "pt"}, IMAGENET),
+        ("dino", {"image_mean": STATED[0], "image_std": STATED[1], "size": 224}, None, STATED),
     ],
 )
 def test_mean_and_std_are_the_files_own(
@@ -317,9 +325,11 @@ def test_unusable_mean_and_std_are_refused(file: Path, sidecar: str) -> None:
     [
         ("pretrained", "micro", "tiny, small, base, large, not for micro; give .* --weights none or FILE"),
         ("dino", "tiny", "small, base, not for tiny; give one of those as --model_size"),
-        ("pretraind", "tiny", "expected none, pretrained, dino, a timm model name"),
-        ("resnet50.a1_in1k", "tiny", "expected none, pretrained, dino, a timm model name"),
-        ("../vit_small", "tiny", "expected none, pretrained, dino, a timm model name"),
+        ("pretraind", "tiny", "expected none, pretrained, dino, a timm ViT's name"),
+        ("resnet50.a1_in1k", "tiny", "expected none, pretrained, dino, a timm ViT's name"),
+        ("../vit_small", "tiny", "expected none, pretrained, dino, a timm ViT's name"),
+        ("hf:owner", "tiny", "expected .* hf:OWNER/REPO"),
+        ("hf:owner/repo/config.json", "tiny", r"files end in \.safetensors"),
         ("not/there.safetensors", "tiny", "no such file"),
     ],
 )
@@ -328,87 +338,12 @@ def test_unknown_sources_are_refused_with_a_way_out(source: str, size: str, mess
         read_weights(source, size)
 
 
-class Hub(http.server.BaseHTTPRequestHandler):
-    """The two requests of a download, for one repository."""
-
-    files: ClassVar[dict[str, bytes]] = {}
-    revision = "0123456789abcdef0123456789abcdef01234567"
-
-    def do_HEAD(self) -> None:
-        content = self.files.get(self.path)
-        self.send_response(404 if content is None else 200)
-        if content is None:
-            self.send_header("X-Error-Code", "RepoNotFound")
-        self.send_header("ETag", f'"{hashlib.sha1(content or b"").hexdigest()}"')
-        self.send_header("X-Repo-Commit", self.revision)
-        self.send_header("Content-Length", str(len(content or b"")))
-        self.end_headers()
-
-    def do_GET(self) -> None:
-        self.do_HEAD()
-        self.wfile.write(self.files.get(self.path, b""))
-
-    def log_message(self, *_: object) -> None:
-        pass
-
-
-@pytest.fixture
-def hub(file: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[http.server.ThreadingHTTPServer]:
-    repo = "/timm/vit_tiny_patch16_224.augreg_in21k_ft_in1k/resolve"
-    config = json.dumps({"pretrained_cfg": PLAIN}).encode()
-    files = {f"{repo}/main/model.safetensors": file.read_bytes(), f"{repo}/{Hub.revision}/config.json": config}
-    monkeypatch.setattr(Hub, "files", files)
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub)
-    thread = threading.Thread(target=server.serve_forever)
-    thread.start()
-    yield server
-    server.shutdown()
-    thread.join()
-    server.server_close()
-
-
-READ_IN_A_FRESH_PROCESS = """
-import json, sys
-from fedtalos.errors import InputError
-from fedtalos.models.pretrained import read_weights
-said = []
-for source in sys.argv[1:]:
-    try:
-        weights = read_weights(source, "tiny")
-        said.append([weights.source, weights.sha256, weights.mean, weights.std])
-    except InputError as refusal:
-        said.append(str(refusal))
-json.dump(said, sys.stdout)
-"""
-
-
-def test_the_hub_is_asked_once_then_its_cache(hub: http.server.ThreadingHTTPServer, file: Path, tmp_path: Path) -> None:
-    def read(*sources: str, **more: str) -> list[object]:
-        """In a process of its own: huggingface_hub reads its environment once, on import."""
-        environment = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "HUGGING"))}
-        endpoint = f"http://127.0.0.1:{hub.server_port}"
-        environment |= {"HF_ENDPOINT": endpoint, "HF_HOME": str(tmp_path), "NO_PROXY": "127.0.0.1"} | more
-        command = [sys.executable, "-c", READ_IN_A_FRESH_PROCESS, *sources]
-        return json.loads(subprocess.run(command, env=environment, check=True, capture_output=True, timeout=60).stdout)
-
-    fetched, unknown = read("pretrained", "vit_unknown")
-    source = f"hub:timm/vit_tiny_patch16_224.augreg_in21k_ft_in1k@{Hub.revision}"
-    assert fetched == [source, hashlib.sha256(file.read_bytes()).hexdigest(), *map(list, STATED)]
-    assert str(unknown).startswith("--weights: timm/vit_unknown could not be fetched from http://127.0.0.1")
-    assert str(unknown).endswith("give --weights FILE or none")
-    Hub.files.clear()
-    cached, offline = read("pretrained", "vit_unknown", HF_HUB_OFFLINE="1")
-    assert cached == fetched
-    assert "timm/vit_unknown could not be fetched" in str(offline)
-
-
 @pytest.mark.slow
 def test_the_real_vit_tiny_is_recognised() -> None:
     path = os.environ.get("FEDTALOS_WEIGHTS")
     if path is None:
         pytest.skip("needs real weights: set FEDTALOS_WEIGHTS to an ImageNet ViT-Ti/16 file")
     weights = read_weights(path, "small")
-    shape = (weights.size, weights.patch_size, weights.image_size, weights.num_classes)
-    assert shape == ("tiny", 16, 224, 1000)
+    assert weights.architecture == Architecture("tiny", 224, 16, 1000)
     model = VisionTransformer(Architecture("tiny", 96, 16, 100), torch_generator(0, "ours"))
     assert load_into(model, weights) == ["head.weight", "head.bias"]

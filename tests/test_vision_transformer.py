@@ -1,17 +1,19 @@
 import json
 import os
 import warnings
+from dataclasses import replace
 
 import pytest
 import torch
 import torch.nn.functional as F
-from golden.make_vit_golden import CLASSES, GOLDEN, IMAGE_SIZES, PATCH, images, noise, written_out_weights
+from golden.make_vit_golden import CLASSES, GOLDEN, IMAGE_SIZES, PATCH, VARIANTS, images, noise, written_out_weights
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from fedtalos.errors import InputError
-from fedtalos.models.pretrained import HALF, Weights, load_into, read_weights
+from fedtalos.models.pixels import HALF
+from fedtalos.models.pretrained import Weights, load_into, read_weights
 from fedtalos.models.vision_transformer import (
     WIDTH_DEPTH_HEADS,
     Architecture,
@@ -22,17 +24,22 @@ from fedtalos.models.vision_transformer import (
 from fedtalos.randomness import torch_generator
 from fedtalos.training.local import autocast
 
+REGISTERS = {"registers": 4, "layer_scale": True, "class_position": False}
+OURS = {"plain": {}, "DINOv2": {"layer_scale": True}, "DINOv2 with registers": REGISTERS}
+"""What the golden variants are called here."""
 
-def written_out(size: str, image_size: int, patch_size: int) -> Weights:
+
+def written_out(size: str, image_size: int, patch_size: int, **variant: int) -> Weights:
     """The golden formula's weights for any architecture."""
-    model = VisionTransformer(Architecture(size, image_size, patch_size, CLASSES), torch_generator(0, "test"))
+    architecture = Architecture(size, image_size, patch_size, CLASSES, **variant)
+    model = VisionTransformer(architecture, torch_generator(0, "test"))
     tensors = written_out_weights({name: p.shape for name, p in model.named_parameters()})
-    return Weights(tensors, image_size, patch_size, CLASSES, size, *HALF, source="formula", sha256="")
+    return Weights(tensors, model.architecture, *HALF, source="formula", sha256="")
 
 
 @torch.no_grad()
 def our_logits(weights: Weights, image_size: int) -> Tensor:
-    architecture = Architecture(weights.size, image_size, weights.patch_size, weights.num_classes)
+    architecture = replace(weights.architecture, image_size=image_size)
     model = VisionTransformer(architecture, torch_generator(0, "test")).eval()
     assert load_into(model, weights) == []
     return model(images(image_size))
@@ -47,34 +54,44 @@ def timms_logits(weights: Weights, image_size: int) -> Tensor:
             from timm.models.vision_transformer import VisionTransformer as TimmsVisionTransformer
     except (ImportError, RuntimeError) as error:  # RuntimeError: a torchvision built for another torch
         pytest.skip(f"timm cannot be imported here ({error}); its golden output is tested always")
-    dim, depth, heads = WIDTH_DEPTH_HEADS[weights.size]
-    shape = {"embed_dim": dim, "depth": depth, "num_heads": heads, "num_classes": weights.num_classes}
-    model = TimmsVisionTransformer(weights.image_size, weights.patch_size, **shape).eval()
+    theirs = weights.architecture
+    dim, depth, heads = WIDTH_DEPTH_HEADS[theirs.size]
+    shape = {"embed_dim": dim, "depth": depth, "num_heads": heads, "num_classes": theirs.num_classes}
+    shape |= {"reg_tokens": theirs.registers, "no_embed_class": not theirs.class_position}
+    shape |= {"init_values": 1e-5 if theirs.layer_scale else None}
+    model = TimmsVisionTransformer(theirs.image_size, theirs.patch_size, **shape).eval()
     model.load_state_dict(weights.tensors)
     model.set_input_size(img_size=(image_size, image_size))
     return model(images(image_size))
 
 
+@pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("image_size", IMAGE_SIZES)
-def test_logits_equal_timms_golden_ones(image_size: int) -> None:
-    golden = torch.tensor(json.loads(GOLDEN.read_text())["logits"][str(image_size)])
-    ours = our_logits(written_out("micro", IMAGE_SIZES[0], PATCH), image_size)
+def test_logits_equal_timms_golden_ones(variant: str, image_size: int) -> None:
+    golden = torch.tensor(json.loads(GOLDEN.read_text())["logits"][variant][str(image_size)])
+    ours = our_logits(written_out("micro", IMAGE_SIZES[0], PATCH, **OURS[variant]), image_size)
     torch.testing.assert_close(ours, golden, atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize(
-    ("size", "trained_at", "patch_size", "image_size"),
+    ("size", "trained_at", "patch_size", "image_size", "variant"),
     [
-        ("micro", 32, 4, 32),
-        ("micro", 28, 7, 28),
-        ("micro", 32, 4, 20),
-        ("tiny", 64, 16, 64),
-        ("tiny", 64, 16, 96),
-        ("small", 64, 16, 48),
+        ("micro", 32, 4, 32, {}),
+        ("micro", 28, 7, 28, {}),
+        ("micro", 32, 4, 20, {}),
+        ("tiny", 64, 16, 64, {}),
+        ("tiny", 64, 16, 96, {}),
+        ("small", 64, 16, 48, {}),
+        ("small", 64, 8, 48, {}),
+        ("small", 56, 14, 84, {"layer_scale": True}),
+        ("small", 56, 14, 84, REGISTERS),
+        ("small", 56, 14, 56, {"layer_scale": True, "class_position": False}),
     ],
 )
-def test_logits_equal_timms(size: str, trained_at: int, patch_size: int, image_size: int) -> None:
-    weights = written_out(size, trained_at, patch_size)
+def test_logits_equal_timms(
+    size: str, trained_at: int, patch_size: int, image_size: int, variant: dict[str, int]
+) -> None:
+    weights = written_out(size, trained_at, patch_size, **variant)
     expected = timms_logits(weights, image_size)
     torch.testing.assert_close(our_logits(weights, image_size), expected, atol=1e-5, rtol=0)
 
@@ -159,8 +176,9 @@ def test_fresh_weights_have_the_deviations_they_are_drawn_with() -> None:
         (("huge", 32, 4, 10), "model size"),
         (("micro", 30, 4, 10), "not a multiple"),
         (("micro", 2, 4, 10), "not a multiple"),
+        (("small", 224, 15, 10), "not a multiple"),
         (("micro", 32, 0, 10), "not a multiple"),
-        (("micro", 32, 4, 0), "at least 1"),
+        (("micro", 32, 4, -1), "at least 0"),
     ],
 )
 def test_impossible_architectures_are_refused(architecture: tuple[str, int, int, int], message: str) -> None:

@@ -20,6 +20,7 @@ from torch import nn
 from fedtalos.masks import load_mask
 from fedtalos.metrics import Metrics
 from fedtalos.parameters import Entries
+from fedtalos.training.drift import Exchange
 from fedtalos.training.editing import eligible_entries
 from fedtalos.training.fedavg import TrainClients, fedavg, one_by_one
 from fedtalos.training.local import freeze_all_but, make_optimizer, train
@@ -47,7 +48,7 @@ def main(options: Options) -> None:
         model, entries, train_clients = prepare(options)
         if others:
             meet(options, 0, folder)
-            train_clients = Leader(model, entries).spread(train_clients)
+            train_clients = Leader(model, entries).spread(train_clients, Exchange())
         sizes = np.array([client_size(settings, client) for client in range(settings.clients)])
         fraction = settings.sampled / settings.clients
         meter.mark()
@@ -63,7 +64,7 @@ def main(options: Options) -> None:
 def follow(options: Options, rank: int, folder: str) -> None:
     model, entries, train_clients = prepare(options)
     meet(options, rank, folder)
-    serve(model, entries, train_clients, no_evaluation)
+    serve(model, entries, train_clients, no_evaluation, Exchange())
 
 
 def no_evaluation(*_: object) -> list[Metrics]:

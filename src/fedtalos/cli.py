@@ -12,6 +12,7 @@ import tyro
 import yaml
 from rich.console import Console
 
+from fedtalos import interruption
 from fedtalos.config import RUN_CONFIGS, CentralizedConfig, EditingConfig, FederatedConfig, RunConfig
 from fedtalos.config_checks import check_together
 from fedtalos.config_files import from_file, from_preset, nearest, override
@@ -26,7 +27,8 @@ from fedtalos.config_tools import (
     SweepConfig,
 )
 from fedtalos.errors import InputError
-from fedtalos.experiments.runs import choose_run, run_to_resume
+from fedtalos.experiments.runs import choose_run, claimed, run_to_resume
+from fedtalos.interruption import Interrupted
 from fedtalos.recorder import require_tracker
 from fedtalos.training.local import TrainingError
 
@@ -34,11 +36,15 @@ AnyConfig = RunConfig | EvaluateConfig | PlotConfig | MaskConfig | SweepConfig |
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run one command; exits with 0, 2 for bad input, 1 where training failed, 130 on Ctrl-C, 141 on a closed pipe."""
+    """Run one command; exits with 0, 2 for bad input, 1 where training failed, 141 on a closed pipe.
+
+    130 on Ctrl-C and 143 on SIGTERM, when what is done has been saved.
+    """
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     errors = Console(stderr=True)
     try:
-        dispatch(parse(arguments), Console())
+        with interruption.handled():
+            dispatch(parse(arguments), Console())
     except InputError as error:
         say(errors, f"fedtalos: {error}")
         sys.exit(2)
@@ -51,7 +57,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except TrainingError as error:
         say(errors, f"fedtalos: {error}")
         sys.exit(1)
-    except KeyboardInterrupt:
+    except Interrupted as error:
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:  # asked twice
         sys.exit(130)
 
 
@@ -108,7 +116,8 @@ def defaults(command: str, arguments: list[str]) -> RunConfig:
         said = {key: value for _, values in layers for key, value in values.items()}
         root = Path(chosen.output_dir or said.get("output_dir", "."))
         paths = run_to_resume(root, chosen.run_name or said.get("run_name"), command)
-        layers.insert(0, (str(paths.config), {**from_file(paths.config, command), "run_name": paths.name}))
+        if paths is not None:
+            layers.insert(0, (str(paths.config), {**from_file(paths.config, command), "run_name": paths.name}))
     config = RUN_CONFIGS[command]()
     for source, values in layers:
         config = override(config, values, source)
@@ -165,23 +174,25 @@ def run_experiment(config: RunConfig, console: Console) -> None:
     if paths.finished:
         say(console, f"{paths.name} is finished already: {paths.results / 'summary.yaml'}")
         return
-    say(console, f"{config.command}: run {paths.name}")
+    how = "goes on" if paths.started else "begins"
+    say(console, f"{config.command}: run {paths.name} {how}")
     try:
-        match config:
-            case CentralizedConfig():
-                summary = centralized.run(config, paths, console)
-            case FederatedConfig():
-                summary = federated.run(config, paths, console)
-            case EditingConfig():
-                summary = editing.run(config, paths, console)
-    except KeyboardInterrupt:
+        with claimed(paths):
+            match config:
+                case CentralizedConfig():
+                    summary = centralized.run(config, paths, console)
+                case FederatedConfig():
+                    summary = federated.run(config, paths, console)
+                case EditingConfig():
+                    summary = editing.run(config, paths, console)
+            if isinstance(config, EditingConfig):
+                drawn = plots.plot_masks([paths.mask], paths.plots) + plots.plot_iterations(paths.results, paths.plots)
+            else:
+                drawn = plots.plot_run(paths.results, paths.plots)
+    except (Interrupted, KeyboardInterrupt):
         place = "" if paths.root == Path() else f" --output_dir {paths.root}"
         say(console, f"stopped; fedtalos {config.command} --resume --run_name {paths.name}{place} goes on")
         raise
-    if isinstance(config, EditingConfig):
-        drawn = plots.plot_masks([paths.mask], paths.plots) + plots.plot_iterations(paths.results, paths.plots)
-    else:
-        drawn = plots.plot_run(paths.results, paths.plots)
     say(console, yaml.safe_dump(summary, sort_keys=False).rstrip())
     for path in [paths.results, paths.checkpoints, *drawn]:
         say(console, str(path))

@@ -25,6 +25,9 @@ from fedtalos.models.vision_transformer import ModelSize
 from fedtalos.training.editing import Criterion, Eligible, Granularity
 from fedtalos.training.fisher import FisherMode
 
+Algorithm = Literal["fedavg", "fedprox", "fedavgm", "fedadagrad", "fedadam", "fedyogi", "scaffold", "fednova"]
+ADAPTIVE: tuple[Algorithm, ...] = ("fedadagrad", "fedadam", "fedyogi")
+ADJUST_GRADIENTS: tuple[Algorithm, ...] = ("fedprox", "scaffold")
 LOOKS_AT_IMAGES: tuple[Criterion, ...] = ("least_sensitive", "most_sensitive")
 
 
@@ -114,7 +117,11 @@ class ModelOptions(Options):
     model_size: Annotated[ModelSize | None, unset("{micro,tiny,small,base,large}", "as the weights; small")] = Field(
         None, description="parameters: 0.7, 5.7, 22, 86, 303 million"
     )
-    weights: str = Field("pretrained", description="none, pretrained, dino, a timm model NAME, a FILE or a checkpoint")
+    weights: str = Field(
+        "pretrained",
+        description="none, pretrained, dino, a timm ViT's NAME, hf:OWNER/REPO[/FILE], a FILE, a checkpoint, or "
+        "timm:NAME or torch:NAME (docs/backbones.md)",
+    )
     image_size: Annotated[int | None, unset("PX", "as the weights had; 32 for none")] = Field(
         None, ge=1, description="pixels a side"
     )
@@ -139,8 +146,8 @@ class TrainOptions(Options):
     head_rounds: Annotated[int | None, unset("N", "100 rounds, 10 epochs")] = Field(
         None, ge=1, description="of head linear: rounds, or epochs in centralized, of the head alone before the run"
     )
-    head_learning_rate: Annotated[float | None, unset("FLOAT", "3e-3")] = Field(
-        None, gt=0, description="of head linear: its peak (adamw, on the schedule of the run)"
+    head_learning_rate: Annotated[float | None, unset("FLOAT", "0.1")] = Field(
+        None, gt=0, description="of head linear: its peak (sgd, on the schedule of the run)"
     )
     mask: Annotated[Path | None, unset("FILE", "none")] = Field(
         None, description="only its True entries move (and a new head)"
@@ -191,6 +198,31 @@ class FederationOptions(Options):
     )
     workers: int = Field(
         1, ge=1, description="processes that share a round's clients, each with its part of the cores, or a GPU"
+    )
+
+
+class AlgorithmOptions(Options):
+    """What clients and server do, where it is more than FedAvg."""
+
+    algorithm: Algorithm = Field("fedavg", description="docs/method.md has their formulas")
+    prox_mu: float = Field(0.01, ge=0, description="of fedprox: pull of a client towards the global values")
+    server_learning_rate: Annotated[float | None, unset("FLOAT", "1; of the adaptive ones 1e-3")] = Field(
+        None, gt=0, description="of fedavgm, scaffold and the adaptive ones: fedadagrad, fedadam, fedyogi"
+    )
+    server_momentum: Annotated[float | None, unset("FLOAT", "0.9; of fedadagrad 0")] = Field(
+        None, ge=0, lt=1, description="of fedavgm; beta1 of the adaptive ones"
+    )
+    server_beta2: float = Field(0.99, ge=0, lt=1, description="of fedadam and fedyogi: memory of squared updates")
+    server_tau: float = Field(1e-3, gt=0, description="of the adaptive ones: updates far below it are not scaled up")
+
+
+class PersonalOptions(Options):
+    """How each client fares with the final model, at the end."""
+
+    client_evaluation: bool = Field(False, description="test accuracy by client, weighted by the classes it holds")
+    personalise_steps: int = Field(0, ge=0, description="fine-tune for each client so many steps, and test again")
+    personalise_clients: Annotated[int | None, unset("M", "all")] = Field(
+        None, ge=1, description="personalise for only so many clients, drawn"
     )
 
 
@@ -256,6 +288,8 @@ class FederatedConfig(Config):
     train: TrainOptions = TrainOptions()
     split: SplitOptions = SplitOptions()
     federation: FederationOptions = FederationOptions()
+    algorithm: AlgorithmOptions = AlgorithmOptions()
+    personal: PersonalOptions = PersonalOptions()
 
 
 class EditingConfig(Config):

@@ -1,7 +1,26 @@
 """Options that contradict each other, found before anything is loaded."""
 
-from fedtalos.config import LOOKS_AT_IMAGES, CentralizedConfig, EditingConfig, EditingOptions, RunConfig
+from fedtalos.config import (
+    ADAPTIVE,
+    ADJUST_GRADIENTS,
+    LOOKS_AT_IMAGES,
+    Algorithm,
+    AlgorithmOptions,
+    CentralizedConfig,
+    EditingConfig,
+    EditingOptions,
+    FederatedConfig,
+    RunConfig,
+)
 from fedtalos.errors import InputError
+
+USED_BY: dict[str, tuple[Algorithm, ...]] = {
+    "prox_mu": ("fedprox",),
+    "server_learning_rate": ("fedavgm", "scaffold", *ADAPTIVE),
+    "server_momentum": ("fedavgm", *ADAPTIVE),
+    "server_beta2": ("fedadam", "fedyogi"),
+    "server_tau": ADAPTIVE,
+}
 
 
 def check_together(config: RunConfig) -> None:
@@ -14,6 +33,8 @@ def check_together(config: RunConfig) -> None:
             asked = f"--calibration_clients {config.editing.calibration_clients}"
             raise InputError(f"{asked}: there are only {config.split.num_clients} clients; ask for fewer")
         return
+    if isinstance(config, FederatedConfig):
+        _check_federated(config)
     total = config.num_epochs if isinstance(config, CentralizedConfig) else config.federation.num_rounds
     if config.train.warmup >= total:
         raise InputError(f"--warmup {config.train.warmup}: must be below the {total} epochs or rounds of the run")
@@ -26,6 +47,25 @@ def check_together(config: RunConfig) -> None:
         raise InputError("--mask_mode prune: prunes by a mask; give --mask FILE too")
     if config.train.mask is not None and config.train.trainable != "all":
         raise InputError(f"--trainable {config.train.trainable} and --mask both say what may move; give one of them")
+
+
+def _check_federated(config: FederatedConfig) -> None:
+    options, personal = config.algorithm, config.personal
+    for knob, users in USED_BY.items():
+        value = getattr(options, knob)
+        if options.algorithm not in users and value != AlgorithmOptions.model_fields[knob].default:
+            raise InputError(f"--{knob} {value:g}: is of --algorithm {' or '.join(users)}; leave it out, or choose one")
+    if options.algorithm in ADJUST_GRADIENTS and (config.federation.clients_at_once or 1) > 1:
+        raise InputError(
+            f"--clients_at_once {config.federation.clients_at_once}: {options.algorithm} adjusts gradients client by "
+            "client; leave it out, or take --workers"
+        )
+    if personal.personalise_clients is not None:
+        asked = f"--personalise_clients {personal.personalise_clients}"
+        if personal.personalise_steps == 0:
+            raise InputError(f"{asked}: says for how many clients; give --personalise_steps too")
+        if personal.personalise_clients > config.split.num_clients:
+            raise InputError(f"{asked}: there are only {config.split.num_clients} clients; ask for fewer")
 
 
 def _check_editing(options: EditingOptions) -> None:

@@ -72,6 +72,10 @@ class DemoConfig(Options):
 
     command: ClassVar[str] = "demo"
 
+    run_name: Annotated[str | None, unset("NAME", "demo and time")] = Field(
+        None, description="first part of its runs' names"
+    )
+    resume: bool = Field(False, description="go on with --run_name, else with the newest unfinished demo")
     seed: int = Field(0, ge=0, description="source of every random draw")
     device: Literal["auto", "mps", "cuda", "cpu"] = Field("cpu", description="auto: mps, then cuda, then cpu")
     output_dir: Path = Field(Path(), description="holds results/ checkpoints/ masks/ plots/")

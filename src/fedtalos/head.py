@@ -10,25 +10,25 @@ from torch import Tensor
 
 from fedtalos.errors import InputError
 from fedtalos.files import write_atomic
-from fedtalos.models.vision_transformer import VisionTransformer
+from fedtalos.models.backbone import Backbone
 
 HEADS = ("weights", "random", "ridge", "ncm", "linear")  # what --head takes beside auto and a file
 
 
-def set_head(model: VisionTransformer, weight: Tensor, bias: Tensor) -> None:
+def set_head(model: Backbone, weight: Tensor, bias: Tensor) -> None:
     """Put weight (C, D) and bias (C,) into the model's head."""
     with torch.no_grad():
         model.head.weight.copy_(weight)
         model.head.bias.copy_(bias)
 
 
-def save_head(path: Path, model: VisionTransformer) -> None:
+def save_head(path: Path, model: Backbone) -> None:
     """Write the model's head to a file that --head takes."""
     tensors = {f"head.{name}": tensor.detach().cpu() for name, tensor in model.head.named_parameters()}
     write_atomic(path, save_safetensors(tensors))
 
 
-def read_head(path: Path, model: VisionTransformer) -> tuple[Tensor, Tensor]:
+def read_head(path: Path, model: Backbone) -> tuple[Tensor, Tensor]:
     """weight (C, D) and bias (C,) of a head file; InputError where it is missing, broken or does not fit."""
     try:
         tensors = load_safetensors(path.read_bytes())

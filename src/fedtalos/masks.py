@@ -3,6 +3,7 @@
 import hashlib
 import json
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,7 +28,7 @@ Mask = dict[str, Tensor]
 JoinRule = Literal["union", "intersection", "majority", "vote"]
 
 FORMAT = 2
-KINDS = ("q", "k", "v", "proj", "fc1", "fc2", "norms", "biases")
+KINDS = ("q", "k", "v", "proj", "fc1", "fc2", "linear", "conv", "norms", "biases")
 _HEADER = "fedtalos_mask"
 
 
@@ -138,7 +139,7 @@ def origin_differs(headers: Sequence[MaskFacts]) -> str:
     origins = [{**facts.model, "weights": facts.weights} for facts in headers]
     found = {
         what: list(dict.fromkeys(str(origin.get(what)) for origin in origins))
-        for what in ("size", "patch_size", "weights")
+        for what in ("name", "size", "patch_size", "weights")
     }
     return "; ".join(f"{what} {' / '.join(values)}" for what, values in found.items() if len(values) > 1)
 
@@ -169,19 +170,41 @@ class DensityRow:
 def density_table(mask: Mask, eligible_in: Eligible) -> list[DensityRow]:
     """Density per block and kind (q, k, v, proj, fc1, fc2: weights; norms: both; biases: of the linear layers).
 
-    Only eligible entries count, and kinds that have some.
+    Only eligible entries count, and kinds that have some. Of a foreign model: linear, conv, norms and biases, and as
+    blocks, in their order, what shares a name up to the last number in it.
     """
     eligible = eligible_masks({name: tensor.shape for name, tensor in mask.items()}, eligible_in)
     totals: dict[tuple[int, str], list[int]] = {}
+    units: dict[str, int] = {}
     for name, tensor in mask.items():
-        _, block, layer = name.split(".", 2)
+        ours = name.startswith("blocks.")
+        block = int(name.split(".")[1]) if ours else units.setdefault(_unit(name), len(units))
+        kind = _kind(name) if ours else _foreign_kind(name, mask)
         for part, chosen in parts(name, tensor).items():
-            whole = "norms" if layer.startswith("norm") else "biases" if layer.endswith(".bias") else ""
-            row = totals.setdefault((int(block), whole or part or layer.split(".")[1]), [0, 0])
+            row = totals.setdefault((block, kind if kind in ("norms", "biases") else part or kind), [0, 0])
             row[0] += int(chosen.sum())
             row[1] += int(parts(name, eligible[name])[part].sum())
     ordered = sorted(totals, key=lambda key: (key[0], KINDS.index(key[1])))
     return [DensityRow(block, kind, *totals[block, kind]) for block, kind in ordered if totals[block, kind][1]]
+
+
+def _kind(name: str) -> str:
+    """Of blocks.N.norm1.weight, blocks.N.mlp.fc1.weight and the like."""
+    layer = name.split(".", 2)[2]
+    return "norms" if layer.startswith("norm") else "biases" if layer.endswith(".bias") else layer.split(".")[1]
+
+
+def _foreign_kind(name: str, mask: Mask) -> str:
+    weight = mask.get(name.removesuffix("bias") + "weight") if name.endswith(".bias") else mask[name]
+    if weight is not None and weight.dim() == 1:
+        return "norms"
+    return "biases" if name.endswith(".bias") else "conv" if mask[name].dim() == 4 else "linear"
+
+
+def _unit(name: str) -> str:
+    """A layer's path up to its last number but its own: net.stages.1.blocks.2 of net.stages.1.blocks.2.mlp.fc1.bias."""
+    found = re.match(r".*\d(?=\.)", name.rsplit(".", 2)[0] + ".")
+    return found[0] if found else ""
 
 
 def overlap(first: Mask, second: Mask) -> float:

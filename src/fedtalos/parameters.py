@@ -102,16 +102,22 @@ class Values:
         self.parts = [piece.view_as(tensor) for piece, tensor in zip(pieces, like, strict=True)]
 
 
-def clip_gradients(parameters: Mapping[str, nn.Parameter], entries: Entries, max_norm: float) -> Tensor:
-    """Scale gradients so that the 2-norm over the chosen entries is at most ``max_norm``; returns the norm found, ().
-
-    Entries that may not move do not count (torch.nn.utils.clip_grad_norm_ would count them).
-    """
+def gradients_of(parameters: Mapping[str, nn.Parameter], entries: Entries) -> dict[str, Tensor]:
+    """The whole gradients of the tensors that hold chosen entries."""
     gradients: dict[str, Tensor] = {}
     for name in entries.masks:
         gradient = parameters[name].grad
         assert gradient is not None, f"{name} has no gradient"
         gradients[name] = gradient
+    return gradients
+
+
+def clip_gradients(parameters: Mapping[str, nn.Parameter], entries: Entries, max_norm: float) -> Tensor:
+    """Scale gradients so that the 2-norm over the chosen entries is at most ``max_norm``; returns the norm found, ().
+
+    Entries that may not move do not count (torch.nn.utils.clip_grad_norm_ would count them).
+    """
+    gradients = gradients_of(parameters, entries)
     norm = nn.utils.get_total_norm(entries.parts(gradients))
     nn.utils.clip_grads_with_norm_([parameters[name] for name in gradients], max_norm, norm)
     return norm

@@ -152,6 +152,8 @@ class Recorder:
         row = [step, split, *figures, rate, bytes_down, bytes_up, f"{self.seconds:.2f}"]
         with self._path.open("a", encoding="utf-8") as file:
             file.write(_csv([row]))
+            file.flush()
+            os.fsync(file.fileno())
         logged = {f"{split}/loss": metrics.loss, f"{split}/accuracy": metrics.accuracy, "seconds": self.seconds}
         logged |= {} if learning_rate is None else {"learning_rate": learning_rate}
         logged |= {"bytes_down": bytes_down, "bytes_up": bytes_up} if bytes_down else {}

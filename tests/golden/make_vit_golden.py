@@ -7,12 +7,18 @@ import json
 import zlib
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 GOLDEN = Path(__file__).with_name("vit_micro.json")
 CLASSES, PATCH = 10, 4
+VARIANTS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "DINOv2": {"init_values": 1e-5},
+    "DINOv2 with registers": {"init_values": 1e-5, "reg_tokens": 4, "no_embed_class": True},
+}
 IMAGE_SIZES = (32, 24, 48)  # the weights' own, then smaller and larger: the position embedding is resampled
 
 
@@ -54,17 +60,23 @@ def main() -> None:
     import timm
     from timm.models.vision_transformer import VisionTransformer
 
-    model = VisionTransformer(
-        img_size=IMAGE_SIZES[0], patch_size=PATCH, embed_dim=96, depth=6, num_heads=3, num_classes=CLASSES
-    ).eval()
-    weights = written_out_weights({name: tensor.shape for name, tensor in model.state_dict().items()})
-    logits = {}
-    for size in IMAGE_SIZES:
-        model.set_input_size(img_size=(IMAGE_SIZES[0], IMAGE_SIZES[0]))
-        model.load_state_dict(weights)
-        model.set_input_size(img_size=(size, size))
-        with torch.no_grad():
-            logits[str(size)] = model(images(size)).tolist()
+    logits: dict[str, dict[str, list[list[float]]]] = {variant: {} for variant in VARIANTS}
+    for variant, options in VARIANTS.items():
+        for size in IMAGE_SIZES:
+            model = VisionTransformer(
+                img_size=IMAGE_SIZES[0],
+                patch_size=PATCH,
+                embed_dim=96,
+                depth=6,
+                num_heads=3,
+                num_classes=CLASSES,
+                **options,
+            ).eval()
+            shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
+            model.load_state_dict(written_out_weights(shapes))
+            model.set_input_size(img_size=(size, size))
+            with torch.no_grad():
+                logits[variant][str(size)] = model(images(size)).tolist()
     golden = {"timm": timm.__version__, "torch": torch.__version__, "logits": logits}
     GOLDEN.write_text(json.dumps(golden, indent=1) + "\n")
 

@@ -94,16 +94,20 @@ def stacked_batches(
     batch_size: int,
     augmentation: Augmentation,
     rngs: Sequence[np.random.Generator],
+    first: int = 0,
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """The training batches of V holders side by side: (V, B, ...) as ``view`` gives them, and labels (V, B).
 
-    ``indices`` and ``rngs`` are one for each; their ``batch_sizes`` are to be equal.
+    ``indices`` and ``rngs`` are one for each; their ``batch_sizes`` are to be equal. Batches before number ``first``
+    are drawn, but not given.
     """
     orders = [batch_positions(len(own), batch_size, rng) for own, rng in zip(indices, rngs, strict=True)]
-    for positions in islice(zip(*orders, strict=True), steps):
+    for step, positions in enumerate(islice(zip(*orders, strict=True), steps)):
         taken = np.stack([own[at] for own, at in zip(indices, positions, strict=True)])  # (V, B)
         chosen = torch.from_numpy(taken).to(images.pixels.device)
         pixels = augment(images.pixels[chosen.flatten()], augmentation, *rngs)
+        if step < first:
+            continue
         x = view(pixels)
         yield x.unflatten(0, chosen.shape), images.labels[chosen].to(x.device)
 
@@ -117,10 +121,14 @@ def training_batches(
     batch_size: int,
     augmentation: Augmentation,
     rng: np.random.Generator,
+    first: int = 0,
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """``steps`` batches of the images at ``indices``, drawn from ``rng``: as ``view`` gives them, and labels (B,)."""
+    """``steps`` batches of the images at ``indices``, drawn from ``rng``: as ``view`` gives them, and labels (B,).
+
+    Those before number ``first`` are drawn, but not given.
+    """
     stacked = stacked_batches(
-        images, [indices], view, steps=steps, batch_size=batch_size, augmentation=augmentation, rngs=[rng]
+        images, [indices], view, steps=steps, batch_size=batch_size, augmentation=augmentation, rngs=[rng], first=first
     )
     for x, labels in stacked:
         yield x.squeeze(0), labels.squeeze(0)

@@ -17,8 +17,10 @@ from fedtalos.experiments.heads import fit_head_first
 from fedtalos.experiments.moving import moving_entries, optimizer_for, schedule_for
 from fedtalos.experiments.preparation import prepare
 from fedtalos.experiments.runs import RunPaths, open_run
-from fedtalos.experiments.session import Session, resume
+from fedtalos.experiments.session import Progress, Session, resume
 from fedtalos.experiments.setup import Setup
+from fedtalos.interruption import safe_point, until_asked
+from fedtalos.metrics import Metrics
 from fedtalos.parameters import Entries
 from fedtalos.randomness import generator
 from fedtalos.training.fedavg import Round
@@ -28,7 +30,7 @@ def run(config: CentralizedConfig, paths: RunPaths, console: Console) -> dict[st
     """Train for ``num_epochs`` epochs; returns the summary."""
     config, setup = prepare(config)
     entries = moving_entries(setup, config.train)
-    open_run(config, paths, setup.inputs())
+    open_run(config, paths, setup.origin())
     optimizer = optimizer_for(setup, entries, config.train)
     progress, saved = resume(paths, setup)
     if saved:
@@ -54,7 +56,7 @@ def run(config: CentralizedConfig, paths: RunPaths, console: Console) -> dict[st
         Display(console, "epoch", config.num_epochs, progress.done) as display,
     ):
         rate = schedule_for(config.train, config.num_epochs)
-        to_come = epochs(setup, config, entries, optimizer, display, done=progress.done)
+        to_come = epochs(setup, config, entries, optimizer, display, progress)
         session.follow(to_come, config.num_epochs, rate, display)
         return session.finish({"moving_parameters": len(entries)})
 
@@ -65,26 +67,33 @@ def epochs(
     entries: Entries,
     optimizer: Optimizer,
     display: Display,
-    done: int = 0,
+    progress: Progress | None = None,
 ) -> Iterator[Round]:
-    """Train epochs done+1..num_epochs: each a round without clients."""
+    """Train the epochs that are to come: each a round without clients."""
+    progress = progress or Progress()
     images = len(setup.dataset.train)
     steps = steps_per_epoch(images, config.train.batch_size)
     rate = schedule_for(config.train, config.num_epochs)
 
-    def within_epoch(number: int, step: int) -> float:
-        return rate(number - 1 + step / steps)
-
-    for number in range(done + 1, config.num_epochs + 1):
-        metrics = setup.train_on(
+    def train_epoch(number: int, first: int) -> Metrics:
+        return setup.train_on(
             np.arange(images),
             steps,
             optimizer,
             entries,
             config.train,
             rng=generator(config.run.seed, "batches", number, 0),
-            learning_rate=partial(within_epoch, number),
+            learning_rate=lambda step: rate(number - 1 + (first + step) / steps),
             where=f"epoch {number}",
-            watch=lambda batches: display.watch(batches, 1 / steps),
+            watch=lambda batches: display.watch(until_asked(batches), 1 / steps),
+            first=first,
         )
+
+    for number in range(progress.done + 1, config.num_epochs + 1):
+        so_far = progress.epoch_so_far
+        metrics = so_far + train_epoch(number, so_far.examples // config.train.batch_size)
+        if metrics.examples < images:  # asked to stop within the epoch
+            progress.epoch_so_far = metrics
+            safe_point()
+        progress.epoch_so_far = Metrics()
         yield Round(number, (), metrics, 0, 0)

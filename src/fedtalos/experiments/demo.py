@@ -1,16 +1,21 @@
 """Two minutes on embedded digits: pretrain on public images, edit, federate dense and sparse."""
 
+from collections.abc import Callable
 from datetime import datetime
-from typing import Any
+from typing import Any, TypeVar
 
 from rich.console import Console
 from rich.table import Table
 
 from fedtalos.config import CentralizedConfig, EditingConfig, FederatedConfig
-from fedtalos.config_files import override
+from fedtalos.config_files import override, read_yaml
 from fedtalos.config_tools import DemoConfig
 from fedtalos.experiments import centralized, editing, federated, plots
-from fedtalos.experiments.runs import RunPaths, choose_run
+from fedtalos.experiments.runs import RunPaths, choose_run, claimed
+
+ConfigT = TypeVar("ConfigT", CentralizedConfig, EditingConfig, FederatedConfig)
+Summary = dict[str, Any]
+Train = Callable[[ConfigT, RunPaths, Console], Summary]
 
 PUBLIC_IMAGES = 200
 DIGITS = {"dataset": "digits", "calibration_fraction": 0.1, "model_size": "micro", "image_size": 8, "patch_size": 4}
@@ -31,29 +36,31 @@ FEDERATION = {
 
 def run(config: DemoConfig, console: Console) -> None:
     """Pretrain, edit at 0.9, federate 20 clients of 2 classes each dense and with the mask; print a table and paths."""
-    name = f"demo-{datetime.now():%Y%m%d-%H%M%S}"
+    name = _name(config)
+    plain: dict[str, Any] = {**config.model_dump(include={"seed", "device", "output_dir", "resume"}), **DIGITS}
 
-    def options(step: str, values: dict[str, Any]) -> dict[str, Any]:
-        run = {"run_name": f"{name}-{step}", "seed": config.seed, "device": config.device}
-        return {**run, "output_dir": config.output_dir, **DIGITS, **values}
+    def step(first: ConfigT, suffix: str, train: Train[ConfigT], values: dict[str, Any]) -> tuple[Summary, RunPaths]:
+        """One of its runs, by the experiment's own code, unless it is finished already."""
+        asked = override(first, {**plain, **values, "run_name": f"{name}-{suffix}"}, "demo")
+        paths = choose_run(asked)
+        if paths.finished:
+            return read_yaml(paths.results / "summary.yaml"), paths
+        with claimed(paths):
+            return train(asked, paths, console), paths
 
     console.print(f"1/4 pretrain a micro ViT on {PUBLIC_IMAGES} public digits")
-    pretraining = override(CentralizedConfig(), options("pretrained", PRETRAINING), "demo")
-    pretrained_paths = choose_run(pretraining)
-    pretrained = centralized.run(pretraining, pretrained_paths, console)
+    pretrained, pretrained_paths = step(CentralizedConfig(), "pretrained", centralized.run, PRETRAINING)
     weights = {"weights": str(pretrained_paths.checkpoints / "last.json")}
 
     console.print("2/4 edit: a mask that lets a tenth of the weights move")
-    edit = override(EditingConfig(), options("mask", {**EDITING, **weights}), "demo")
-    edit_paths = choose_run(edit)
-    editing.run(edit, edit_paths, console)
+    _, edit_paths = step(EditingConfig(), "mask", editing.run, {**EDITING, **weights})
 
+    federate = {**FEDERATION, **weights}
     console.print("3/4 federate, dense")
-    dense, dense_paths = _federate(options("dense", {**FEDERATION, **weights, "learning_rate": 1e-3}), console)
+    dense, dense_paths = step(FederatedConfig(), "dense", federated.run, {**federate, "learning_rate": 1e-3})
     console.print("4/4 federate, with the mask")
-    sparse, sparse_paths = _federate(
-        options("sparse", {**FEDERATION, **weights, "mask": edit_paths.mask, "learning_rate": 3e-3}), console
-    )
+    masked = {**federate, "mask": edit_paths.mask, "learning_rate": 3e-3}
+    sparse, sparse_paths = step(FederatedConfig(), "sparse", federated.run, masked)
 
     table = Table(title="digits: 20 clients with 2 classes each", title_justify="left")
     for column in ("model", "test accuracy (%)", "sent (MB)", "seconds"):
@@ -70,7 +77,13 @@ def run(config: DemoConfig, console: Console) -> None:
         console.print(str(path), highlight=False, markup=False, soft_wrap=True)
 
 
-def _federate(values: dict[str, Any], console: Console) -> tuple[dict[str, Any], RunPaths]:
-    config = override(FederatedConfig(), values, "demo")
-    paths = choose_run(config)
-    return federated.run(config, paths, console), paths
+def _name(config: DemoConfig) -> str:
+    """As given; with --resume that of the newest demo, if it is not finished; else a new one."""
+    if config.run_name is not None:
+        return config.run_name
+    begun = sorted((config.output_dir / "results").glob("demo-*-pretrained"))
+    if config.resume and begun:
+        newest = begun[-1].name.removesuffix("-pretrained")
+        if not RunPaths(config.output_dir, f"{newest}-sparse").finished:
+            return newest
+    return f"demo-{datetime.now():%Y%m%d-%H%M%S}"

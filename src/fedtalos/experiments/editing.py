@@ -24,7 +24,6 @@ from fedtalos.experiments.scoring import Holder, Score, chunk_that_fits, fisher_
 from fedtalos.experiments.setup import Setup
 from fedtalos.head import HEADS, save_head
 from fedtalos.masks import Mask, MaskFacts, density_table, save_mask, votes_needed
-from fedtalos.models.vision_transformer import WIDTH_DEPTH_HEADS
 from fedtalos.parameters import Entries
 from fedtalos.recorder import write_csv, write_yaml
 from fedtalos.training.editing import Groups, Iteration, calibrate, eligible_entries, grouped
@@ -37,11 +36,11 @@ def run(config: EditingConfig, paths: RunPaths, console: Console) -> dict[str, A
     """Write masks/RUN.safetensors, beside it a head that had to be fitted, and a report; returns the summary."""
     config, setup = prepare(config)
     config, eligible, clients = check(config, setup)
-    open_run(config, paths, setup.inputs())
+    open_run(config, paths, setup.origin())
     if clients is not None:
         write_split(paths, setup, clients)
     sent = fit_head(setup, paths, clients, console)
-    groups = grouped(eligible, config.editing.granularity, WIDTH_DEPTH_HEADS[setup.model.architecture.size][2])
+    groups = grouped(eligible, config.editing.granularity, setup.model.architecture.heads)
     edit = Edit(config, paths, setup, eligible, groups, image_holders(setup, config, clients), *sent)
     kept, rows, report = edit.one_mask(console) if config.editing.merge == "scores" else edit.joined_mask(console)
     mask, facts = edit.mask(kept), edit.facts(int(kept.sum()), edit.holders)
@@ -75,6 +74,8 @@ def check(config: EditingConfig, setup: Setup) -> tuple[EditingConfig, Entries, 
             f"--head random: {options.criterion} scores through an untrained head would mean nothing; "
             "use --head ridge, a head file, or --checkpoint"
         )
+    if options.granularity == "head" and not setup.model.architecture.heads:
+        raise InputError(f"--granularity head: {setup.model.architecture} says nothing of its heads; choose another")
     clients = split(setup, config.split, config.run.seed) if options.calibration == "federated" else None
     if clients is None and len(setup.dataset.calibration) == 0 and (closed_form(setup.head) or scored):
         raise InputError("the calibration split is empty; raise --calibration_fraction, or add images")

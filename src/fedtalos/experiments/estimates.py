@@ -22,11 +22,12 @@ from fedtalos.config import (
 from fedtalos.data.batches import steps_per_epoch
 from fedtalos.data.dataset_loader import load_dataset
 from fedtalos.devices import choose_device
-from fedtalos.experiments.federated import local_steps
+from fedtalos.errors import InputError
+from fedtalos.experiments.algorithms import local_steps
 from fedtalos.experiments.grids import Cell
 from fedtalos.experiments.preparation import resolve, starting_weights
 from fedtalos.experiments.speeds import Speed, measure
-from fedtalos.models.hub import FILES, hub_name
+from fedtalos.models.hub import FILES, hub_address
 from fedtalos.models.vision_transformer import Architecture, ModelSize
 from fedtalos.training.fedavg import clients_per_round
 
@@ -145,8 +146,13 @@ def _sizes_of(source: str, size: ModelSize, root: Path) -> tuple[str, int, int]:
         config = CentralizedConfig(run=RunOptions(output_dir=root), model=ModelOptions(weights=source))
         weights = starting_weights(config)
         assert weights is not None
-        return weights.size, weights.image_size, weights.patch_size
-    found = re.search(r"vit_([a-z]+)_patch(\d+)(?:_.*?)?_(\d{2,})", hub_name(source, size))
+        theirs = weights.architecture
+        if isinstance(theirs, Architecture):
+            return theirs.size, theirs.image_size, theirs.patch_size
+        source = theirs.name
+    if source.startswith(("timm:", "torch:")):
+        raise InputError(f"--dry_run: there is no estimate for {source}; leave it out")
+    found = re.search(r"vit_([a-z]+)_patch(\d+)(?:_.*?)?_(\d{2,})", hub_address(source, size)[0])
     return (found[1], int(found[3]), int(found[2])) if found else (size, 224, 16)
 
 

@@ -7,23 +7,26 @@ from typing import Any
 from rich.console import Console
 from torch.optim import Optimizer
 
-from fedtalos.config import FederatedConfig, FederationOptions
-from fedtalos.data.batches import steps_per_epoch
+from fedtalos.config import FederatedConfig
 from fedtalos.data.clients import Clients
 from fedtalos.devices import choose_device
 from fedtalos.display import Display
+from fedtalos.experiments.algorithms import adjust_for, local_steps, server_side
 from fedtalos.experiments.clients import split, write_split
 from fedtalos.experiments.grouping import grouped, settle_clients_at_once
 from fedtalos.experiments.heads import fit_head_first
 from fedtalos.experiments.moving import moving_entries, optimizer_for, schedule_for
+from fedtalos.experiments.personal import evaluate_clients
 from fedtalos.experiments.preparation import prepare
 from fedtalos.experiments.processes import Others, agreed, others
 from fedtalos.experiments.runs import RunPaths, open_run
 from fedtalos.experiments.session import Session, resume
 from fedtalos.experiments.setup import Setup
+from fedtalos.interruption import with_safe_points
 from fedtalos.metrics import Metrics
 from fedtalos.parameters import Entries
 from fedtalos.randomness import generator
+from fedtalos.training.drift import Exchange
 from fedtalos.training.fedavg import Round, TrainClients, clients_per_round, fedavg, one_by_one
 from fedtalos.training.local import Batches
 from fedtalos.training.workers import Leader, WorkerLostError, serve
@@ -48,7 +51,7 @@ def _lead(config: FederatedConfig, paths: RunPaths, console: Console, beside: Ot
     entries = moving_entries(setup, config.train)
     optimizer = optimizer_for(setup, entries, config.train)
     config = settle_clients_at_once(config, setup, entries, optimizer, clients, console)
-    open_run(config, paths, setup.inputs())
+    open_run(config, paths, setup.origin())
     write_split(paths, setup, clients)
     progress, saved = resume(paths, setup)
     if not saved:
@@ -56,32 +59,46 @@ def _lead(config: FederatedConfig, paths: RunPaths, console: Console, beside: Ot
         fit_head_first(config, setup, entries, clients, head_rounds, progress, console)
 
     display = Display(console, "round", federation.num_rounds, progress.done)
-    train_clients = local_training(config, setup, clients, entries, optimizer, display.watch)
+    exchange = Exchange()
+    server = server_side(config, clients.sizes, exchange, saved, setup.device)
+    train_clients = local_training(config, setup, clients, entries, optimizer, exchange, display.watch)
     evaluate = setup.evaluate
     if beside.size > 1:
         beside.meet(setup.device)
         agreed(config)
         leader = Leader(setup.model, entries)
-        train_clients = leader.spread(train_clients)
+        train_clients = leader.spread(train_clients, exchange)
         evaluate = partial(evaluate_shared, leader, setup)
     rounds = fedavg(
         setup.model,
         entries,
-        train_clients,
-        clients.sizes,
+        server.controlled(entries, train_clients),
+        server.weights,
         fraction=federation.client_fraction,
         rounds=federation.num_rounds,
         seed=config.run.seed,
         done=progress.done,
         first_contact_bytes=first_contact_bytes(setup, head_moves="head.weight" in entries.masks),
+        server=server.rule,
+        vectors_sent=server.vectors_sent,
     )
     with (
-        Session(config, paths, setup, progress, unit="round", fresh=not saved, evaluate=evaluate) as session,
+        Session(
+            config,
+            paths,
+            setup,
+            progress,
+            unit="round",
+            fresh=not saved,
+            evaluate=evaluate,
+            extra_tensors=server.tensors,
+        ) as session,
         display,
     ):
         session.follow(rounds, federation.num_rounds, schedule_for(config.train, federation.num_rounds), display)
         sent = {"down": round(progress.bytes_down / 1e6, 3), "up": round(progress.bytes_up / 1e6, 3)}
-        return session.finish({"moving_parameters": len(entries), "megabytes_sent": sent})
+        by_client = evaluate_clients(config, paths, setup, clients, entries, optimizer, console)
+        return session.finish({"moving_parameters": len(entries), "megabytes_sent": sent, **by_client})
 
 
 def follow(config: FederatedConfig) -> None:
@@ -92,8 +109,9 @@ def follow(config: FederatedConfig) -> None:
         clients = split(setup, config.split, config.run.seed)
         entries = moving_entries(setup, config.train)
         optimizer = optimizer_for(setup, entries, config.train)
-        train_clients = local_training(config, setup, clients, entries, optimizer, lambda batches, _: batches)
-        serve(setup.model, entries, train_clients, setup.evaluate_part)
+        exchange = Exchange()
+        train_clients = local_training(config, setup, clients, entries, optimizer, exchange, lambda batches, _: batches)
+        serve(setup.model, entries, train_clients, setup.evaluate_part, exchange)
 
 
 def rounds_of_the_head(
@@ -103,7 +121,7 @@ def rounds_of_the_head(
     return fedavg(
         setup.model,
         entries,
-        local_training(config, setup, clients, entries, optimizer, display.watch),
+        local_training(config, setup, clients, entries, optimizer, Exchange(), display.watch),
         clients.sizes,
         fraction=config.federation.client_fraction,
         rounds=config.federation.num_rounds,
@@ -120,7 +138,13 @@ def evaluate_shared(leader: Leader, setup: Setup, split: str) -> Metrics:
 
 
 def local_training(
-    config: FederatedConfig, setup: Setup, clients: Clients, entries: Entries, optimizer: Optimizer, watch: Watch
+    config: FederatedConfig,
+    setup: Setup,
+    clients: Clients,
+    entries: Entries,
+    optimizer: Optimizer,
+    exchange: Exchange,
+    watch: Watch,
 ) -> TrainClients:
     """How clients train: with a fresh optimiser each, on batches drawn for that round and client."""
     rate = schedule_for(config.train, config.federation.num_rounds)
@@ -130,7 +154,7 @@ def local_training(
         return local_steps(config.federation, len(clients[client]), config.train.batch_size)
 
     def watch_work(batches: Batches, share: float) -> Batches:
-        return watch(batches, share / per_round)
+        return watch(with_safe_points(batches), share / per_round)
 
     def update_client(number: int, client: int) -> Metrics:
         optimizer.state.clear()  # a client keeps no momentum from the one before it
@@ -144,17 +168,11 @@ def local_training(
             learning_rate=lambda _: rate(number - 1),
             where=f"round {number}, client {client}",
             watch=lambda batches: watch_work(batches, 1 / steps(client)),
+            adjust=adjust_for(config.algorithm, setup.model, entries, exchange, client, steps(client)),
         )
 
     alone = one_by_one(setup.model, entries, update_client)
     return grouped(alone, config, setup, entries, clients, steps, rate, watch_work)
-
-
-def local_steps(federation: FederationOptions, examples: int, batch_size: int) -> int:
-    """J: as given, or as many as ``local_epochs`` passes take."""
-    if federation.local_epochs is None:
-        return federation.local_steps
-    return federation.local_epochs * steps_per_epoch(examples, batch_size)
 
 
 def first_contact_bytes(setup: Setup, *, head_moves: bool) -> int:

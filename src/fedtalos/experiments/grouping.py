@@ -11,12 +11,14 @@ from rich.console import Console
 from torch import Tensor
 from torch.optim import Optimizer
 
-from fedtalos.config import FederatedConfig, TrainOptions
+from fedtalos.config import ADJUST_GRADIENTS, FederatedConfig, TrainOptions
 from fedtalos.data.batches import batch_sizes, stacked_batches
 from fedtalos.data.clients import Clients
+from fedtalos.errors import InputError
 from fedtalos.experiments.moving import optimizer_of
 from fedtalos.experiments.processes import number_of_processes
 from fedtalos.experiments.setup import Setup
+from fedtalos.models.vision_transformer import VisionTransformer
 from fedtalos.parameters import Entries
 from fedtalos.randomness import generator
 from fedtalos.training.fedavg import TrainClients, clients_per_round
@@ -92,10 +94,15 @@ def settle_clients_at_once(
     The model does not move: the measured steps have learning rate 0.
     """
     federation, options = config.federation, config.train
+    ours = isinstance(setup.model, VisionTransformer)
+    if not ours and (federation.clients_at_once or 1) > 1:
+        asked = f"--clients_at_once {federation.clients_at_once}"
+        raise InputError(f"{asked}: {setup.model.architecture} cannot be stacked; leave it out")
     if federation.clients_at_once is not None:
         return config
-    size = 1  # also where activations are kept: stacks compute them anew
-    if setup.device.type == "cuda" and not (setup.frozen_stages and options.augmentation == "none"):
+    size = 1  # also where activations are kept (stacks compute them anew), or gradients are adjusted client by client
+    alone = (setup.frozen_stages and options.augmentation == "none") or config.algorithm.algorithm in ADJUST_GRADIENTS
+    if ours and setup.device.type == "cuda" and not alone:
         batch = next(_batches(setup, options, [clients[0]], 1, [generator(config.run.seed, "measurement")]))
         seconds = seconds_a_step(
             partial(_steps, setup, entries, optimizer, options, batch),

@@ -35,6 +35,8 @@ def moving_entries(setup: Setup, train: TrainOptions) -> Entries:
             for name, parameter in model.named_parameters()
             if train.trainable == "all" or name.startswith(train.trainable)
         }
+        if not chosen:
+            raise InputError(f"--trainable {train.trainable}: {model.architecture} has none; give all or head")
     for name, parameter in model.head.named_parameters(prefix="head"):
         if train.freeze_head:
             chosen.pop(name, None)

@@ -7,15 +7,19 @@ from typing import Any, TypeVar
 import torch
 
 from fedtalos.checkpoint import find_checkpoint, load_checkpoint
-from fedtalos.config import CentralizedConfig, Config, EditingConfig, FederatedConfig, TrainOptions
+from fedtalos.config import CentralizedConfig, Config, EditingConfig, FederatedConfig, ModelOptions, TrainOptions
 from fedtalos.data.batches import View
 from fedtalos.data.dataset_loader import Dataset, load_dataset
 from fedtalos.devices import choose_device, choose_precision
 from fedtalos.errors import InputError
+from fedtalos.experiments.algorithms import settled
 from fedtalos.experiments.setup import Setup
 from fedtalos.head import HEADS, read_head, set_head
 from fedtalos.masks import load_mask
-from fedtalos.models.pretrained import HALF, STATISTICS, Weights, load_into, read_weights
+from fedtalos.models.backbone import Backbone
+from fedtalos.models.foreign import ForeignArchitecture, ForeignModel
+from fedtalos.models.pixels import HALF, STATISTICS
+from fedtalos.models.pretrained import Weights, load_into, read_weights
 from fedtalos.models.vision_transformer import Architecture, VisionTransformer
 from fedtalos.randomness import torch_generator
 
@@ -41,7 +45,7 @@ def checkpoint_weights(path: Path) -> Weights:
     try:
         return Weights(
             tensors={name: tensor for name, tensor in checkpoint.tensors.items() if "/" not in name},
-            **facts["model"],
+            architecture=_architecture(facts["model"]),
             mean=tuple(facts["mean"]),
             std=tuple(facts["std"]),
             source=str(path),
@@ -54,22 +58,33 @@ def checkpoint_weights(path: Path) -> Weights:
 
 def resolve(config: ConfigT, weights: Weights | None, device: torch.device) -> ConfigT:
     """The config with `auto` and None settled (but for the head), so that what is recorded is what ran."""
-    options = config.model
-    if weights and options.model_size not in (None, weights.size):
-        raise InputError(f"--model_size {options.model_size}: {weights.source} is a ViT-{weights.size}; leave it out")
     groups: dict[str, Any] = {
         "run": {"device": device.type, "precision": choose_precision(config.run.precision, device)},
-        "model": {
-            "model_size": weights.size if weights else options.model_size or "small",
-            "image_size": options.image_size or (weights.image_size if weights else 32),
-            "patch_size": options.patch_size or (weights.patch_size if weights else 4),
-        },
+        "model": _model_defaults(config.model, weights),
     }
     if isinstance(config, CentralizedConfig | FederatedConfig):
         groups["train"] = _training_defaults(config, config.train, from_scratch=weights is None)
-    return config.model_copy(
-        update={name: getattr(config, name).model_copy(update=values) for name, values in groups.items()}
-    )
+    settled_groups = {name: getattr(config, name).model_copy(update=values) for name, values in groups.items()}
+    if isinstance(config, FederatedConfig):
+        settled_groups["algorithm"] = settled(config.algorithm)
+    return config.model_copy(update=settled_groups)
+
+
+def _model_defaults(options: ModelOptions, weights: Weights | None) -> dict[str, Any]:
+    if weights is None:
+        return {
+            "model_size": options.model_size or "small",
+            "image_size": options.image_size or 32,
+            "patch_size": options.patch_size or 4,
+        }
+    theirs = weights.architecture
+    has: dict[str, Any] = {"model_size": None, "patch_size": None}  # what is no ViT of ours has neither
+    if isinstance(theirs, Architecture):
+        has = {"model_size": theirs.size, "patch_size": theirs.patch_size}
+    for flag, asked in (("model_size", options.model_size), ("patch_size", options.patch_size)):
+        if asked not in (None, has[flag]):
+            raise InputError(f"--{flag} {asked}: {weights.source} is a {theirs}; leave it out")
+    return has | {"image_size": options.image_size or theirs.image_size}
 
 
 def _training_defaults(config: Config, train: TrainOptions, *, from_scratch: bool) -> dict[str, Any]:
@@ -88,7 +103,7 @@ def _training_defaults(config: Config, train: TrainOptions, *, from_scratch: boo
 def _head_defaults(config: Config, train: TrainOptions) -> dict[str, Any]:
     return {
         "head_rounds": train.head_rounds or (100 if isinstance(config, FederatedConfig) else 10),
-        "head_learning_rate": train.head_learning_rate or 3e-3,
+        "head_learning_rate": train.head_learning_rate or 0.1,
     }
 
 
@@ -103,13 +118,16 @@ def prepare(config: ConfigT) -> tuple[ConfigT, Setup]:
     options, mask = config.model, None
     if isinstance(config, CentralizedConfig | FederatedConfig) and config.train.mask is not None:
         mask = load_mask(config.train.mask)
-    assert options.model_size is not None
     assert options.image_size is not None
-    assert options.patch_size is not None
-    architecture = Architecture(options.model_size, options.image_size, options.patch_size, num_classes=1)
+    architecture: Architecture | ForeignArchitecture
+    if weights is not None:
+        architecture = replace(weights.architecture, image_size=options.image_size)
+    else:
+        assert options.model_size is not None
+        assert options.patch_size is not None
+        architecture = Architecture(options.model_size, options.image_size, options.patch_size, num_classes=0)
     dataset = _load_images(config, options.image_size)
-    architecture = replace(architecture, num_classes=len(dataset.classes))
-    model = VisionTransformer(architecture, torch_generator(config.run.seed, "weights"))
+    model = _model(replace(architecture, num_classes=len(dataset.classes)), config.run.seed)
     default_head = "ridge" if isinstance(config, EditingConfig) else "random"
     head = _load_weights(model, weights, options.head, dataset.classes, default_head)
     mean, std = STATISTICS.get(options.normalisation) or ((weights.mean, weights.std) if weights else HALF)
@@ -119,7 +137,8 @@ def prepare(config: ConfigT) -> tuple[ConfigT, Setup]:
         dataset=dataset.to(device),
         model=model.to(device),
         view=View(options.image_size, mean, std),
-        weights=weights.sha256 if weights else _drawn(config.run.seed, architecture),
+        weights=weights.sha256 if weights else _drawn(config.run.seed, options),
+        weights_origin={"source": weights.source, "sha256": weights.sha256} if weights else {"source": "none"},
         head=head,
         mask=mask,
         eval_batch_size=config.data.eval_batch_size,
@@ -130,9 +149,21 @@ def prepare(config: ConfigT) -> tuple[ConfigT, Setup]:
     return config.model_copy(update={"model": options.model_copy(update={"head": head})}), setup
 
 
-def _drawn(seed: int, architecture: Architecture) -> str:
+def _architecture(facts: dict[str, Any]) -> Architecture | ForeignArchitecture:
+    """What a checkpoint says of its model."""
+    return ForeignArchitecture(**facts) if "name" in facts else Architecture(**facts)
+
+
+def _model(architecture: Architecture | ForeignArchitecture, seed: int) -> Backbone:
+    generator = torch_generator(seed, "weights")
+    if isinstance(architecture, Architecture):
+        return VisionTransformer(architecture, generator)
+    return ForeignModel(architecture, generator)
+
+
+def _drawn(seed: int, options: ModelOptions) -> str:
     """What fixes weights that were not loaded: draws come in the order of the tensors, so their sizes count too."""
-    return f"none, seed {seed}, {architecture.size}/{architecture.patch_size} at {architecture.image_size} px"
+    return f"none, seed {seed}, {options.model_size}/{options.patch_size} at {options.image_size} px"
 
 
 def _load_images(config: Config, image_size: int) -> Dataset:
@@ -150,9 +181,7 @@ def _load_images(config: Config, image_size: int) -> Dataset:
     return replace(dataset, train=dataset.train.slice(data.train_skip, data.train_limit))
 
 
-def _load_weights(
-    model: VisionTransformer, weights: Weights | None, head: str, classes: tuple[str, ...], default: str
-) -> str:
+def _load_weights(model: Backbone, weights: Weights | None, head: str, classes: tuple[str, ...], default: str) -> str:
     """Load the backbone, and the head where it is wanted and fits; returns where the head comes from.
 
     `auto` takes the weights' head only where its classes are known to be these: a count alone says little.

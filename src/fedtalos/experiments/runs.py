@@ -1,14 +1,18 @@
 """The folders of a run: choosing, opening and resuming them."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
+
 from fedtalos.config import RunConfig
 from fedtalos.config_files import flatten, read_yaml
 from fedtalos.errors import InputError
+from fedtalos.files import remove_leftovers
 from fedtalos.recorder import made_by, write_yaml
 
 MAY_DIFFER = (
@@ -65,8 +69,21 @@ class RunPaths:
         return self.root / "masks" / f"{self.name}.head.safetensors"
 
     @property
+    def lock(self) -> Path:
+        return self.results / ".lock"
+
+    @property
+    def started(self) -> bool:
+        return self.config.exists()
+
+    @property
     def finished(self) -> bool:
         return (self.results / "summary.yaml").exists()
+
+    @property
+    def free(self) -> bool:
+        """Whether the folder of results is not there, or was claimed by a run that was killed before it began."""
+        return not self.results.exists() or all(path.name.startswith(".") for path in self.results.iterdir())
 
 
 def plain_name(flag: str, name: str) -> str:
@@ -76,12 +93,43 @@ def plain_name(flag: str, name: str) -> str:
     return name
 
 
-def run_to_resume(root: Path, name: str | None, command: str) -> RunPaths:
-    """The run that --resume means: the named one, else the newest of this command without a summary."""
+@contextmanager
+def claimed(paths: RunPaths) -> Iterator[None]:
+    """Inside, no other process works on the run; what a killed one left half-written is removed.
+
+    The lock is the operating system's, so it ends with the process that holds it. Where the run does not come to
+    begin, nothing of it stays. Raises InputError where another process has the run.
+    """
+    made = [folder for folder in (paths.results, *paths.results.parents) if not folder.exists()]
+    paths.results.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(paths.lock, blocking=False)
+    try:
+        with lock:
+            for folder in (paths.results, paths.checkpoints, paths.plots, paths.personal_mask(0).parent):
+                remove_leftovers(folder)
+            remove_leftovers(paths.mask.parent, f"{paths.name}.")
+            try:
+                yield
+            finally:
+                if paths.free:
+                    paths.lock.unlink(missing_ok=True)
+                    for folder in made:
+                        with suppress(OSError):  # another run has begun there
+                            folder.rmdir()
+    except Timeout:
+        raise InputError(
+            f"run {paths.name}: another process is working on it; wait for it, or choose another --run_name"
+        ) from None
+
+
+def run_to_resume(root: Path, name: str | None, command: str) -> RunPaths | None:
+    """The run that --resume means: the named one, else the newest of this command without a summary; None: it is
+    still to begin.
+    """
     if name is not None:
         paths = RunPaths(root, plain_name("--run_name", name))
-        if not paths.config.exists():
-            raise InputError(f"--resume: no run {name!r} under {root / 'results'}; leave out --resume to start it")
+        if not paths.started:
+            return None
         if (made_by_command := read_yaml(paths.config).get("command")) != command:
             raise InputError(f"--resume: {name} is a run of `{made_by_command}`, not of `{command}`")
         return paths
@@ -90,7 +138,7 @@ def run_to_resume(root: Path, name: str | None, command: str) -> RunPaths:
         paths = RunPaths(root, path.parent.name)
         if not paths.finished and f"command: {command}\n" in path.read_text(encoding="utf-8", errors="replace"):
             return paths
-    raise InputError(f"--resume: no unfinished {command} run under {root / 'results'}; name one with --run_name")
+    return None
 
 
 def choose_run(config: RunConfig) -> RunPaths:
@@ -99,8 +147,8 @@ def choose_run(config: RunConfig) -> RunPaths:
     Raises InputError where the name is taken or not plain, or the run to resume has other options.
     """
     options = config.run
-    if options.resume:
-        paths = run_to_resume(options.output_dir, options.run_name, config.command)
+    paths = run_to_resume(options.output_dir, options.run_name, config.command) if options.resume else None
+    if paths is not None:
         saved = read_yaml(paths.config)
         for key, value in flatten(config).items():
             if key not in MAY_DIFFER and value not in (None, "auto") and saved.get(key) != value:
@@ -111,7 +159,7 @@ def choose_run(config: RunConfig) -> RunPaths:
         return paths
     name = options.run_name or f"{config.command}-{datetime.now():%Y%m%d-%H%M%S}"
     paths = RunPaths(options.output_dir, plain_name("--run_name", name))
-    if paths.results.exists():
+    if not paths.free:
         raise InputError(f"{paths.results} exists: add --resume to go on with it, or choose another --run_name")
     made = (paths.mask, paths.head, paths.personal_mask(0).parent) if config.command == "editing" else ()
     for path in (paths.checkpoints, paths.plots, *made):
@@ -120,24 +168,21 @@ def choose_run(config: RunConfig) -> RunPaths:
     return paths
 
 
-def open_run(config: RunConfig, paths: RunPaths, inputs: Mapping[str, str]) -> None:
-    """Claim the run's folder and write config.yaml; on --resume check that data, weights and mask are the same.
+def open_run(config: RunConfig, paths: RunPaths, origin: Mapping[str, Mapping[str, str]]) -> None:
+    """Write config.yaml; of a run that goes on, check that data, weights and mask are the same.
 
-    ``inputs`` are their fingerprints, by what they are of.
+    ``origin`` goes to made_by; its ``inputs`` are fingerprints, by what they are of.
     """
-    if config.run.resume:
+    if paths.started:
         saved: dict[str, Any] = read_yaml(paths.config).get("made_by", {}).get("inputs", {})
-        for what, fingerprint in inputs.items():
+        for what, fingerprint in origin["inputs"].items():
             if saved.get(what) != fingerprint:
                 raise InputError(
                     f"--resume: the {what} of {paths.name} changed since it started; "
                     "put back what it was, or start a run of another name"
                 )
         return
-    try:
-        paths.results.mkdir(parents=True)
-    except FileExistsError:
-        raise InputError(f"{paths.results} exists: another run took the name; choose another --run_name") from None
     options = {**flatten(config), "run_name": paths.name}
-    origin = {**made_by(config.run.device), "inputs": dict(inputs)}
-    write_yaml(paths.config, {"command": config.command, **options, "made_by": origin})
+    write_yaml(
+        paths.config, {"command": config.command, **options, "made_by": {**made_by(config.run.device), **origin}}
+    )

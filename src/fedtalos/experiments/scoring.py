@@ -62,7 +62,7 @@ def chunk_that_fits(setup: Setup) -> int:
     Of all memory, not of what is free now: the same machine is to add in the same order every time.
     """
     one = setup.view(setup.dataset.train.pixels[:1])
-    largest = max(parameter.nbytes for parameter in setup.model.blocks.parameters())
+    largest = max(parameter.nbytes for parameter in setup.model.parameters())
     fits = total_memory(setup.device) // 8 // (activation_bytes(setup.model, one) + largest)
     return max(1, min(fits, MOST.get(setup.device.type, MOST_ELSEWHERE)))
 

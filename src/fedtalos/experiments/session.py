@@ -6,7 +6,7 @@ What centralized and federated share: both hand `follow` a generator of rounds (
 import math
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from types import TracebackType
 from typing import Any, Self
 
@@ -19,6 +19,7 @@ from fedtalos.display import Display
 from fedtalos.errors import InputError
 from fedtalos.experiments.runs import RunPaths
 from fedtalos.experiments.setup import Setup
+from fedtalos.interruption import Interrupted, deferred
 from fedtalos.metrics import Metrics
 from fedtalos.parameters import named_tensors
 from fedtalos.recorder import Recorder, TensorBoardTracker, WandbTracker, write_yaml
@@ -40,6 +41,9 @@ class Progress:
     images: int = 0
     seconds: float = 0.0
     evaluation_seconds: float = 0.0
+    validated: int = -1
+    epoch_so_far: Metrics = field(default_factory=Metrics)
+    """Of an epoch within which the run was stopped."""
 
 
 def resume(paths: RunPaths, setup: Setup) -> tuple[Progress, dict[str, Tensor]]:
@@ -49,7 +53,8 @@ def resume(paths: RunPaths, setup: Setup) -> tuple[Progress, dict[str, Tensor]]:
         return Progress(), {}
     checkpoint = load_checkpoint(path)
     try:
-        progress = Progress(**checkpoint.facts["progress"])
+        saved = checkpoint.facts["progress"]
+        progress = Progress(**{**saved, "epoch_so_far": Metrics(**saved["epoch_so_far"])})
     except (KeyError, TypeError) as error:
         raise InputError(f"checkpoint {path}: is of another version; start a run of another name") from error
     restore_model(setup, checkpoint.tensors)
@@ -58,7 +63,8 @@ def resume(paths: RunPaths, setup: Setup) -> tuple[Progress, dict[str, Tensor]]:
 
 def restore_model(setup: Setup, tensors: dict[str, Tensor]) -> None:
     """Load a checkpoint's model tensors into the resident model."""
-    setup.model.load_state_dict({name: tensor for name, tensor in tensors.items() if "/" not in name})
+    for name, tensor in named_tensors(setup.model).items():
+        tensor.copy_(tensors[name])
 
 
 class Session:
@@ -97,31 +103,30 @@ class Session:
         self, rounds: Iterator[Round], total: int, learning_rate: Callable[[float], float], display: Display
     ) -> None:
         """Record, evaluate, checkpoint and show every round that the generator yields."""
-        every = self.config.train.eval_every
-        assert every is not None
         progress = self.progress
-        if self._fresh:
-            self._validate(0)
-            self._save()
-        for round_ in self._kept(rounds):
-            progress.done = round_.number
-            progress.bytes_down += round_.bytes_down
-            progress.bytes_up += round_.bytes_up
-            progress.images += round_.train.examples
-            self._record(round_.number, "train", round_.train, learning_rate(round_.number - 1))
-            due = round_.number % every == 0 or round_.number == total
-            validation = self._validate(round_.number) if due else None
-            if due:
-                self._save()
-            display.finished(round_.number, round_.train, validation)
-
-    def _kept(self, rounds: Iterator[Round]) -> Iterator[Round]:
-        """The rounds; where a worker is lost, what came before is saved."""
         try:
-            yield from rounds
-        except WorkerLostError:
-            self._save()
+            with deferred():
+                self._validate_if_due(total)
+                for round_ in rounds:
+                    progress.done = round_.number
+                    progress.bytes_down += round_.bytes_down
+                    progress.bytes_up += round_.bytes_up
+                    progress.images += round_.train.examples
+                    self._record(round_.number, "train", round_.train, learning_rate(round_.number - 1))
+                    display.finished(round_.number, round_.train, self._validate_if_due(total))
+        except (Interrupted, WorkerLostError):
+            self._save()  # the last whole round, or the epoch as far as it came
             raise
+
+    def _validate_if_due(self, total: int) -> Metrics | None:
+        """Validate and save where the rounds done ask for it, and it is not done yet."""
+        done, every = self.progress.done, self.config.train.eval_every
+        assert every is not None
+        if self.progress.validated == done or not (done % every == 0 or done == total):
+            return None
+        metrics = self._validate(done)
+        self._save()
+        return metrics
 
     def _record(self, number: int, split: str, metrics: Metrics, rate: float | None = None) -> None:
         self.recorder.record(
@@ -141,6 +146,7 @@ class Session:
                 "start a run with a lower --learning_rate"
             )
         self._record(number, "val", metrics)
+        self.progress.validated = number
         self.progress.val_accuracy = metrics.accuracy
         if metrics.accuracy > self.progress.best_accuracy:
             self.progress.best, self.progress.best_accuracy = number, metrics.accuracy

@@ -16,13 +16,14 @@ from fedtalos.config import TrainOptions
 from fedtalos.data.batches import View, evaluation_batches, training_batches
 from fedtalos.data.dataset_loader import Dataset
 from fedtalos.data.images import LabelledImages
+from fedtalos.interruption import with_safe_points
 from fedtalos.masks import Mask, MaskFacts, fingerprint
 from fedtalos.metrics import Metrics
-from fedtalos.models.vision_transformer import VisionTransformer
+from fedtalos.models.backbone import Backbone
 from fedtalos.parameters import Entries
 from fedtalos.training.activations import ActivationCache
-from fedtalos.training.evaluation import evaluate_batches
-from fedtalos.training.local import Batches, Precision, TrainingError, freeze_all_but, train
+from fedtalos.training.evaluation import answers_by_class, evaluate_batches
+from fedtalos.training.local import Adjust, Batches, Precision, TrainingError, freeze_all_but, train
 
 
 @dataclass(frozen=True)
@@ -41,9 +42,10 @@ class Setup:
     device: torch.device
     precision: Precision
     dataset: Dataset
-    model: VisionTransformer
+    model: Backbone
     view: View
     weights: str
+    weights_origin: dict[str, str]
     head: str
     mask: tuple[Mask, MaskFacts] | None
     eval_batch_size: int
@@ -64,7 +66,7 @@ class Setup:
         parts = [positions[start : start + size] for start in range(first * size, len(images), every * size)]
         source = self._source(split, images, parts)
         batches = evaluation_batches(source.images, source.view, size, first=first, every=every)
-        return evaluate_batches(self.model, batches, self.precision, source.forward)
+        return evaluate_batches(self.model, with_safe_points(batches), self.precision, source.forward)
 
     def _source(self, split: str, images: LabelledImages, asked: Iterable[NDArray[np.int64]]) -> "Source":
         """The images themselves, or what the frozen stages make of those ``asked`` for, a batch or client at a time."""
@@ -91,6 +93,13 @@ class Setup:
                 folder=self.cache_folder,
             )
         return self._caches[split]
+
+    def answers_by_class(self, split: str, classes: NDArray[np.int64]) -> Tensor:
+        """Correct answers to, and number of, the split's images of each class, int64 (2, C): of ``classes``, else 0."""
+        images = self.limited(getattr(self.dataset, split))
+        wanted = torch.isin(images.labels, torch.as_tensor(classes, device=images.labels.device))
+        batches = evaluation_batches(images.subset(wanted.nonzero().squeeze(1)), self.view, self.eval_batch_size)
+        return answers_by_class(self.model, batches, len(self.dataset.classes), self.precision)
 
     def limited(self, images: LabelledImages) -> LabelledImages:
         """The first ``eval_limit`` images, or all."""
@@ -126,9 +135,11 @@ class Setup:
         rng: np.random.Generator,
         learning_rate: Callable[[int], float],
         where: str,
-        watch: Callable[[Batches], Batches],
+        watch: Callable[[Batches], Batches] = lambda batches: batches,
+        first: int = 0,
+        adjust: Adjust | None = None,
     ) -> Metrics:
-        """``steps`` optimiser steps on the training images at ``indices``, in an order drawn from ``rng``.
+        """Optimiser steps ``first`` to ``steps`` - 1 on the training images at ``indices``, in an order of ``rng``.
 
         Raises TrainingError, saying ``where`` in the run, if training diverges.
         """
@@ -145,6 +156,7 @@ class Setup:
             batch_size=options.batch_size,
             augmentation=options.augmentation,
             rng=rng,
+            first=first,
         )
         try:
             return train(
@@ -156,6 +168,7 @@ class Setup:
                 clip_norm=options.clip_norm,
                 precision=self.precision,
                 forward=source.forward,
+                adjust=adjust,
             )
         except TrainingError as error:
             raise TrainingError(f"{where}: {error}") from error
@@ -164,6 +177,10 @@ class Setup:
         """Fingerprints of what the run reads, by what it is."""
         mask = {} if self.mask is None else {"mask": fingerprint(self.mask[0])}
         return {"data": self.dataset.fingerprint, "weights": self.weights, **mask}
+
+    def origin(self) -> dict[str, dict[str, str]]:
+        """What config.yaml says of where the weights are from, and of what the run reads."""
+        return {"weights": self.weights_origin, "inputs": self.inputs()}
 
     def facts(self) -> dict[str, Any]:
         """What a checkpoint needs, beside its tensors, to be used again."""

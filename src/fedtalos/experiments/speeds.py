@@ -25,7 +25,7 @@ from fedtalos.experiments.moving import moving_entries, optimizer_for
 from fedtalos.experiments.scoring import Holder, chunk_that_fits, scorer
 from fedtalos.experiments.setup import Setup
 from fedtalos.masks import load_mask
-from fedtalos.models.pretrained import HALF
+from fedtalos.models.pixels import HALF
 from fedtalos.models.vision_transformer import Architecture, VisionTransformer
 from fedtalos.parameters import Entries
 from fedtalos.randomness import generator, torch_generator
@@ -71,6 +71,7 @@ def stand_in(config: RunConfig, architecture: Architecture, stored_size: int) ->
         model=VisionTransformer(architecture, rng).to(device),
         view=View(architecture.image_size, *HALF),
         weights="",
+        weights_origin={},
         head="weights" if config.model.head == "weights" else "random",
         mask=None,
         eval_batch_size=config.data.eval_batch_size,

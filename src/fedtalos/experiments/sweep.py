@@ -19,6 +19,7 @@ from fedtalos.experiments.grids import Cell, expand, read_grid, with_needs
 from fedtalos.experiments.runs import RunPaths
 from fedtalos.experiments.tables import over_seeds, print_table, read_result, write_tables
 from fedtalos.files import write_atomic
+from fedtalos.interruption import Interrupted
 from fedtalos.recorder import write_yaml
 from fedtalos.training.local import TrainingError
 
@@ -134,7 +135,7 @@ def run_all(
             run_one(_resumed(cell.config) if states[cell.name] == "unfinished" else cell.config, console)
         except BrokenPipeError:  # nobody is left to read
             raise
-        except KeyboardInterrupt:
+        except (Interrupted, KeyboardInterrupt):
             console.print(f"{again} goes on with the grid", highlight=False, markup=False)
             raise
         except Exception as error:

@@ -1,13 +1,17 @@
-"""timm's weights on the Hugging Face hub: names, and files in the usual hub cache (HF_HUB_OFFLINE is respected)."""
+"""Weights on the Hugging Face hub: their names, and files in the usual hub cache (HF_HUB_OFFLINE is respected)."""
 
 import re
-from pathlib import Path
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
 
 from fedtalos.errors import InputError
 from fedtalos.models.vision_transformer import ModelSize
 
-FILES = (".safetensors", ".pth", ".pt")
+FILES = (".safetensors", ".pth", ".pt", ".bin")
 """What a weights file is called, as against a name on the hub."""
+
+USUAL = ("model.safetensors", "pytorch_model.bin")
+"""What a repository calls its weights, best first."""
 
 NAMES = {
     "pretrained": {s: f"vit_{s}_patch16_224.augreg_in21k_ft_in1k" for s in ("tiny", "small", "base", "large")},
@@ -15,8 +19,17 @@ NAMES = {
 }
 
 
-def hub_name(source: str, size: ModelSize) -> str:
-    """The timm model that ``source`` means for ``size``; InputError where there is none."""
+@dataclass(frozen=True)
+class Download:
+    """A weights file in the hub's cache, JSON files that may state its mean and std, and what to call it."""
+
+    weights: Path
+    configs: list[Path]
+    label: str
+
+
+def hub_address(source: str, size: ModelSize) -> tuple[str, str | None]:
+    """The repository, and the file in it where one is named, that ``source`` means; InputError where there is none."""
     if source in NAMES:
         names = NAMES[source]
         if size not in names:
@@ -24,33 +37,59 @@ def hub_name(source: str, size: ModelSize) -> str:
                 f"--weights {source}: published for model sizes {', '.join(names)}, not for {size}; "
                 "give one of those as --model_size, or --weights none or FILE"
             )
-        return names[size]
-    if not re.fullmatch(r"(vit|deit)_[\w.]+", source):
-        raise InputError(
-            f"--weights {source}: expected none, pretrained, dino, a timm model name such as "
-            f"vit_base_patch16_224.dino, or a file ending in {', '.join(FILES)}"
-        )
-    return source
+        return f"timm/{names[size]}", None
+    if named := re.fullmatch(r"hf:([\w.-]+/[\w.-]+)(?:/(.+))?", source):
+        repo, file = named.groups()
+        if file is None or file.endswith(FILES):
+            return repo, file
+    elif re.fullmatch(r"(vit|deit3?)_[\w.]+", source):
+        return f"timm/{source}", None
+    raise InputError(
+        f"--weights {source}: expected none, pretrained, dino, a timm ViT's name such as vit_base_patch16_224.dino, "
+        f"hf:OWNER/REPO[/FILE], or a file; files end in {', '.join(FILES)}"
+    )
 
 
-def download(name: str) -> tuple[Path, Path, str]:
-    """model.safetensors and config.json of timm/NAME in the hub's cache, and what to call them.
+def download(repo: str, file: str | None = None) -> Download:
+    """A repository's weights, its model.safetensors or else pytorch_model.bin where no ``file`` is named.
 
     Raises InputError where they are neither in the cache nor to be had.
     """
-    from huggingface_hub import constants, hf_hub_download, try_to_load_from_cache
+    from huggingface_hub import constants
     from huggingface_hub.utils import logging
 
     logging.set_verbosity_error()  # its retries speak for themselves in our one sentence
-    repo = f"timm/{name}"
+    candidates = USUAL if file is None else (file,)
+    # timm's configs say mean and std; transformers keeps them in a file of their own.
+    about = ("config.json",) if repo.startswith("timm/") else ("preprocessor_config.json", "config.json")
     try:
-        cached = try_to_load_from_cache(repo, "model.safetensors")  # no request where an earlier run fetched it
-        weights = Path(cached if isinstance(cached, str) else hf_hub_download(repo, "model.safetensors"))
-        revision = weights.parent.name  # the cache keeps snapshots/REVISION/FILE
-        config = Path(hf_hub_download(repo, "config.json", revision=revision))
+        weights = next((path for name in candidates if (path := _fetch(repo, name)) is not None), None)
+        if weights is not None:
+            name = file or weights.name
+            revision = weights.parents[len(PurePosixPath(name).parts) - 1].name  # the cache's snapshots/REVISION/FILE
+            configs = [path for name in about if (path := _fetch(repo, name, revision)) is not None]
     except Exception as error:  # httpx's, requests' and the hub's own errors share no narrower base
+        why = "HF_HUB_OFFLINE is set, and it is not in the cache" if constants.HF_HUB_OFFLINE else type(error).__name__
         raise InputError(
-            f"--weights: {repo} could not be fetched from {constants.ENDPOINT} ({type(error).__name__}); "
+            f"--weights: {repo} could not be fetched from {constants.ENDPOINT} ({why}); "
             "check the name and the connection, or give --weights FILE or none"
         ) from error
-    return weights, config, f"hub:{repo}@{revision}"
+    if weights is None:
+        raise InputError(f"--weights: {repo} holds no {' or '.join(candidates)}; name its file: hf:{repo}/FILE")
+    return Download(weights, configs, f"hub:{repo}{f'/{file}' if file else ''}@{revision}")
+
+
+def _fetch(repo: str, name: str, revision: str | None = None) -> Path | None:
+    """A file in the hub's cache, fetched where it is not there; None where the repository holds none of that name."""
+    from huggingface_hub import hf_hub_download, try_to_load_from_cache
+    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+
+    cached = try_to_load_from_cache(repo, name, revision=revision)  # no request where an earlier run fetched it
+    if cached is not None:
+        return Path(cached) if isinstance(cached, str) else None  # else known not to be there
+    try:
+        return Path(hf_hub_download(repo, name, revision=revision))
+    except LocalEntryNotFoundError:  # offline, or no answer: nobody knows
+        raise
+    except EntryNotFoundError:
+        return None

@@ -1,37 +1,30 @@
 """Pretrained weights, from the Hugging Face hub (hub.py) or a file: read, checked, fitted to a model.
 
-Letters: D width, g patches a side; 1 + g² tokens, the class token first.
+Letters: D width, g patches a side; 1 + g² position embeddings, the class token's first, or g² where it has none.
 """
 
-import hashlib
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
-from safetensors import safe_open
 from torch import Tensor
 
 from fedtalos.errors import InputError
-from fedtalos.models.hub import FILES, download, hub_name
-from fedtalos.models.vision_transformer import WIDTH_DEPTH_HEADS, ModelSize, VisionTransformer
+from fedtalos.models.backbone import Backbone
+from fedtalos.models.foreign import LIBRARIES, ForeignArchitecture
+from fedtalos.models.hub import FILES, download, hub_address
+from fedtalos.models.names import in_timms_names
+from fedtalos.models.pixels import STATISTICS, Channels, statistics
+from fedtalos.models.published import published
+from fedtalos.models.state_dicts import read_tensors, sha256_of
+from fedtalos.models.vision_transformer import WIDTH_DEPTH_HEADS, Architecture, ModelSize, VisionTransformer
 
-Channels = tuple[float, float, float]
-"""One number per colour channel, for pixels in 0..1."""
-
-IMAGENET: tuple[Channels, Channels] = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
-HALF: tuple[Channels, Channels] = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
-STATISTICS = {"imagenet": IMAGENET, "half": HALF}
-"""Pixel mean and deviation by name."""
-
+GATED = "a gated MLP (SwiGLU)"
 _FOREIGN_PARTS = {
-    "reg_token": "register tokens",
-    "register_tokens": "register tokens",
-    ".ls1.": "layer scale",
+    ".mlp.w12.": GATED,
     ".q_norm.": "query and key norms",
     "norm_pre.": "a norm before the blocks",
     "fc_norm.": "average pooling before the head (fc_norm)",
@@ -44,15 +37,11 @@ _FOREIGN_PARTS = {
 class Weights:
     """A state dict in timm's names, float32 on the CPU, and what its shapes and its makers say of it.
 
-    Sizes in pixels a side; ``num_classes`` is 0 where the file has no head; ``source`` is
-    "hub:timm/NAME@revision" or a file name.
+    ``source`` is "hub:OWNER/REPO@revision", a file name or a checkpoint's path; ``sha256`` is of the file.
     """
 
     tensors: dict[str, Tensor]
-    image_size: int
-    patch_size: int
-    num_classes: int
-    size: ModelSize
+    architecture: Architecture | ForeignArchitecture
     mean: Channels
     std: Channels
     source: str
@@ -62,46 +51,52 @@ class Weights:
 
 
 def read_weights(source: str, size: ModelSize, *, normalisation: str = "auto") -> Weights:
-    """Read ``source``: "pretrained" or "dino" (for ``size``), a timm model name, or a .safetensors/.pth/.pt file.
+    """Read ``source``: "pretrained" or "dino" (for ``size``), a timm ViT's name, "hf:OWNER/REPO[/FILE]", or a file.
 
-    Mean and std are those of the hub's config.json, of a JSON file beside the weights with the same stem, or of
-    the safetensors metadata; else ImageNet's where the name says dino, else 0.5. A name in STATISTICS as
-    ``normalisation`` overrides them.
-    Names with a "/" (optimiser state in our checkpoints) are left out.
+    Or "timm:NAME" or "torch:NAME", for what is no plain ViT of ours (foreign.py).
 
-    Raises InputError where the source is unknown, unreachable, unreadable, not finite, or no plain timm ViT.
+    Names of parameters may be timm's, DINO's, DINOv2's or transformers'. Mean and std are those of the hub's JSON
+    files, of one beside the weights with the same stem, or of the safetensors metadata; else ImageNet's where the name
+    says dino, else 0.5. A name in STATISTICS as ``normalisation`` overrides them.
+
+    Raises InputError where the source is unknown, unreachable, unreadable, not finite, or no plain ViT.
     """
-    if source.endswith(FILES):
-        path, config, label = Path(source), Path(source).with_suffix(".json"), Path(source).name
+    if source.startswith(tuple(LIBRARIES)):
+        given = published(source)
+        mean, std = STATISTICS.get(normalisation) or (given.mean, given.std)
+        architecture = ForeignArchitecture(source, given.image_size, num_classes=0)
+        return Weights(given.tensors, architecture, mean, std, given.source, given.sha256)
+    if source.endswith(FILES) and not source.startswith("hf:"):
+        path, configs, label = Path(source), [Path(source).with_suffix(".json")], Path(source).name
         if not path.is_file():
             raise InputError(f"--weights {source}: no such file; give an existing file, a timm model name or none")
     else:
-        path, config, label = download(hub_name(source, size))
-    raw, metadata = _read_tensors(path)
-    tensors = {name: _as_float32(label, name, tensor) for name, tensor in raw.items()}
-    mean, std = STATISTICS.get(normalisation) or _statistics(label, config, metadata)
-    with path.open("rb") as file:
-        sha256 = hashlib.file_digest(file, "sha256").hexdigest()
-    return Weights(tensors, *_geometry(label, tensors), mean, std, label, sha256)
+        found = download(*hub_address(source, size))
+        path, configs, label = found.weights, found.configs, found.label
+    raw, metadata = read_tensors(path, label)
+    tensors = in_timms_names(raw)
+    mean, std = STATISTICS.get(normalisation) or statistics(label, configs, metadata)
+    return Weights(tensors, _architecture(label, tensors), mean, std, label, sha256_of(path))
 
 
-def load_into(model: VisionTransformer, weights: Weights) -> list[str]:
+def load_into(model: Backbone, weights: Weights) -> list[str]:
     """Copy the weights into the model and return the names that keep their initial value: none, or the head's two.
 
-    The position embedding is resampled to the model's grid; the head is loaded where the class counts agree.
+    A ViT's position embedding is resampled to the model's grid; the head is loaded where the class counts agree.
 
     Raises InputError, with the model untouched, where size, patch size, names or shapes differ.
     """
-    ours = model.architecture
-    if (ours.size, ours.patch_size) != (weights.size, weights.patch_size):
+    ours, theirs = model.architecture, weights.architecture
+    if str(ours) != str(theirs):
         raise InputError(
-            f"weights {weights.source}: expected a ViT-{ours.size}/{ours.patch_size}, got a ViT-{weights.size}/"
-            f"{weights.patch_size}; give --model_size {weights.size} --patch_size {weights.patch_size}, "
-            "or --weights none"
+            f"weights {weights.source}: expected a {ours}, got a {theirs}; "
+            "give --model_size and --patch_size of the weights, or --weights none"
         )
-    new_head = ["head.weight", "head.bias"] if weights.num_classes != ours.num_classes else []
+    new_head = ["head.weight", "head.bias"] if theirs.num_classes != ours.num_classes else []
     tensors = {name: tensor for name, tensor in weights.tensors.items() if name not in new_head}
-    tensors["pos_embed"] = resample_position_embedding(tensors["pos_embed"], model.patch_embed.grid)
+    if isinstance(model, VisionTransformer):
+        grid, prefix = model.patch_embed.grid, int(model.architecture.class_position)
+        tensors["pos_embed"] = resample_position_embedding(tensors["pos_embed"], grid, prefix=prefix)
     parameters = {name: p for name, p in model.named_parameters() if name not in new_head}
     _check_names_and_shapes(weights.source, parameters, tensors)
     with torch.no_grad():
@@ -110,108 +105,70 @@ def load_into(model: VisionTransformer, weights: Weights) -> list[str]:
     return new_head
 
 
-def resample_position_embedding(pos_embed: Tensor, grid: int) -> Tensor:
-    """Position embedding for another image size, (1, 1 + g², D) -> (1, 1 + grid², D).
+def resample_position_embedding(pos_embed: Tensor, grid: int, *, prefix: int = 1) -> Tensor:
+    """Position embedding for another image size, (1, prefix + g², D) -> (1, prefix + grid², D).
 
-    The class token is kept, the patches are interpolated bicubically with antialiasing, as timm's
-    ``resample_abs_pos_embed`` does.
+    The first ``prefix`` (the class token's) are kept, the patches are interpolated bicubically with antialiasing, as
+    timm's ``resample_abs_pos_embed`` does.
     """
-    old = math.isqrt(pos_embed.shape[1] - 1)
+    old = math.isqrt(pos_embed.shape[1] - prefix)
     if old == grid:
         return pos_embed
-    class_token, patches = pos_embed[:, :1], pos_embed[:, 1:]
+    kept, patches = pos_embed[:, :prefix], pos_embed[:, prefix:]
     square = patches.reshape(1, old, old, -1).permute(0, 3, 1, 2)  # (1, D, g, g)
     square = F.interpolate(square, size=(grid, grid), mode="bicubic", antialias=True)
-    return torch.cat([class_token, square.flatten(2).transpose(1, 2)], dim=1)
+    return torch.cat([kept, square.flatten(2).transpose(1, 2)], dim=1)
 
 
-def _read_tensors(path: Path) -> tuple[dict[str, Tensor], Mapping[str, str]]:
-    """Tensors of the model by plain name, and the safetensors metadata."""
-    metadata: Mapping[str, str] = {}
-    try:
-        if path.suffix == ".safetensors":
-            with safe_open(path, framework="pt") as file:
-                content: Any = {name: file.get_tensor(name) for name in file.keys() if "/" not in name}  # noqa: SIM118
-                metadata = file.metadata() or {}
-        else:
-            content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # a torn or hostile file makes either reader raise anything
-        raise InputError(
-            f"weights {path}: neither a whole safetensors file nor a torch state dict of plain tensors "
-            f"({type(error).__name__}); fetch it again, or save the state dict alone with torch.save"
-        ) from error
-    if not isinstance(content, dict):
-        raise InputError(f"weights {path}: expected tensors by name, got a {type(content).__name__}; save a state dict")
-    key = next((key for key in ("state_dict", "model", "teacher") if isinstance(content.get(key), dict)), None)
-    tensors = {}
-    for full_name, tensor in (content if key is None else content[key]).items():
-        name = str(full_name).removeprefix("module.").removeprefix("backbone.")
-        if not isinstance(tensor, Tensor):
-            raise InputError(f"weights {path}: {name} is a {type(tensor).__name__}, no tensor; save a state dict alone")
-        if "/" not in name and not (key == "teacher" and name.startswith(("head.mlp.", "head.last_layer."))):
-            tensors[name] = tensor
-    return tensors, metadata
-
-
-def _as_float32(label: str, name: str, tensor: Tensor) -> Tensor:
-    if not tensor.is_floating_point() or tensor.itemsize < 2 or tensor.layout != torch.strided:
-        raise InputError(f"weights {label}: {name} is {tensor.dtype}; give weights in float32, float16 or bfloat16")
-    tensor = tensor.detach().to(torch.float32)
-    if not torch.isfinite(tensor).all():
-        raise InputError(f"weights {label}: {name} holds NaN or infinity; give weights of a run that did not diverge")
-    return tensor
-
-
-def _geometry(label: str, tensors: Mapping[str, Tensor]) -> tuple[int, int, int, ModelSize]:
-    """Image side and patch side in pixels, number of classes and model size, as the shapes say them."""
-    for part, words in _FOREIGN_PARTS.items():
-        if any(part in name for name in tensors):
-            raise InputError(f"weights {label}: a ViT with {words}, which this model has not; give a plain timm ViT")
+def _architecture(label: str, tensors: Mapping[str, Tensor]) -> Architecture:
+    """What the shapes say: the image size is the one that the position embedding is for."""
+    _refuse_other_kinds(label, tensors)
     ranks = {"cls_token": 3, "pos_embed": 3, "patch_embed.proj.weight": 4}
-    for name, rank in (ranks | {"head.weight": 2} if "head.weight" in tensors else ranks).items():
+    ranks |= {name: rank for name, rank in {"head.weight": 2, "reg_token": 3}.items() if name in tensors}
+    for name, rank in ranks.items():
         if name not in tensors or tensors[name].ndim != rank:
-            raise InputError(f"weights {label}: no {name} of {rank} dimensions; give a ViT with timm's parameter names")
+            raise InputError(
+                f"weights {label}: no {name} of {rank} dimensions; "
+                "give a ViT with the parameter names of timm, DINO or transformers"
+            )
     width = tensors["cls_token"].shape[2]
     depth = len({name.split(".")[1] for name in tensors if name.startswith("blocks.")})
     size = next((s for s, (w, d, _) in WIDTH_DEPTH_HEADS.items() if (w, d) == (width, depth)), None)
     if size is None:
         known = ", ".join(f"{s} {w} and {d}" for s, (w, d, _) in WIDTH_DEPTH_HEADS.items())
         raise InputError(f"weights {label}: width {width} and depth {depth} are no known size; give {known}")
-    shape = tuple(tensors["pos_embed"].shape)
-    grid = math.isqrt(max(shape[1] - 1, 0))
-    if grid == 0 or shape != (1, 1 + grid**2, width):
-        raise InputError(
-            f"weights {label}: expected a position embedding (1, 1 + a square, {width}), got {shape}; "
-            "give weights made for square images"
-        )
+    grid, class_position = _grid(label, tuple(tensors["pos_embed"].shape), width)
     patch_size = tensors["patch_embed.proj.weight"].shape[3]
-    num_classes = len(tensors["head.weight"]) if "head.weight" in tensors else 0
-    return grid * patch_size, patch_size, num_classes, cast(ModelSize, size)
+    return Architecture(
+        size,
+        image_size=grid * patch_size,
+        patch_size=patch_size,
+        num_classes=len(tensors["head.weight"]) if "head.weight" in tensors else 0,
+        registers=tensors["reg_token"].shape[1] if "reg_token" in tensors else 0,
+        layer_scale=any(".ls1." in name for name in tensors),
+        class_position=class_position,
+    )
 
 
-def _statistics(label: str, config: Path, metadata: Mapping[str, str]) -> tuple[Channels, Channels]:
-    stated = _stated(str(config), config.read_text("utf-8", "replace")) if config.is_file() else None
-    if stated is None:
-        stated = _stated(f"metadata of weights {label}", metadata.get("pixels", "{}"))
-    return stated or (IMAGENET if "dino" in label.lower() else HALF)
+def _refuse_other_kinds(label: str, tensors: Mapping[str, Tensor]) -> None:
+    found = [words for part, words in _FOREIGN_PARTS.items() if any(part in name for name in tensors)]
+    into, out_of = (tensors.get(f"blocks.0.mlp.fc{number}.weight") for number in (1, 2))
+    if into is not None and out_of is not None and into.shape[0] == 2 * out_of.shape[-1]:  # as timm packs it
+        found.append(GATED)
+    if found:
+        raise InputError(f"weights {label}: a ViT with {found[0]}, which this model has not; give a plain ViT")
 
 
-def _stated(where: str, text: str) -> tuple[Channels, Channels] | None:
-    """Mean and std in a JSON object, plain or under timm's pretrained_cfg; None where it has neither."""
-    try:
-        config = json.loads(text)
-        config = config.get("pretrained_cfg", config)
-        if "mean" not in config and "std" not in config:
-            return None
-        mean, std = ([float(value) for value in config[key]] for key in ("mean", "std"))
-        if len(mean) != 3 or len(std) != 3 or not all(map(math.isfinite, mean + std)) or min(std) <= 0:
-            raise ValueError("no three usable numbers")
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise InputError(
-            f"{where}: expected a JSON object with three numbers each for mean and std (above 0); "
-            "mend it, or override it with --normalisation imagenet or half"
-        ) from error
-    return cast(Channels, tuple(mean)), cast(Channels, tuple(std))
+def _grid(label: str, shape: tuple[int, ...], width: int) -> tuple[int, bool]:
+    """Patches a side, and whether the class token has a position embedding too: no two squares above 0 differ by 1."""
+    for prefix in (1, 0):
+        grid = math.isqrt(max(shape[1] - prefix, 0))
+        if grid > 0 and shape == (1, prefix + grid**2, width):
+            return grid, bool(prefix)
+    raise InputError(
+        f"weights {label}: expected a position embedding (1, 1 + a square, {width}), got {shape}; "
+        "give weights made for square images"
+    )
 
 
 def _check_names_and_shapes(label: str, parameters: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> None:

@@ -1,12 +1,15 @@
 """Vision Transformer (Dosovitskiy et al., 2021), with timm's parameter names and numerics.
 
-Shapes: B images, H W pixels, p patch side, N = (H/p)(W/p) patches, T = N + 1 tokens, D width, h heads, C classes.
+With DINOv2's layer scale (Touvron et al., 2021) and register tokens (Darcet et al., 2024) where the weights have them.
+
+Shapes: B images, H W pixels, p patch side, N = (H/p)(W/p) patches, R registers, T = 1 + R + N tokens, D width, h heads,
+C classes.
 """
 
 import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, fields
 from typing import Literal
 
 import torch
@@ -14,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fedtalos.errors import InputError
+from fedtalos.models.backbone import Backbone
 from fedtalos.models.linear import Linear
 
 ModelSize = Literal["micro", "tiny", "small", "base", "large"]
@@ -29,12 +33,19 @@ WIDTH_DEPTH_HEADS: dict[str, tuple[int, int, int]] = {
 
 @dataclass(frozen=True)
 class Architecture:
-    """What fixes every parameter's shape: size name, pixels a side, pixels per patch side, classes."""
+    """What fixes every parameter's shape: size name, pixels a side, pixels per patch side, classes.
+
+    ``num_classes`` is 0 of weights without a head. The last three are of what not every ViT has: register tokens, layer
+    scale, and a position embedding of the class token too (DeiT III and timm's DINOv2 with registers have none).
+    """
 
     size: str
     image_size: int
     patch_size: int
     num_classes: int
+    registers: int = 0
+    layer_scale: bool = False
+    class_position: bool = True
 
     def __post_init__(self) -> None:
         if self.size not in WIDTH_DEPTH_HEADS:
@@ -44,12 +55,27 @@ class Architecture:
                 f"image size {self.image_size} is not a multiple of patch size {self.patch_size}: "
                 "choose --image_size and --patch_size so that whole patches fill the image"
             )
-        if self.num_classes < 1:
-            raise InputError(f"number of classes: expected at least 1, got {self.num_classes}")
+        if self.num_classes < 0:
+            raise InputError(f"number of classes: expected at least 0, got {self.num_classes}")
+
+    @property
+    def heads(self) -> int:
+        """Attention heads of each block."""
+        return WIDTH_DEPTH_HEADS[self.size][2]
 
     def as_dict(self) -> dict[str, str | int]:
-        """Plain values, for a file's header."""
-        return asdict(self)
+        """Plain values, for a file's header; what has its default value is not said."""
+        values = {field.name: (getattr(self, field.name), field.default) for field in fields(self)}
+        return {name: value for name, (value, default) in values.items() if value != default}
+
+    def __str__(self) -> str:
+        parts = {
+            f"{self.registers} registers": self.registers,
+            "layer scale": self.layer_scale,
+            "no class position": not self.class_position,
+        }
+        beside = " and ".join(part for part, there in parts.items() if there)
+        return f"ViT-{self.size}/{self.patch_size}" + (f" with {beside}" if beside else "")
 
 
 class PatchEmbed(nn.Module):
@@ -117,23 +143,35 @@ class Mlp(nn.Module):
         return out
 
 
+class LayerScale(nn.Module):
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.gamma = nn.Parameter(torch.ones(dim))
+
+    def forward(self, x: Tensor) -> Tensor:  # (B, T, D) -> (B, T, D)
+        return x * self.gamma
+
+
 class Block(nn.Module):
-    def __init__(self, dim: int, heads: int) -> None:
+    def __init__(self, dim: int, heads: int, *, layer_scale: bool) -> None:
         super().__init__()
         self.norm1 = nn.LayerNorm(dim, eps=1e-6)
         self.attn = Attention(dim, heads)
+        self.ls1 = LayerScale(dim) if layer_scale else nn.Identity()
         self.norm2 = nn.LayerNorm(dim, eps=1e-6)
         self.mlp = Mlp(dim)
+        self.ls2 = LayerScale(dim) if layer_scale else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:  # (B, T, D) -> (B, T, D)
-        x = x + self.attn(self.norm1(x))
-        out: Tensor = x + self.mlp(self.norm2(x))
+        x = x + self.ls1(self.attn(self.norm1(x)))
+        out: Tensor = x + self.ls2(self.mlp(self.norm2(x)))
         return out
 
 
 def parts(name: str, tensor: Tensor) -> dict[str, Tensor]:
-    """Views of what a parameter of that name is made of: q, k and v of a qkv layer, else itself, under no name."""
-    return dict(zip("qkv", tensor.chunk(3), strict=True)) if ".attn.qkv." in name else {"": tensor}
+    """Views of what a parameter of that name is made of: q, k and v of our qkv layer, else itself, under no name."""
+    ours = name.startswith("blocks.") and ".attn.qkv." in name
+    return dict(zip("qkv", tensor.chunk(3), strict=True)) if ours else {"": tensor}
 
 
 def _stage(name: str, depth: int) -> int:
@@ -150,8 +188,10 @@ def _stage(name: str, depth: int) -> int:
             return 0
 
 
-class VisionTransformer(nn.Module):
+class VisionTransformer(Backbone):
     """A ViT classifier; ``forward`` maps normalised images (B, 3, H, W) to logits (B, C)."""
+
+    architecture: Architecture
 
     def __init__(self, architecture: Architecture, generator: torch.Generator) -> None:
         """Weights are drawn from ``generator``: truncated normal, deviation 0.02, for patches 1 / sqrt(fan in)."""
@@ -160,8 +200,9 @@ class VisionTransformer(nn.Module):
         dim, depth, heads = WIDTH_DEPTH_HEADS[architecture.size]
         self.patch_embed = PatchEmbed(architecture.image_size, architecture.patch_size, dim)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, dim))
-        self.pos_embed = nn.Parameter(torch.zeros(1, self.patch_embed.grid**2 + 1, dim))
-        self.blocks = nn.Sequential(*(Block(dim, heads) for _ in range(depth)))
+        self.reg_token = nn.Parameter(torch.zeros(1, architecture.registers, dim)) if architecture.registers else None
+        self.pos_embed = nn.Parameter(torch.zeros(1, self.patch_embed.grid**2 + architecture.class_position, dim))
+        self.blocks = nn.Sequential(*(Block(dim, heads, layer_scale=architecture.layer_scale) for _ in range(depth)))
         self.norm = nn.LayerNorm(dim, eps=1e-6)
         self.head = nn.Linear(dim, architecture.num_classes)
         self._initialise(generator)
@@ -169,6 +210,8 @@ class VisionTransformer(nn.Module):
     def _initialise(self, generator: torch.Generator) -> None:
         nn.init.trunc_normal_(self.pos_embed, std=0.02, generator=generator)
         nn.init.normal_(self.cls_token, std=1e-6, generator=generator)
+        if self.reg_token is not None:
+            nn.init.normal_(self.reg_token, std=1e-6, generator=generator)
         fan_in = self.patch_embed.proj.weight[0].numel()
         nn.init.trunc_normal_(self.patch_embed.proj.weight, std=math.sqrt(1 / fan_in), generator=generator)
         nn.init.zeros_(self.patch_embed.proj.bias)  # type: ignore[arg-type]
@@ -178,9 +221,16 @@ class VisionTransformer(nn.Module):
                 nn.init.zeros_(module.bias)
 
     def embed(self, images: Tensor) -> Tensor:
-        """Patches as tokens, behind the class token: (B, 3, H, W) -> (B, T, D)."""
+        """Patches as tokens, behind the class token and registers: (B, 3, H, W) -> (B, T, D)."""
         x = self.patch_embed(images)  # (B, N, D)
-        out: Tensor = torch.cat([self.cls_token.expand(len(x), -1, -1), x], dim=1) + self.pos_embed
+        class_token = self.cls_token.expand(len(x), -1, -1)
+        if self.architecture.class_position:
+            x = torch.cat([class_token, x], dim=1) + self.pos_embed
+        else:
+            x = torch.cat([class_token, x + self.pos_embed], dim=1)
+        if self.reg_token is not None:
+            x = torch.cat([x[:, :1], self.reg_token.expand(len(x), -1, -1), x[:, 1:]], dim=1)
+        out: Tensor = x
         return out
 
     def pool(self, x: Tensor) -> Tensor:
@@ -190,25 +240,10 @@ class VisionTransformer(nn.Module):
 
     @property
     def stages(self) -> list[Callable[[Tensor], Tensor]]:
-        """What an image passes through before the head: the embedding, the blocks, the pooling."""
+        """The embedding, the blocks, the pooling."""
         return [self.embed, *self.blocks, self.pool]
 
     def frozen_stages(self, moving: Iterable[str]) -> int:
         """How many of the first stages hold none of the parameters so named."""
         depth = len(self.blocks)
         return min((_stage(name, depth) for name in moving), default=depth + 2)
-
-    def features(self, images: Tensor) -> Tensor:
-        """What the head sees, (B, 3, H, W) -> (B, D)."""
-        return self.run(images, 0, len(self.stages))
-
-    def run(self, x: Tensor, first: int, end: int) -> Tensor:
-        """Stages first to end - 1, of what the stage before the first gave."""
-        for stage in self.stages[first:end]:
-            x = stage(x)
-        return x
-
-    def forward(self, x: Tensor, passed: int = 0) -> Tensor:
-        """Logits (B, C) of images, or of what they were after the first ``passed`` stages."""
-        logits: Tensor = self.head(self.run(x, passed, len(self.stages)))
-        return logits

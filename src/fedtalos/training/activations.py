@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fedtalos.data.batches import View
 from fedtalos.data.images import LabelledImages
-from fedtalos.models.vision_transformer import VisionTransformer
+from fedtalos.models.backbone import Backbone
 from fedtalos.training.local import Precision, autocast
 
 
@@ -26,7 +26,7 @@ class ActivationCache:
 
     def __init__(
         self,
-        model: VisionTransformer,
+        model: Backbone,
         passed: int,
         images: LabelledImages,
         view: View,

@@ -12,6 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from fedtalos.errors import InputError
+from fedtalos.models.foreign import ForeignModel
 from fedtalos.models.vision_transformer import parts
 from fedtalos.parameters import Entries, named_tensors
 from fedtalos.randomness import generator, torch_generator
@@ -42,9 +44,17 @@ def eligible_entries(model: nn.Module, which: Eligible = "blocks") -> Entries:
     """Weights and biases of the layers inside the blocks, or only some, but for the key third of each qkv bias.
 
     That third has exactly zero gradient: it shifts all logits of a softmax row alike. ``which``: blocks (all),
-    attention (qkv and proj), qk (their rows of qkv), biases (those of the norms too).
+    attention (qkv and proj), qk (their rows of qkv), biases (those of the norms too). Of a foreign model: of the layers
+    that it calls scorable, and blocks or biases only. Layer scale is no layer's weight, and not eligible.
     """
     shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
+    if isinstance(model, ForeignModel):
+        shapes = {name: shape for name, shape in shapes.items() if name.rpartition(".")[0] in model.scorable}
+        if which not in ("blocks", "biases") or not shapes:
+            raise InputError(
+                f"--eligible {which}: masks of {model.architecture} choose from blocks or biases, of its "
+                f"{len(model.scorable)} linear, convolution and norm layers; give one of these, or another model"
+            )
     return Entries(eligible_masks(shapes, which, next(model.parameters()).device))
 
 
@@ -52,12 +62,12 @@ def eligible_masks(
     shapes: Mapping[str, torch.Size], which: Eligible, device: torch.device | str = "cpu"
 ) -> dict[str, Tensor]:
     """The same as one bool mask per tensor, from the names and shapes of a model's parameters."""
-    belongs = {"blocks": "blocks.", "attention": ".attn.", "qk": ".attn.qkv.", "biases": ".bias"}[which]
+    belongs = {"blocks": ".", "attention": ".attn.", "qk": ".attn.qkv.", "biases": ".bias"}[which]
     masks = {}
     for name, shape in shapes.items():
-        if name.startswith("blocks.") and belongs in name:
+        if name.startswith(("blocks.", "net.")) and belongs in name and not name.endswith(".gamma"):
             masks[name] = torch.ones(shape, dtype=torch.bool, device=device)
-            if name.endswith("attn.qkv.bias"):
+            if len(parts(name, masks[name])) > 1 and name.endswith(".bias"):
                 parts(name, masks[name])["k"].fill_(False)
             if which == "qk":
                 parts(name, masks[name])["v"].fill_(False)

@@ -33,3 +33,16 @@ def evaluate_batches(
         examples.append(len(labels))
     figures = torch.stack(found).tolist() if found else []
     return [Metrics(loss, int(correct), count) for (loss, correct), count in zip(figures, examples, strict=True)]
+
+
+@torch.inference_mode()
+def answers_by_class(model: nn.Module, batches: Batches, num_classes: int, precision: Precision = "fp32") -> Tensor:
+    """Correct answers and images of each class, int64 (2, C), on the CPU, in eval mode."""
+    model.eval()
+    found = [torch.empty(0, dtype=torch.long)], [torch.empty(0, dtype=torch.long)]
+    for images, labels in batches:
+        with autocast(images.device, precision):
+            right = model(images).argmax(1) == labels
+        found[0].append(labels[right].cpu())
+        found[1].append(labels.cpu())
+    return torch.stack([torch.bincount(torch.cat(labels), minlength=num_classes) for labels in found])

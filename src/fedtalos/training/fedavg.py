@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from fedtalos.metrics import Metrics
 from fedtalos.parameters import Entries, Values, named_tensors
 from fedtalos.randomness import generator
+from fedtalos.training.server import ServerRule
 
 ClientUpdate = Callable[[int, int], Metrics]
 """(round, client) -> training metrics; trains the resident model in place, from the values it finds there."""
@@ -65,41 +66,49 @@ def fedavg(
     model: nn.Module,
     entries: Entries,
     train_clients: TrainClients,
-    client_sizes: NDArray[np.integer[Any]],
+    client_weights: NDArray[np.number[Any]],
     *,
     fraction: float,
     rounds: int,
     seed: int,
     done: int = 0,
     first_contact_bytes: int = 0,
+    server: ServerRule | None = None,
+    vectors_sent: int = 1,
 ) -> Iterator[Round]:
     """Yield rounds done+1..rounds; after each, ``model`` holds the new global values.
 
     theta <- sum over sampled clients of n_k theta_k / sum of n_k, kept as a running mean: memory does not grow with
-    the number of clients. What does not move, but lies between what does, is averaged along: equal values stay as
-    they are. Bytes are those of the entries that may move, down and up for every client, and ``first_contact_bytes``
-    (the mask's bits) down to each client the first time that it is sampled. A round that fails leaves theta in place.
+    the number of clients. n_k are the ``client_weights`` (K,), numbers of images. What does not move, but lies between
+    what does, is averaged along: equal values stay as they are. Where there is a ``server`` rule, it makes the new
+    theta of the mean. Bytes are those of the entries that may move, ``vectors_sent`` times down and up for every
+    client, and ``first_contact_bytes`` (the mask's bits) down to each client the first time that it is sampled.
+    A round that fails leaves theta in place.
     """
-    resident = entries.moving_rows(named_tensors(model))
+    tensors = named_tensors(model)
+    resident = entries.moving_rows(tensors)
     theta, mean = Values(resident), Values(resident)
-    met = np.zeros(len(client_sizes), dtype=np.bool_)
+    met = np.zeros(len(client_weights), dtype=np.bool_)
     for number in range(1, done + 1):
-        met[list(sample_clients(len(client_sizes), fraction, seed, number))] = True
+        met[list(sample_clients(len(client_weights), fraction, seed, number))] = True
     for number in range(done + 1, rounds + 1):
         torch._foreach_copy_(theta.parts, resident)
-        clients = sample_clients(len(client_sizes), fraction, seed, number)
-        train, examples = Metrics(), 0
+        before = None if server is None else entries.gather(tensors)
+        clients = sample_clients(len(client_weights), fraction, seed, number)
+        train, total = Metrics(), 0.0
         try:
             for client, (metrics, values) in zip(clients, train_clients(number, clients, theta), strict=True):
                 train += metrics
-                size = int(client_sizes[client])
-                examples += size
-                torch._foreach_lerp_(mean.parts, values, size / examples)
+                weight = float(client_weights[client])
+                total += weight
+                torch._foreach_lerp_(mean.parts, values, weight / total)
         except BaseException:
             torch._foreach_copy_(resident, theta.parts)
             raise
         torch._foreach_copy_(resident, mean.parts)
+        if server is not None and before is not None:
+            entries.scatter(server(clients, before, entries.gather(tensors)), tensors)
         new = len(clients) - int(met[list(clients)].sum())
         met[list(clients)] = True
-        wire = entries.nbytes * len(clients)
+        wire = entries.nbytes * len(clients) * vectors_sent
         yield Round(number, clients, train, wire + first_contact_bytes * new, wire)

@@ -16,13 +16,16 @@ from torch.optim import Optimizer
 
 from fedtalos.metrics import Metrics
 from fedtalos.models.linear import Linear, rows_with_true
-from fedtalos.parameters import Entries, clip_gradients
+from fedtalos.parameters import Entries, clip_gradients, gradients_of
 from fedtalos.training.sparse_optimizer import SparseAdamW, SparseSGD
 
 Batches = Iterable[tuple[Tensor, Tensor]]
 """Normalised images (B, 3, H, W) float32 with labels (B,) int64, on the model's device."""
 
 Precision = Literal["fp32", "bf16"]
+
+Adjust = Callable[[Tensor], Tensor]
+"""The gradient of the entries that may move, (A,) and free to be written to -> what the optimiser is to see."""
 
 CHECK_EVERY = 16
 
@@ -106,10 +109,12 @@ def train(
     clip_norm: float | None,
     precision: Precision = "fp32",
     forward: Callable[[Tensor], Tensor] | None = None,
+    adjust: Adjust | None = None,
 ) -> Metrics:
     """Step ``optimizer`` once per batch on the mean cross-entropy; ``learning_rate`` maps the batch's number to a rate.
 
     ``forward`` maps a batch's first tensor to logits (B, C), where that is not all of the model's own.
+    ``adjust`` is asked before gradients are clipped.
     Raises TrainingError where a loss, or a clipped gradient, is not finite: on a CPU before that batch's step,
     elsewhere within CHECK_EVERY steps, since to read a value waits for all that the device has yet to do.
     """
@@ -124,6 +129,9 @@ def train(
         loss = F.cross_entropy(logits.float(), labels)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
+        if adjust is not None:
+            gradients = gradients_of(parameters, entries)
+            entries.scatter(adjust(entries.gather(gradients)), gradients)
         norm = loss.detach() if clip_norm is None else clip_gradients(parameters, entries, clip_norm)
         unread.append(
             Step(number, learning_rate(number), len(labels), loss.detach(), norm, correct_answers(logits, labels))

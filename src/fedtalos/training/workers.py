@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from fedtalos.metrics import Metrics
 from fedtalos.parameters import Entries, Values, named_tensors
+from fedtalos.training.drift import Exchange
 from fedtalos.training.fedavg import TrainClients
 from fedtalos.training.local import TrainingError
 
@@ -32,25 +33,37 @@ class Leader:
     def __init__(self, model: nn.Module, entries: Entries) -> None:
         """Every process gets all of the model's values; later on, ``entries`` is what moves."""
         tensors = named_tensors(model)
+        self._entries = entries
         self._resident = entries.moving_rows(tensors)
         self._received = Values(self._resident)
         _checked(_order, ("take",))
         for tensor in tensors.values():
             _checked(dist.broadcast, tensor, 0)
 
-    def spread(self, train_clients: TrainClients) -> TrainClients:
-        """``train_clients`` on every process, for its part of the clients."""
+    def spread(self, train_clients: TrainClients, exchange: Exchange) -> TrainClients:
+        """``train_clients`` on every process, for its part of the clients; what ``exchange`` holds for them travels."""
         size = dist.get_world_size()
 
         def spread_clients(
             number: int, clients: Sequence[int], theta: Values
         ) -> Iterator[tuple[Metrics, list[Tensor]]]:
-            _checked(_order, ("train", number, clients))
+            controlled = bool(exchange.terms)
+            _checked(_order, ("train", number, clients, controlled))
             _checked(dist.broadcast, theta.vector, 0)
+            for rank in range(1, size) if controlled else ():
+                for client in clients[rank::size]:
+                    _checked(dist.send, exchange.terms.pop(client), rank)
             own = train_clients(number, clients[::size], theta)
-            for position in range(len(clients)):
+            for position, client in enumerate(clients):
                 rank = position % size
-                yield next(own) if rank == 0 else (_receive(rank, self._received), self._received.parts)
+                if rank == 0:
+                    yield next(own)
+                    continue
+                metrics = _receive(rank, self._received)
+                if controlled:
+                    exchange.gradients[client] = theta.vector.new_empty(len(self._entries))
+                    _checked(dist.recv, exchange.gradients[client], rank)
+                yield metrics, self._received.parts
 
         return spread_clients
 
@@ -65,7 +78,13 @@ class Leader:
         return sum(batches, Metrics())
 
 
-def serve(model: nn.Module, entries: Entries, train_clients: TrainClients, evaluate_part: EvaluatePart) -> None:
+def serve(
+    model: nn.Module,
+    entries: Entries,
+    train_clients: TrainClients,
+    evaluate_part: EvaluatePart,
+    exchange: Exchange,
+) -> None:
     """What every other rank does: follow the leader's orders, until it is gone."""
     rank, size = dist.get_rank(), dist.get_world_size()
     resident = entries.moving_rows(named_tensors(model))
@@ -76,9 +95,13 @@ def serve(model: nn.Module, entries: Entries, train_clients: TrainClients, evalu
                 case ("take",):
                     for tensor in named_tensors(model).values():
                         dist.broadcast(tensor, 0)
-                case ("train", number, clients):
+                case ("train", number, clients, controlled):
+                    own = clients[rank::size]
                     dist.broadcast(theta.vector, 0)
-                    _send_all(train_clients(number, clients[rank::size], theta), sent)
+                    for client in own if controlled else ():
+                        exchange.terms[client] = theta.vector.new_empty(len(entries))
+                        dist.recv(exchange.terms[client], 0)
+                    _send_all(own, train_clients(number, own, theta), sent, exchange)
                 case ("evaluate", split):
                     dist.broadcast(theta.vector, 0)
                     torch._foreach_copy_(resident, theta.parts)
@@ -96,16 +119,20 @@ def _order(order: tuple[object, ...] | None) -> tuple[Any, ...]:
     return out
 
 
-def _send_all(results: Iterator[tuple[Metrics, list[Tensor]]], sent: Values) -> None:
-    """Send each client's metrics and values to the leader, while the next client trains."""
+def _send_all(
+    clients: Sequence[int], results: Iterator[tuple[Metrics, list[Tensor]]], sent: Values, exchange: Exchange
+) -> None:
+    """Send each client's metrics and values, and mean gradient if any, to the leader, while the next client trains."""
     under_way: list[Any] = []
     try:
-        for metrics, values in results:
+        for client, (metrics, values) in zip(clients, results, strict=True):
             for work in under_way:
                 work.wait()
             figures = torch.tensor([metrics.loss_sum, metrics.correct, metrics.examples], dtype=torch.float64)
             torch._foreach_copy_(sent.parts, values)
             under_way = [dist.isend(figures, 0), dist.isend(sent.vector, 0)]
+            if (gradient := exchange.gradients.pop(client, None)) is not None:
+                under_way.append(dist.isend(gradient, 0))
         for work in under_way:
             work.wait()
     except TrainingError as error:

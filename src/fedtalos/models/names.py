@@ -1,0 +1,64 @@
+"""Parameter names of other publishers of plain ViTs, turned into timm's: DINO, DINOv2, Hugging Face transformers."""
+
+import re
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+_DINOV2 = (
+    (r"^register_tokens$", "reg_token"),
+    (r"^blocks\.\d+\.(\d+)\.", r"blocks.\1."),  # in chunks, as it trains on many GPUs: the second number is the block's
+)
+
+_TRANSFORMERS = (
+    (r"^\w+\.(embeddings|encoder|layernorm|pooler)\.", r"\1."),  # vit. or dinov2., where the model has a head
+    (r"^embeddings\.position_embeddings$", "pos_embed"),
+    (r"^embeddings\.patch_embeddings\.projection\.", "patch_embed.proj."),
+    (r"^embeddings\.register_tokens$", "reg_token"),
+    (r"^embeddings\.distillation_token$", "dist_token"),
+    (r"^embeddings\.", ""),  # cls_token, mask_token
+    (r"^encoder\.layer\.", "blocks."),
+    (r"\.attention\.attention\.", ".attn."),
+    (r"\.attention\.output\.dense\.", ".attn.proj."),
+    (r"\.intermediate\.dense\.", ".mlp.fc1."),
+    (r"\.output\.dense\.", ".mlp.fc2."),
+    (r"\.layernorm_before\.", ".norm1."),
+    (r"\.layernorm_after\.", ".norm2."),
+    (r"\.layer_scale([12])\.lambda1$", r".ls\1.gamma"),
+    (r"\.mlp\.weights_in\.", ".mlp.w12."),  # as DINOv2 calls its gated MLP
+    (r"^layernorm\.", "norm."),
+    (r"^classifier\.", "head."),
+)
+
+_UNUSED = ("mask_token", "pooler.")
+"""Only for pretraining on masked patches; a layer behind the class token that transformers adds, never trained."""
+
+
+def in_timms_names(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The state dict of a plain ViT in timm's names, whoever published it; names that nobody knows stay.
+
+    A head for more than the class token (transformers' DINOv2 classifiers: its patches' mean too) is left out.
+    """
+    transformers = any(name.endswith("embeddings.cls_token") for name in tensors)
+    named = {_renamed(name, _TRANSFORMERS if transformers else _DINOV2): tensor for name, tensor in tensors.items()}
+    named = {name: tensor for name, tensor in named.items() if not name.startswith(_UNUSED)}
+    if transformers:
+        _join_query_key_value(named)
+        if "head.weight" in named and named["head.weight"].shape[-1] != named["cls_token"].shape[-1]:
+            named = {name: tensor for name, tensor in named.items() if not name.startswith("head.")}
+    return named
+
+
+def _renamed(name: str, rules: tuple[tuple[str, str], ...]) -> str:
+    for pattern, replacement in rules:
+        name = re.sub(pattern, replacement, name)
+    return name
+
+
+def _join_query_key_value(tensors: dict[str, Tensor]) -> None:
+    """Put blocks.N.attn.query, .key and .value, each (D, D), together as blocks.N.attn.qkv, (3 D, D), in place."""
+    for name in [name for name in tensors if ".attn.query." in name]:
+        thirds = [name.replace(".query.", f".{part}.") for part in ("query", "key", "value")]
+        if all(third in tensors for third in thirds):
+            tensors[name.replace(".query.", ".qkv.")] = torch.cat([tensors.pop(third) for third in thirds])
