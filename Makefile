@@ -14,7 +14,7 @@ demo: $(VENV)/installed
 	$(BIN)/fedtalos demo
 
 test: $(VENV)/installed
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto
 
 check: $(VENV)/installed
 	$(BIN)/ruff format --check .
