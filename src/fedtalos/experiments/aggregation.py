@@ -1,6 +1,5 @@
 """What the options on aggregation mean: who attacks, how updates are clipped and averaged, what is kept private."""
 
-from functools import partial
 from typing import Any
 
 from torch import nn
@@ -8,10 +7,22 @@ from torch import nn
 from fedtalos.config import AggregationOptions, FederatedConfig
 from fedtalos.parameters import Entries
 from fedtalos.randomness import generator
-from fedtalos.training.aggregation import Aggregation, Robust, WeightedMean, krum, median, multi_krum, trimmed_mean
+from fedtalos.training.aggregation import (
+    Aggregation,
+    Robust,
+    RobustRule,
+    Rule,
+    WeightedMean,
+    krum,
+    median,
+    multi_krum,
+    trimmed_mean,
+)
 from fedtalos.training.fedavg import TrainClients, clients_per_round
 from fedtalos.training.privacy import NoisyMean, epsilon
 from fedtalos.training.updates import attacked, clipped
+
+RULES: dict[Rule, RobustRule] = {"median": median, "trimmed_mean": trimmed_mean, "krum": krum, "multi_krum": multi_krum}
 
 
 def sent_updates(config: FederatedConfig, train_clients: TrainClients) -> TrainClients:
@@ -34,18 +45,9 @@ def aggregation_for(config: FederatedConfig, model: nn.Module, entries: Entries)
         return NoisyMean(
             model, entries, noise_multiplier=options.dp_noise, clip=options.max_update_norm, seed=config.run.seed
         )
-    match options.aggregation:
-        case "mean":
-            return WeightedMean(model, entries)
-        case "median":
-            rule = median
-        case "trimmed_mean":
-            rule = partial(trimmed_mean, byzantine=options.byzantine)
-        case "krum":
-            rule = partial(krum, byzantine=options.byzantine)
-        case "multi_krum":
-            rule = partial(multi_krum, byzantine=options.byzantine)
-    return Robust(model, entries, rule, _per_round(config))
+    if options.aggregation == "mean":
+        return WeightedMean(model, entries)
+    return Robust(model, entries, RULES[options.aggregation], clients=_per_round(config), byzantine=options.byzantine)
 
 
 def privacy(config: FederatedConfig, rounds: int) -> dict[str, Any]:

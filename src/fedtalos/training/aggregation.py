@@ -13,22 +13,22 @@ from fedtalos.parameters import Entries, Values, named_tensors
 from fedtalos.training.local import TrainingError
 
 Rule = Literal["median", "trimmed_mean", "krum", "multi_krum"]
-RobustRule = Callable[[Tensor], Tensor]
-"""The clients' values (N, A), all finite -> what is taken for their mean (A,). Clients count alike."""
+RobustRule = Callable[[Tensor, int], Tensor]
+"""(the clients' values (N, A), all finite; f, attackers among them) -> what is taken for their mean (A,)."""
+
+
+COLUMNS_AT_ONCE = 2**20  # sorting takes several times the memory of what it sorts
 
 
 class TooFewError(ValueError):
     """A rule cannot withstand so many attackers among so few clients."""
 
 
-COLUMNS_AT_ONCE = 2**20  # sorting takes five times the memory of what it sorts
-
-
 class Aggregation(Protocol):
     """Takes a round's clients one by one, then leaves what they come to in the model."""
 
     def add(self, values: list[Tensor], weight: float, /) -> None:
-        """One client's values, in theta's parts; good for this call only."""
+        """One client's values, in theta's parts, and how much it counts; the values are good for this call only."""
 
     def write(self, number: int, theta: Values, /) -> None:
         """Put what round ``number``, which began with ``theta``, comes to into the model, and start anew."""
@@ -53,30 +53,34 @@ class WeightedMean:
 class Robust:
     """A rule that must see all clients side by side: 4 N A bytes, of the entries that move alone.
 
-    Who sends a number that is not finite is left out of the round, as no rule can count with it.
+    Clients count alike. Who sends a number that is not finite is left out of the round, as one of the attackers.
     """
 
-    def __init__(self, model: nn.Module, entries: Entries, rule: RobustRule, clients: int) -> None:
-        """At most ``clients`` take part in a round."""
-        self._tensors, self._entries, self._rule = named_tensors(model), entries, rule
+    def __init__(self, model: nn.Module, entries: Entries, rule: RobustRule, *, clients: int, byzantine: int) -> None:
+        """At most ``clients`` take part in a round, f = ``byzantine`` of them attackers."""
+        self._tensors, self._entries = named_tensors(model), entries
         self._resident = entries.moving_rows(self._tensors)
-        self._received, self._count = torch.empty(clients, len(entries), device=entries.device), 0
+        self._rule, self._byzantine = rule, byzantine
+        self._received, self._finite = torch.empty(clients, len(entries), device=entries.device), list[bool]()
 
     def add(self, values: list[Tensor], _weight: float) -> None:
         torch._foreach_copy_(self._resident, values)
         vector = self._entries.gather(self._tensors)
-        if bool(vector.isfinite().all()):
-            self._received[self._count] = vector
-            self._count += 1
+        self._received[sum(self._finite)] = vector
+        self._finite.append(bool(vector.isfinite().all()))
 
     def write(self, number: int, theta: Values) -> None:
         """Raises TrainingError where the rule has too few clients left."""
-        received, self._count = self._received[: self._count], 0
+        kept, sent = sum(self._finite), len(self._finite)
+        self._finite.clear()
         torch._foreach_copy_(self._resident, theta.parts)
         try:
-            self._entries.scatter(self._rule(received), self._tensors)
+            result = self._rule(self._received[:kept], max(0, self._byzantine - (sent - kept)))
         except TooFewError as error:
-            raise TrainingError(f"round {number}: {error}") from error
+            raise TrainingError(
+                f"round {number}: {sent - kept} of {sent} clients sent no finite numbers; {error}"
+            ) from error
+        self._entries.scatter(result, self._tensors)
 
 
 def check_enough(rule: Rule, clients: int, byzantine: int) -> None:
@@ -88,7 +92,7 @@ def check_enough(rule: Rule, clients: int, byzantine: int) -> None:
         )
 
 
-def median(values: Tensor) -> Tensor:
+def median(values: Tensor, _byzantine: int = 0) -> Tensor:
     """Coordinate-wise median (Yin et al., 2018, definition 1); of an even N the mean of the middle two.
 
     Raises TooFewError where N is 0.
