@@ -38,6 +38,7 @@ def test_experiments_do_not_import_each_other():
     shared, may_call_others = (
         {
             "runs",
+            "aggregation",
             "algorithms",
             "personal",
             "preparation",

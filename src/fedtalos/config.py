@@ -22,8 +22,10 @@ from fedtalos.data.dataset_loader import DatasetName
 from fedtalos.errors import InputError
 from fedtalos.masks import JoinRule
 from fedtalos.models.vision_transformer import ModelSize
+from fedtalos.training.aggregation import Rule
 from fedtalos.training.editing import Criterion, Eligible, Granularity
 from fedtalos.training.fisher import FisherMode
+from fedtalos.training.updates import Attack
 
 Algorithm = Literal["fedavg", "fedprox", "fedavgm", "fedadagrad", "fedadam", "fedyogi", "scaffold", "fednova"]
 ADAPTIVE: tuple[Algorithm, ...] = ("fedadagrad", "fedadam", "fedyogi")
@@ -216,6 +218,24 @@ class AlgorithmOptions(Options):
     server_tau: float = Field(1e-3, gt=0, description="of the adaptive ones: updates far below it are not scaled up")
 
 
+class AggregationOptions(Options):
+    """What the server makes of the clients' updates, where it trusts them less, or is to tell less of them."""
+
+    aggregation: Literal["mean"] | Rule = Field("mean", description="of the clients' values; docs/robustness.md")
+    byzantine: int = Field(1, ge=0, description="f, attackers in a round that trimmed_mean and the krums withstand")
+    max_update_norm: Annotated[float | None, unset("FLOAT", "none")] = Field(
+        None, gt=0, description="S, scale longer updates down to this 2-norm"
+    )
+    attack: Literal["none"] | Attack = Field(
+        "none", description="to try: attackers send -1, -100, NaN times the update"
+    )
+    attackers: int = Field(0, ge=0, description="clients of K that attack, drawn")
+    dp_noise: Annotated[float | None, unset("FLOAT", "none")] = Field(
+        None, gt=0, description="z, Gaussian noise of deviation z S on the sum of updates: differential privacy"
+    )
+    dp_delta: float = Field(1e-5, gt=0, lt=1, description="delta for which epsilon is given; well below 1 / K")
+
+
 class PersonalOptions(Options):
     """How each client fares with the final model, at the end."""
 
@@ -289,6 +309,7 @@ class FederatedConfig(Config):
     split: SplitOptions = SplitOptions()
     federation: FederationOptions = FederationOptions()
     algorithm: AlgorithmOptions = AlgorithmOptions()
+    aggregation: AggregationOptions = AggregationOptions()
     personal: PersonalOptions = PersonalOptions()
 
 

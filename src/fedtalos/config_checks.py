@@ -4,6 +4,7 @@ from fedtalos.config import (
     ADAPTIVE,
     ADJUST_GRADIENTS,
     LOOKS_AT_IMAGES,
+    AggregationOptions,
     Algorithm,
     AlgorithmOptions,
     CentralizedConfig,
@@ -13,6 +14,8 @@ from fedtalos.config import (
     RunConfig,
 )
 from fedtalos.errors import InputError
+from fedtalos.training.aggregation import TooFewError, check_enough
+from fedtalos.training.fedavg import clients_per_round
 
 USED_BY: dict[str, tuple[Algorithm, ...]] = {
     "prox_mu": ("fedprox",),
@@ -35,6 +38,8 @@ def check_together(config: RunConfig) -> None:
         return
     if isinstance(config, FederatedConfig):
         _check_federated(config)
+        _check_aggregation(config)
+        _check_privacy(config)
     total = config.num_epochs if isinstance(config, CentralizedConfig) else config.federation.num_rounds
     if config.train.warmup >= total:
         raise InputError(f"--warmup {config.train.warmup}: must be below the {total} epochs or rounds of the run")
@@ -66,6 +71,48 @@ def _check_federated(config: FederatedConfig) -> None:
             raise InputError(f"{asked}: says for how many clients; give --personalise_steps too")
         if personal.personalise_clients > config.split.num_clients:
             raise InputError(f"{asked}: there are only {config.split.num_clients} clients; ask for fewer")
+
+
+def _check_aggregation(config: FederatedConfig) -> None:
+    options, algorithm, head = config.aggregation, config.algorithm.algorithm, config.model.head
+    rule, clients = options.aggregation, config.split.num_clients
+    guards = {"aggregation": "mean", "max_update_norm": None, "attack": "none"}
+    asked = [f"--{name} {getattr(options, name)}" for name, off in guards.items() if getattr(options, name) != off]
+    if asked and head == "linear":
+        raise InputError(f"{asked[0]}: the rounds of --head linear are plain averages; give a head FILE, or random")
+    if rule != "mean":
+        if algorithm in ("scaffold", "fednova"):
+            raise InputError(f"--aggregation {rule}: {algorithm} is made for means; leave out one of them")
+        try:
+            check_enough(rule, clients_per_round(clients, config.federation.client_fraction), options.byzantine)
+        except TooFewError as error:
+            raise InputError(f"--aggregation {error}; lower --byzantine, or raise --client_fraction") from error
+    if rule in ("mean", "median") and options.byzantine != AggregationOptions.model_fields["byzantine"].default:
+        raise InputError(f"--byzantine {options.byzantine}: is of trimmed_mean, krum and multi_krum; leave it out")
+    if (options.attack == "none") != (options.attackers == 0):
+        raise InputError("--attack and --attackers: say how, and how many, attack; give both, or neither")
+    if options.attackers > clients:
+        raise InputError(f"--attackers {options.attackers}: there are only {clients} clients; ask for fewer")
+
+
+def _check_privacy(config: FederatedConfig) -> None:
+    options, algorithm, head = config.aggregation, config.algorithm.algorithm, config.model.head
+    clients = config.split.num_clients
+    if options.dp_noise is None:
+        if options.dp_delta != AggregationOptions.model_fields["dp_delta"].default:
+            raise InputError(f"--dp_delta {options.dp_delta:g}: is of differential privacy; give --dp_noise too")
+        return
+    asked = f"--dp_noise {options.dp_noise:g}"
+    if options.max_update_norm is None:
+        raise InputError(f"{asked}: hides updates of a norm that is known; give --max_update_norm too")
+    if options.aggregation != "mean":
+        raise InputError(f"{asked}: its account is of a mean; leave out --aggregation {options.aggregation}")
+    if algorithm in ("scaffold", "fednova"):
+        raise InputError(f"{asked}: {algorithm} uses more of a client than its clipped update; take another")
+    if head in ("ridge", "ncm"):
+        raise InputError(f"{asked}: --head {head} takes sums over clients' images without noise; give a head FILE")
+    if options.dp_delta >= 1 / clients:
+        raise InputError(f"--dp_delta {options.dp_delta:g}: with {clients} clients it is to be below {1 / clients:g}")
 
 
 def _check_editing(options: EditingOptions) -> None:

@@ -11,6 +11,7 @@ from fedtalos.config import FederatedConfig
 from fedtalos.data.clients import Clients
 from fedtalos.devices import choose_device
 from fedtalos.display import Display
+from fedtalos.experiments.aggregation import aggregation_for, privacy, sent_updates
 from fedtalos.experiments.algorithms import adjust_for, local_steps, server_side
 from fedtalos.experiments.clients import split, write_split
 from fedtalos.experiments.grouping import grouped, settle_clients_at_once
@@ -45,6 +46,7 @@ def run(config: FederatedConfig, paths: RunPaths, console: Console) -> dict[str,
 
 
 def _lead(config: FederatedConfig, paths: RunPaths, console: Console, beside: Others) -> dict[str, Any]:
+    spent = privacy(config, config.federation.num_rounds)  # first, for it may want a library
     config, setup = prepare(config)
     federation = config.federation
     clients = split(setup, config.split, config.run.seed)
@@ -72,13 +74,14 @@ def _lead(config: FederatedConfig, paths: RunPaths, console: Console, beside: Ot
     rounds = fedavg(
         setup.model,
         entries,
-        server.controlled(entries, train_clients),
+        sent_updates(config, server.controlled(entries, train_clients)),
         server.weights,
         fraction=federation.client_fraction,
         rounds=federation.num_rounds,
         seed=config.run.seed,
         done=progress.done,
         first_contact_bytes=first_contact_bytes(setup, head_moves="head.weight" in entries.masks),
+        aggregation=aggregation_for(config, setup.model, entries),
         server=server.rule,
         vectors_sent=server.vectors_sent,
     )
@@ -98,7 +101,7 @@ def _lead(config: FederatedConfig, paths: RunPaths, console: Console, beside: Ot
         session.follow(rounds, federation.num_rounds, schedule_for(config.train, federation.num_rounds), display)
         sent = {"down": round(progress.bytes_down / 1e6, 3), "up": round(progress.bytes_up / 1e6, 3)}
         by_client = evaluate_clients(config, paths, setup, clients, entries, optimizer, console)
-        return session.finish({"moving_parameters": len(entries), "megabytes_sent": sent, **by_client})
+        return session.finish({"moving_parameters": len(entries), "megabytes_sent": sent, **spent, **by_client})
 
 
 def follow(config: FederatedConfig) -> None:

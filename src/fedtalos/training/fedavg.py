@@ -15,6 +15,8 @@ from torch import Tensor, nn
 from fedtalos.metrics import Metrics
 from fedtalos.parameters import Entries, Values, named_tensors
 from fedtalos.randomness import generator
+from fedtalos.training.aggregation import Aggregation, WeightedMean
+from fedtalos.training.local import TrainingError
 from fedtalos.training.server import ServerRule
 
 ClientUpdate = Callable[[int, int], Metrics]
@@ -62,6 +64,16 @@ def one_by_one(model: nn.Module, entries: Entries, update_client: ClientUpdate) 
     return train_clients
 
 
+def check_shapes(values: Sequence[Tensor], theta: Values, number: int, client: int) -> None:
+    """TrainingError where a client's values are not shaped as theta's parts: one too short would be spread over all."""
+    if [part.shape for part in values] != [part.shape for part in theta.parts]:
+        sent = sum(part.numel() for part in values)
+        raise TrainingError(
+            f"round {number}, client {client}: expected {theta.vector.numel()} values in {len(theta.parts)} tensors, "
+            f"got {sent} in {len(values)} or in other shapes; nothing of it was kept"
+        )
+
+
 def fedavg(
     model: nn.Module,
     entries: Entries,
@@ -73,21 +85,22 @@ def fedavg(
     seed: int,
     done: int = 0,
     first_contact_bytes: int = 0,
+    aggregation: Aggregation | None = None,
     server: ServerRule | None = None,
     vectors_sent: int = 1,
 ) -> Iterator[Round]:
     """Yield rounds done+1..rounds; after each, ``model`` holds the new global values.
 
-    theta <- sum over sampled clients of n_k theta_k / sum of n_k, kept as a running mean: memory does not grow with
-    the number of clients. n_k are the ``client_weights`` (K,), numbers of images. What does not move, but lies between
-    what does, is averaged along: equal values stay as they are. Where there is a ``server`` rule, it makes the new
-    theta of the mean. Bytes are those of the entries that may move, ``vectors_sent`` times down and up for every
-    client, and ``first_contact_bytes`` (the mask's bits) down to each client the first time that it is sampled.
-    A round that fails leaves theta in place.
+    theta <- sum over sampled clients of n_k theta_k / sum of n_k, or what another ``aggregation`` makes of them.
+    n_k are the ``client_weights`` (K,), numbers of images. What does not move, but lies between what does, is
+    averaged along: equal values stay as they are. Where there is a ``server`` rule, it makes the new theta of that
+    mean. Bytes are those of the entries that may move, ``vectors_sent`` times down and up for every client, and
+    ``first_contact_bytes`` (the mask's bits) down to each client the first time that it is sampled.
+    A round that fails leaves theta in place. Raises TrainingError where a client sends other shapes than theta's.
     """
-    tensors = named_tensors(model)
-    resident = entries.moving_rows(tensors)
-    theta, mean = Values(resident), Values(resident)
+    resident = entries.moving_rows(tensors := named_tensors(model))
+    theta = Values(resident)
+    aggregation = aggregation or WeightedMean(model, entries)
     met = np.zeros(len(client_weights), dtype=np.bool_)
     for number in range(1, done + 1):
         met[list(sample_clients(len(client_weights), fraction, seed, number))] = True
@@ -95,17 +108,16 @@ def fedavg(
         torch._foreach_copy_(theta.parts, resident)
         before = None if server is None else entries.gather(tensors)
         clients = sample_clients(len(client_weights), fraction, seed, number)
-        train, total = Metrics(), 0.0
         try:
+            train = Metrics()
             for client, (metrics, values) in zip(clients, train_clients(number, clients, theta), strict=True):
+                check_shapes(values, theta, number, client)
                 train += metrics
-                weight = float(client_weights[client])
-                total += weight
-                torch._foreach_lerp_(mean.parts, values, weight / total)
+                aggregation.add(values, float(client_weights[client]))
+            aggregation.write(number, theta)
         except BaseException:
             torch._foreach_copy_(resident, theta.parts)
             raise
-        torch._foreach_copy_(resident, mean.parts)
         if server is not None and before is not None:
             entries.scatter(server(clients, before, entries.gather(tensors)), tensors)
         new = len(clients) - int(met[list(clients)].sum())
