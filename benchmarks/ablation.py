@@ -23,6 +23,7 @@ from torch import Tensor
 from fedtalos.devices import bf16_speedup
 from fedtalos.models.vision_transformer import Attention, VisionTransformer
 from fedtalos.parameters import Entries, Values, named_tensors
+from fedtalos.training.drift import Exchange
 from fedtalos.training.editing import eligible_entries
 from fedtalos.training.workers import Leader, serve
 
@@ -214,7 +215,7 @@ def second_process(alone: Rounds) -> Iterator[Callable[[], object]]:
         other.start()
         work = Rounds(alone.setting, alone.variant, alone.load, alone.images)
         meet(0, folder)
-        yield each(work.rounds(Leader(work.model, work.entries).spread(work.train_clients())))
+        yield each(work.rounds(Leader(work.model, work.entries).spread(work.train_clients(), Exchange())))
         other.kill()
         other.join()
         dist.destroy_process_group()
@@ -224,7 +225,7 @@ def follow(setting: Setting, load: Load, folder: str) -> None:
     torch.set_num_threads(1)
     work = Rounds(setting, Variant("fp32", "all"), load, random_images(setting, load, CPU))
     meet(1, folder)
-    serve(work.model, work.entries, work.train_clients(), lambda *_: [])
+    serve(work.model, work.entries, work.train_clients(), lambda *_: [], Exchange())
 
 
 def meet(rank: int, folder: str) -> None:
