@@ -32,7 +32,7 @@ TRAINING = [*DIGITS, *shlex.split("--batch_size 16 --eval_every 1")]
 FEDERATED = ["federated", *TRAINING]
 FEDERATED += shlex.split("--num_clients 6 --client_fraction 0.5 --num_rounds 1 --local_steps 2")
 CENTRALIZED = ["centralized", *TRAINING, "--num_epochs", "1"]
-LINEAR = shlex.split("--head linear --head_rounds 8")
+LINEAR = shlex.split("--head linear --head_rounds 8 --head_learning_rate 0.1")
 
 
 @pytest.fixture
@@ -214,7 +214,8 @@ def test_a_linear_head_of_one_client_is_a_plain_torch_loop(folder):
     torch.nn.init.zeros_(layer.weight)
     torch.nn.init.zeros_(layer.bias)
     for number in range(6):  # a client starts its optimiser anew in every round
-        optimizer = torch.optim.AdamW(layer.parameters(), lr=0.03 * 0.5 * (1 + np.cos(np.pi * number / 6)))
+        rate = 0.03 * 0.5 * (1 + np.cos(np.pi * number / 6))
+        optimizer = torch.optim.SGD(layer.parameters(), lr=rate, momentum=0.9, weight_decay=0.01)
         loss = F.cross_entropy(layer(features), labels)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(layer.parameters(), 0.5)
@@ -233,7 +234,7 @@ def test_a_linear_head_counts_what_it_costs(folder):
 
 def test_a_linear_head_that_diverges_says_which_rate_to_lower(folder, capsys):
     with pytest.raises(SystemExit) as stop:
-        main([*FEDERATED, *LINEAR, "--head_learning_rate", "1e30"])
+        main([*FEDERATED, "--head", "linear", "--head_learning_rate", "1e30"])
     assert stop.value.code == 1
     assert "fitting the linear head, whose rate is --head_learning_rate: round" in capsys.readouterr().err
 

@@ -21,11 +21,12 @@ from fedtalos.experiments import plots
 
 DIGITS = "--dataset digits --model_size micro --image_size 8 --patch_size 4 --device cpu --precision fp32 --threads 1 "
 SMALL = DIGITS + "--train_limit 80 --eval_limit 20 --weights none "
+RUN = SMALL + "--run_name run --resume "
 COMMANDS = {
-    "centralized": "centralized --num_epochs 6 --batch_size 16 --eval_every 2 " + SMALL,
+    "centralized": "centralized --num_epochs 6 --batch_size 16 --eval_every 2 " + RUN,
     "federated": "federated --num_rounds 6 --num_clients 4 --client_fraction 0.5 --local_steps 2 --batch_size 16 "
-    "--eval_every 2 --head ridge " + SMALL,
-    "editing": "editing --num_iterations 3 --calibration_fraction 0.1 --calibration_images 48 " + SMALL,
+    "--eval_every 2 --head ridge " + RUN,
+    "editing": "editing --num_iterations 3 --calibration_fraction 0.1 --calibration_images 48 " + RUN,
 }
 
 
@@ -57,10 +58,6 @@ def exit_code(child: int) -> int:
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
-def started(name: str) -> Callable[[], bool]:
-    return lambda: Path("results", name, "config.yaml").exists()
-
-
 def wait_for(condition: Callable[[], bool]) -> None:
     deadline = time.monotonic() + 60
     while not condition():
@@ -68,65 +65,68 @@ def wait_for(condition: Callable[[], bool]) -> None:
         time.sleep(0.002)
 
 
-def outcome(name: str) -> dict[str, object]:
-    """Everything that a run leaves, but for what tells the time or the file's place."""
+def outcome() -> dict[str, object]:
+    """Everything that runs left in this folder, but for what tells the time or the folder's place."""
     found: dict[str, object] = {}
-    for path in sorted(Path().glob(f"*/{name}*/**/*")) + sorted(Path("masks").glob(f"{name}.*")):
-        key = str(path).replace(name, "RUN")
+    for path in sorted(Path().glob("*/**/*")):
         if path.suffix == ".csv":
             with path.open() as lines:
-                found[key] = [{k: v for k, v in row.items() if k != "seconds"} for row in csv.DictReader(lines)]
+                rows = csv.DictReader(lines)
+                found[str(path)] = [{k: v for k, v in row.items() if not k.startswith("seconds")} for row in rows]
         elif path.name == "summary.yaml":
             summary = yaml.safe_load(path.read_text())
-            timed = ("seconds", "evaluation_share", "mask", "head")
-            found[key] = {k: v for k, v in summary.items() if k not in timed}
+            found[str(path)] = {k: v for k, v in summary.items() if k not in ("seconds", "evaluation_share")}
         elif path.suffix == ".safetensors":
-            found[key] = path.read_bytes()
-        elif path.is_file() and path.name not in ("config.yaml", "last.json", "best.json", ".lock"):
-            found[key] = path.stat().st_size
+            found[str(path)] = path.read_bytes()
+        elif path.is_file() and path.suffix not in (".yaml", ".json", ".md", ".png") and path.name != ".lock":
+            found[str(path)] = path.stat().st_size
     return found
-
-
-def kill_at_random_moments(command: str, name: str, kills: int, seconds: float) -> None:
-    """SIGKILL ``kills`` times within ``seconds`` of the start, and let the last one end."""
-    moments = random.Random(name)
-    arguments = [*shlex.split(command), "--run_name", name, "--resume"]
-    for _ in range(kills):
-        child = forked(arguments)
-        time.sleep(moments.uniform(0, seconds))
-        os.kill(child, signal.SIGKILL)
-        os.waitpid(child, 0)
-    assert exit_code(forked(arguments)) == 0, Path("said").read_text()
 
 
 @cache
 def whole(command: str) -> tuple[dict[str, object], float]:
-    """What an uninterrupted run leaves, and the seconds that it took."""
+    """What the command leaves where nothing stops it, and the seconds that it took."""
     here = Path.cwd()
     with TemporaryDirectory() as folder:
         os.chdir(folder)
         start = time.monotonic()
-        assert exit_code(forked([*shlex.split(command), "--run_name", "whole"])) == 0, Path("said").read_text()
-        found = outcome("whole"), time.monotonic() - start
+        assert exit_code(forked(shlex.split(command))) == 0, Path("said").read_text()
+        found = outcome(), time.monotonic() - start
         os.chdir(here)
     return found
 
 
+def kill_at_random_moments(command: str, kills: int, seed: object = 0) -> None:
+    """SIGKILL it ``kills`` times, within the time that it takes, and let the last one end."""
+    moments, seconds = random.Random(str(seed)), whole(command)[1]
+    for _ in range(kills):
+        child = forked(shlex.split(command))
+        time.sleep(moments.uniform(0, seconds))
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+    assert exit_code(forked(shlex.split(command))) == 0, Path("said").read_text()
+
+
 @pytest.mark.parametrize("command", COMMANDS)
 def test_killed_at_random_moments_a_run_ends_as_if_it_had_not_been(command):
-    expected, seconds = whole(COMMANDS[command])
-    kill_at_random_moments(COMMANDS[command], "killed", kills=5, seconds=seconds)
-    assert outcome("killed") == expected
+    kill_at_random_moments(COMMANDS[command], kills=5)
+    assert outcome() == whole(COMMANDS[command])[0]
     assert not list(Path().glob("**/.*.part"))
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("seed", range(1, 5))
 @pytest.mark.parametrize("command", COMMANDS)
-def test_killed_at_many_more_moments(command):
-    expected, seconds = whole(COMMANDS[command])
-    for number in range(4):
-        kill_at_random_moments(COMMANDS[command], f"killed{number}", kills=8, seconds=seconds)
-        assert outcome(f"killed{number}") == expected
+def test_killed_at_many_more_moments(command, seed):
+    kill_at_random_moments(COMMANDS[command], kills=8, seed=seed)
+    assert outcome() == whole(COMMANDS[command])[0]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", ["demo --run_name run --resume", "sweep digits --threads 1"])
+def test_commands_of_many_runs_go_on_too(command):
+    kill_at_random_moments(command, kills=8)
+    assert outcome() == whole(command)[0]
 
 
 @pytest.mark.parametrize(
@@ -134,42 +134,42 @@ def test_killed_at_many_more_moments(command):
     [("centralized", signal.SIGINT, 130), ("federated", signal.SIGTERM, 143), ("editing", signal.SIGTERM, 143)],
 )
 def test_asked_to_stop_a_run_saves_says_how_to_go_on_and_does(command, number, code):
-    child = forked([*shlex.split(COMMANDS[command]), "--run_name", "stopped"])
-    table = Path("results", "stopped", {"editing": "config.yaml"}.get(command, "metrics.csv"))
+    child = forked(shlex.split(COMMANDS[command]))
+    table = Path("results", "run", {"editing": "config.yaml"}.get(command, "metrics.csv"))
     wait_for(lambda: table.exists() and len(table.read_text().splitlines()) > 3)
     os.kill(child, number)
     assert exit_code(child) == code, Path("said").read_text()
     said = Path("said").read_text()
-    assert f"fedtalos {command} --resume --run_name stopped goes on" in said
+    assert f"fedtalos {command} --resume --run_name run goes on" in said
     assert "Traceback" not in said
-    assert exit_code(forked([command, "--resume", "--run_name", "stopped"])) == 0, Path("said").read_text()
-    assert outcome("stopped") == whole(COMMANDS[command])[0]
+    assert exit_code(forked([command, "--resume", "--run_name", "run"])) == 0, Path("said").read_text()
+    assert outcome() == whole(COMMANDS[command])[0]
 
 
 def test_an_epoch_goes_on_from_the_step_at_which_it_was_stopped():
-    one_epoch = "centralized --num_epochs 1 --batch_size 1 " + SMALL
-    child = forked([*shlex.split(one_epoch), "--run_name", "cut"])
-    wait_for(lambda: (table := Path("results/cut/metrics.csv")).exists() and ",val," in table.read_text())
+    one_epoch = "centralized --num_epochs 1 --batch_size 1 --run_name run " + SMALL
+    child = forked(shlex.split(one_epoch))
+    wait_for(lambda: (table := Path("results/run/metrics.csv")).exists() and ",val," in table.read_text())
     time.sleep(0.2)
     os.kill(child, signal.SIGINT)
     assert exit_code(child) == 130
-    so_far = json.loads(Path("checkpoints/cut/last.json").read_text())["progress"]["epoch_so_far"]
+    so_far = json.loads(Path("checkpoints/run/last.json").read_text())["progress"]["epoch_so_far"]
     assert 0 < so_far["examples"] < 80
     assert exit_code(forked(["centralized", "--resume"])) == 0
-    assert outcome("cut") == whole(one_epoch)[0]
+    assert outcome() == whole(one_epoch)[0]
 
 
 def test_two_processes_do_not_work_on_one_run(capsys):
-    arguments = [*shlex.split(COMMANDS["federated"]), "--num_rounds", "1000", "--run_name", "one"]
+    arguments = [*shlex.split(COMMANDS["federated"]), "--num_rounds", "1000"]
     child = forked(arguments)
-    wait_for(started("one"))
+    wait_for(Path("results/run/config.yaml").exists)
     with pytest.raises(SystemExit, match="2"):
-        main([*arguments, "--resume"])
+        main(arguments)
     assert "another process is working on it" in capsys.readouterr().err
     os.kill(child, signal.SIGKILL)
     os.waitpid(child, 0)
-    child = forked([*arguments, "--resume"])  # a dead process holds nothing
-    time.sleep(0.5)
+    child = forked(arguments)  # a dead process holds nothing
+    wait_for(lambda: "round" in Path("said").read_text())
     os.kill(child, signal.SIGINT)
     assert exit_code(child) == 130
 
@@ -181,10 +181,10 @@ def test_bad_input_leaves_no_folder_behind():
 
 
 def test_resume_begins_what_never_began(capsys):
-    main([*shlex.split(COMMANDS["federated"]), "--num_rounds", "1", "--resume", "--run_name", "new"])
-    assert "run new begins" in capsys.readouterr().out
-    main([*shlex.split(COMMANDS["federated"]), "--num_rounds", "1", "--resume", "--run_name", "new"])
-    assert "new is finished already" in capsys.readouterr().out
+    main([*shlex.split(COMMANDS["federated"]), "--num_rounds", "1"])
+    assert "run run begins" in capsys.readouterr().out
+    main([*shlex.split(COMMANDS["federated"]), "--num_rounds", "1"])
+    assert "run is finished already" in capsys.readouterr().out
 
 
 @pytest.mark.skipif(os.name != "posix", reason="file size limits are of POSIX")
@@ -196,11 +196,11 @@ def test_a_full_disk_is_said_and_leaves_what_can_be_gone_on_with():
     if child == 0:
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (2**20, 2**20))  # a checkpoint is larger, the tables are not
-        os._exit(exit_code(forked([*shlex.split(command), "--run_name", "full"])))
+        os._exit(exit_code(forked(shlex.split(command))))
     assert exit_code(child) == 2
     said = Path("said").read_text()
     assert "too large" in said
     assert "Traceback" not in said
     assert not list(Path().glob("**/.*.part"))
-    assert exit_code(forked([*shlex.split(command), "--run_name", "full", "--resume"])) == 0
-    assert outcome("full") == whole(command)[0]
+    assert exit_code(forked(shlex.split(command))) == 0
+    assert outcome() == whole(command)[0]

@@ -152,8 +152,8 @@ class TrainOptions(Options):
     head_rounds: Annotated[int | None, unset("N", "100 rounds, 10 epochs")] = Field(
         None, ge=1, description="of head linear: rounds, or epochs in centralized, of the head alone before the run"
     )
-    head_learning_rate: Annotated[float | None, unset("FLOAT", "3e-3")] = Field(
-        None, gt=0, description="of head linear: its peak (adamw, on the schedule of the run)"
+    head_learning_rate: Annotated[float | None, unset("FLOAT", "0.1")] = Field(
+        None, gt=0, description="of head linear: its peak (sgd, on the schedule of the run)"
     )
     mask: Annotated[Path | None, unset("FILE", "none")] = Field(
         None, description="only its True entries move (and a new head)"

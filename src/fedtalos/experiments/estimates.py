@@ -149,6 +149,7 @@ def _sizes_of(source: str, size: ModelSize, root: Path) -> tuple[str, int, int]:
         theirs = weights.architecture
         if isinstance(theirs, Architecture):
             return theirs.size, theirs.image_size, theirs.patch_size
+        source = theirs.name
     if source.startswith(("timm:", "torch:")):
         raise InputError(f"--dry_run: there is no estimate for {source}; leave it out")
     found = re.search(r"vit_([a-z]+)_patch(\d+)(?:_.*?)?_(\d{2,})", hub_address(source, size)[0])

@@ -103,7 +103,7 @@ def _training_defaults(config: Config, train: TrainOptions, *, from_scratch: boo
 def _head_defaults(config: Config, train: TrainOptions) -> dict[str, Any]:
     return {
         "head_rounds": train.head_rounds or (100 if isinstance(config, FederatedConfig) else 10),
-        "head_learning_rate": train.head_learning_rate or 3e-3,
+        "head_learning_rate": train.head_learning_rate or 0.1,
     }
 
 

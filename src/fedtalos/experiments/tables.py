@@ -7,6 +7,7 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
@@ -18,7 +19,7 @@ from fedtalos.recorder import write_csv
 
 FIGURES = {
     "test_percent": "test (%)",
-    "test_best_percent": "best on val (%)",
+    "test_best_percent": "best on val",
     "val_percent": "val (%)",
     "megabytes": "sent (MB)",
     "seconds": "time (s)",
@@ -108,12 +109,14 @@ def write_tables(results: Sequence[Result], rows: Sequence[Row], folder: Path) -
 
 def print_table(rows: Sequence[Row], title: str, console: Console) -> None:
     """A line per row, in fewer columns than table.md: what a terminal has room for."""
-    table = Table(title=title, title_justify="left")
-    table.add_column("run")
-    for name in ("seeds", *FIGURES.values()):
-        table.add_column(name, justify="right")
+    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0))
+    table.add_column("run", overflow="fold")
+    shown = [name for name in FIGURES if name != "images"]
+    for header in ("seeds", *(FIGURES[name] for name in shown)):
+        table.add_column(header, justify="right", no_wrap=True)
     for row in rows:
-        table.add_row(row.cell.label or row.cell.config.command, *_figures_in_words(row))
+        figures = [_spread(name, row.figures[name]) for name in shown]
+        table.add_row(row.cell.label or row.cell.config.command, str(len(row.results)), *figures)
     console.print(table)
 
 
@@ -124,20 +127,18 @@ def in_words(rows: Sequence[Row]) -> list[list[str]]:
     for row in rows:
         cell = row.cell
         kind = cell.config.command if cell.point else f"{cell.config.command} ({cell.label})"
-        lines.append([kind, *(cell.point.get(axis, "") for axis in axes), *_figures_in_words(row)])
+        figures = [_spread(name, row.figures[name]) for name in FIGURES]
+        lines.append([kind, *(cell.point.get(axis, "") for axis in axes), str(len(row.results)), *figures])
     return lines
 
 
-def _figures_in_words(row: Row) -> list[str]:
-    return [str(len(row.results)), *(_spread(name, row.figures[name]) for name in FIGURES)]
-
-
 def _spread(name: str, spread: Spread) -> str:
-    places = 1 if name.endswith("percent") or (name == "megabytes" and spread.mean < 100) else 0
+    """Accuracies with their deviation, costs as a mean."""
     if math.isnan(spread.mean) or (name in ("megabytes", "images") and spread.mean == 0):
         return ""
-    mean = f"{spread.mean:,.{places}f}".replace(",", " ")
-    return mean if math.isnan(spread.std) or name in ("megabytes", "images") else f"{mean} ± {spread.std:.{places}f}"
+    if name.endswith("percent"):
+        return f"{spread.mean:.1f}" if math.isnan(spread.std) else f"{spread.mean:.1f} ± {spread.std:.1f}"
+    return f"{spread.mean:,.{1 if name == 'megabytes' and spread.mean < 100 else 0}f}".replace(",", " ")
 
 
 def _cell_line(result: Result, axes: Sequence[str]) -> dict[str, Any]:
