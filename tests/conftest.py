@@ -1,5 +1,7 @@
 """Small models and images that the tests share."""
 
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -11,6 +13,17 @@ from fedtalos.randomness import torch_generator
 @pytest.fixture(autouse=True)
 def one_thread():
     torch.set_num_threads(1)  # small tensors: threads cost more than they give
+
+
+@pytest.fixture(scope="session")
+def material(tmp_path_factory) -> Path:
+    """A folder with a finished run, masks, and every kind of broken file; to be read only."""
+    from material import make  # imports everything
+
+    torch.set_num_threads(1)
+    folder = tmp_path_factory.mktemp("material")
+    make(folder)
+    return folder
 
 
 @pytest.fixture

@@ -1,205 +1,31 @@
-"""Bad input through the real command line: exit code 2, one sentence that names it, no traceback, nothing written."""
+"""Bad commands, options, presets and names: exit code 2, one sentence that names it, no traceback, nothing written.
+
+What is wrong with files is in test_bad_files.py.
+"""
 
 import importlib.util
-import json
 import os
-import pickle
-import shlex
-import shutil
 import subprocess
 import sys
 import types
 from importlib.machinery import ModuleSpec
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
-from PIL import Image
+from material import case, everything, refused, sentence, spelled
 
 from fedtalos import config_files
-from fedtalos.cli import main, parse
+from fedtalos.cli import parse
 from fedtalos.config import FederatedConfig
 from fedtalos.data import downloads
-from fedtalos.experiments import plots
-from fedtalos.masks import load_mask, save_mask
 
 ROOT = Path(__file__).parents[1]
-DIGITS = "--dataset digits --model_size micro --weights none --image_size 8 --patch_size 2 --device cpu "
-SMALL = DIGITS + "--train_limit 100 --eval_limit 20 "
-RUNS = {
-    "centralized": SMALL + "--num_epochs 1 --optimizer sgd --momentum 0",
-    "federated": SMALL + "--num_clients 4 --num_rounds 1",
-    "editing": SMALL + "--calibration_fraction 0.05 --calibration_images 16 --num_iterations 1",
-}
-YAML = {
-    "unknown.yaml": "num_clents: 3",
-    "group.yaml": "train: {learning_rate: 3}",
-    "list.yaml": "- num_clients",
-    "broken.yaml": "seed: 1\nnum_clients: [1, 2",
-    "number.yaml": "3: 4",
-    "date.yaml": "run_name: 2020-13-45",
-    "null.yaml": "num_clients: null",
-    "several.yaml": "num_clients: [1, 2]",
-    "mapping.yaml": "learning_rate: {peak: 1}",
-    "word.yaml": "num_clients: many",
-    "half.yaml": "num_clients: 2.5",
-    "true.yaml": "num_clients: true",
-    "device.yaml": "device: tpu",
-    "nobody.yaml": "client_fraction: 0",
-    "sparse.yaml": "target_sparsity: 1.0",
-    "still.yaml": "learning_rate: 0",
-    "warm.yaml": "warmup: 150",
-    "configs/experiment_configs.yaml": "quick: {command: federated, num_rounds: 1}\n"
-    "typo: {command: federated, num_ronds: 1}\nempty: {command: federated, num_clients: 0}\n"
-    "sharp: {command: editing, target_sparsity: 1.5}\nnumber: 3\nodd: {command: federated, 3: 4}\n"
-    "nobody: {num_rounds: 1}\n",
-}
-OSERROR = "an OSError goes through as a traceback"
-
-
-class Hostile:
-    def __reduce__(self):
-        return os.system, ("touch pwned",)
-
-
-def spelled(command: str) -> list[str]:
-    """The words of a command, small options after its name; what it says itself comes later and wins."""
-    words = shlex.split(command)
-    return [*words[:1], *shlex.split(RUNS.get("".join(words[:1]), "")), *words[1:]]
-
-
-def write(path: str, content: bytes | str) -> None:
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    Path(path).write_bytes(content.encode() if isinstance(content, str) else content)
-
-
-def make_runs() -> None:
-    main(spelled("centralized --run_name done"))
-    main(spelled("editing --run_name m"))
-    main(spelled("editing --run_name tiny --model_size tiny --criterion random --head random"))
-    shutil.rmtree("checkpoints/tiny")
-
-
-def change_masks() -> None:
-    """Beside the mask m one of its frozen entries, and one for other weights."""
-    mask, facts = load_mask(Path("masks/m.safetensors"))
-    rest = {name: ~tensor for name, tensor in mask.items()}
-    active = sum(int(tensor.sum()) for tensor in rest.values())
-    save_mask(Path("masks/rest.safetensors"), rest, facts.model_copy(update={"active": active}))
-    save_mask(Path("masks/foreign.safetensors"), mask, facts.model_copy(update={"weights": "others"}))
-
-
-def break_files() -> None:
-    noise = np.random.default_rng(0).bytes(300)
-    mask = Path("masks/m.safetensors").read_bytes()
-    tensors = next(Path("checkpoints/done").glob("last-*.safetensors")).read_bytes()
-    files: dict[str, bytes | str] = dict(YAML)
-    files |= {"noise.yaml": noise, "noise.safetensors": noise, "empty.safetensors": b"", "file.txt": "x"}
-    files |= {"cut.safetensors": mask[:-100], "bit.safetensors": flip(mask), "masks/kept.safetensors": mask}
-    files["old.safetensors"] = mask.replace(rb"\"format\": 2", rb"\"format\": 1")
-    files |= {"weights.safetensors": tensors, "half.safetensors": tensors[:-1000]}
-    files |= {"hostile.pth": pickle.dumps(Hostile(), 2), "gone/cifar-100-python.tar.gz": noise}
-    files |= {f"hostile/{name}": pickle.dumps(Hostile()) for name in ("meta", "train", "test")}
-    files |= {"results/empty/metrics.csv": "", "results/noise/metrics.csv": noise}
-    files |= {"results/garbled/config.yaml": "- a list"}
-    for name, content in files.items():
-        write(name, content)
-    break_checkpoint("stopped")
-    break_checkpoint("flipped", tensors=flip(tensors))
-    break_checkpoint("truncated", tensors=tensors[:-1000])
-    break_checkpoint("foreign", text='{"hello": 1}')
-    break_checkpoint("torn", text='{"format": 1, "file": "la')
-    break_checkpoint("newer", format=2)
-    break_checkpoint("bare", options=None, progress=None)
-    break_checkpoint("later", options={"run_name": "later", "an_option_of_tomorrow": 1})
-    break_checkpoint("lost", file="elsewhere.safetensors")
-    shutil.copytree("checkpoints/done", "checkpoints/orphan")
-
-
-def flip(content: bytes) -> bytes:
-    """One bit is another."""
-    return content[:-9] + bytes([content[-9] ^ 1]) + content[-8:]
-
-
-def break_checkpoint(name: str, tensors: bytes | None = None, text: str | None = None, **facts: object) -> None:
-    """A copy of the run `done`, unfinished, with other tensors, or other facts (None: left out), or other text."""
-    saved = json.loads(Path("checkpoints/done/last.json").read_text())
-    changed = {key: value for key, value in {**saved, **facts}.items() if value is not None}
-    write(f"checkpoints/{name}/last.json", json.dumps(changed) if text is None else text)
-    content = Path("checkpoints/done", saved["file"]).read_bytes() if tensors is None else tensors
-    write(f"checkpoints/{name}/{saved['file']}", content)
-    write(f"results/{name}/config.yaml", Path("results/done/config.yaml").read_bytes())
-
-
-def make_image_folders() -> None:
-    Path("void").mkdir()
-    Path("hollow/cat").mkdir(parents=True)
-    for folder in ("images/a", "images/b", "torn/a", "torn/b"):
-        Path(folder).mkdir(parents=True)
-        for number in range(12):
-            Image.fromarray(np.full((8, 8, 3), number, np.uint8)).save(Path(folder, f"{number}.png"))
-    write("torn/b/7.png", Path("images/b/7.png").read_bytes()[:45])
-
-
-@pytest.fixture(scope="module")
-def material(tmp_path_factory) -> Path:
-    """A folder with a finished run, masks, and every kind of broken file."""
-    torch.set_num_threads(1)
-    folder = tmp_path_factory.mktemp("material")
-    with pytest.MonkeyPatch.context() as patched:
-        patched.chdir(folder)
-        patched.setattr(plots, "plot_run", lambda *_: [])
-        patched.setattr(plots, "plot_masks", lambda *_: [])
-        make_runs()
-        change_masks()
-        break_files()
-        make_image_folders()
-    return folder
-
-
-def link_tensors(source: str, target: str) -> None:
-    """Tensor files are large, and only ever replaced as a whole."""
-    (os.link if source.endswith(".safetensors") else shutil.copy)(source, target)
 
 
 @pytest.fixture(autouse=True)
-def here(material, tmp_path, monkeypatch) -> Path:
-    folder = tmp_path / "here"
-    shutil.copytree(material, folder, copy_function=link_tensors)
-    monkeypatch.chdir(folder)
-    return folder
-
-
-def everything() -> dict[Path, tuple[int, int] | None]:
-    """Every path under the working folder, with size and time of the files."""
-    stats = {path: path.stat() for path in Path().rglob("*")}
-    return {p: None if p.is_dir() else (s.st_size, s.st_mtime_ns) for p, s in stats.items()}
-
-
-def refused(arguments: list[str], capsys) -> str:
-    """What a refusal says; it has exit code 2, no traceback, and writes nothing."""
-    before = everything()
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as stop:
-        main(arguments)
-    says = capsys.readouterr().err
-    assert stop.value.code == 2
-    assert "Traceback" not in says
-    assert "pydantic" not in says
-    assert everything() == before
-    return says
-
-
-def sentence(arguments: list[str], capsys) -> str:
-    says = refused(arguments, capsys).splitlines()
-    assert len(says) == 1, says
-    assert says[0].startswith("fedtalos: ")
-    return says[0]
-
-
-def case(command: str, *said: str):
-    return pytest.param(command, said, id=command or "nothing")
+def here(material, monkeypatch):
+    monkeypatch.chdir(material)  # nothing is written there, which every test sees to
 
 
 @pytest.mark.parametrize(
@@ -263,6 +89,23 @@ SENTENCES = [
     case("federated --config still.yaml", "still.yaml: learning_rate", "greater than 0, got 0"),
     case("editing --config sparse.yaml", "sparse.yaml: target_sparsity", "less than 1, got 1.0"),
     case("federated --config warm.yaml", "--warmup 150: must be below the"),
+    case("federated --config tab.yaml", "tab.yaml, line 2: not valid YAML", "mend it"),
+    case("federated --config latin.yaml", "latin.yaml: not valid YAML", "utf-8"),
+    case("federated --config code.yaml", "code.yaml, line 1: not valid YAML", "os.system"),
+    case("federated --config tag.yaml", "tag.yaml: not valid YAML", "maybe"),
+    case("federated --config laughs.yaml", "laughs.yaml: not valid YAML", "stands for more than 100000 values"),
+    case("federated --config merges.yaml", "merges.yaml: not valid YAML", "stands for more than 100000 values"),
+    case("federated --config itself.yaml", "itself.yaml: not valid YAML", "stands for more than 100000 values"),
+    case("federated --config deep.yaml", "deep.yaml: not valid YAML", "Recursion"),
+    case("federated --config long.yaml", "long.yaml: not valid YAML", "more than 100000 bytes"),
+    case("federated --config nul.yaml", "nul.yaml: data_dir: expected text without NUL characters"),
+    case("federated --config bell.yaml", "--run_name 'a\\x1b[31mb': expected a plain folder name"),
+    case("federated --config huge.yaml", "huge.yaml: num_clients: expected a number below 2**63, got a huge int"),
+    case(
+        "federated --config text.yaml",
+        "text.yaml: num_clients: expected a number below 2**63, got 99999999999999999999",
+    ),
+    case("federated --config nan.yaml", "nan.yaml: learning_rate", "finite number, got nan"),
     # presets
     case("federated --preset quik", "'quik'", "did you mean 'quick'"),
     case("federated --preset zzz", "'zzz'", "it has quick, typo"),
@@ -273,6 +116,11 @@ SENTENCES = [
     case("federated --preset number", "'number'"),
     case("federated --preset odd", "'odd'", "3"),
     case("federated --preset nobody", "'nobody'", "command"),
+    case("federated --preset both", "'both'", "expected command", "got ['federated', 'editing']"),
+    case("federated --preset many", "'many' is a grid of many runs", "fedtalos sweep many"),
+    case("sweep nowhere", "grid: no 'nowhere'"),
+    case("sweep quick", "'quick' is a preset", "fedtalos federated --preset quick"),
+    case("sweep many", "'many'", "grid", "at least 1 item"),
     # flags out of range
     case("editing --target_sparsity -0.1", "target_sparsity", "-0.1"),
     case("editing --target_sparsity 1.0", "target_sparsity", "1.0"),
@@ -283,6 +131,10 @@ SENTENCES = [
     case("federated --num_clients 0", "num_clients", "0"),
     case("federated --learning_rate 0", "learning_rate", "0"),
     case("federated --seed -1", "seed", "-1"),
+    case("federated --seed 99999999999999999999", "seed: expected a number below 2**63"),
+    case("federated --image_size 1000000", "image_size", "less than or equal to 4096"),
+    case("federated --threads 1000000000", "threads", "less than or equal to 1024"),
+    case("federated --workers 1000000", "workers", "less than or equal to 1024"),
     case("demo --seed -1", "seed", "-1"),
     case("federated --prox_mu 0.1", "--prox_mu 0.1: is of --algorithm fedprox"),
     case("federated --algorithm fedavgm --server_tau 0.1", "--server_tau 0.1", "fedadagrad or fedadam or fedyogi"),
@@ -313,12 +165,6 @@ SENTENCES = [
     case("federated --mask images", "mask images: no such file"),
     case("federated --mask masks/tiny.safetensors", "(size tiny / micro;", "give the model"),
     case("federated --mask masks/m.safetensors --patch_size 4", "not made for this: patch_size 2 / 4", "--force_mask"),
-    case("federated --mask noise.safetensors", "noise.safetensors: not a readable fedtalos mask", "make it anew"),
-    case("federated --mask empty.safetensors", "empty.safetensors: not a readable fedtalos mask"),
-    case("federated --mask cut.safetensors", "cut.safetensors: not a readable fedtalos mask"),
-    case("federated --mask weights.safetensors", "weights.safetensors: not a readable fedtalos mask"),
-    case("federated --mask masks/m.head.safetensors", "m.head.safetensors: not a readable fedtalos mask"),
-    case("federated --mask bit.safetensors", "bit.safetensors: holds other bits", "make it anew"),
     case("centralized --mask masks/m.safetensors --trainable head", "--trainable head and --mask", "give one"),
     case("federated --trainable head --freeze_head", "nothing may move", "drop one"),
     case(f"federated --mask {'a' * 300}", "aaa"),
@@ -333,8 +179,6 @@ SENTENCES = [
     ),
     case("mask shwo masks/m.safetensors", "no mask command 'shwo'", "did you mean 'show'"),
     case("mask show nowhere.safetensors", "mask nowhere.safetensors: no such file", "fedtalos editing"),
-    case("mask show weights.safetensors", "weights.safetensors: not a readable fedtalos mask"),
-    case("mask show old.safetensors", "old.safetensors: format 1, this version reads 2", "make it anew"),
     case("mask show masks/m.safetensors --output_dir file.txt", "file.txt"),
     case(
         "mask compare masks/m.safetensors", "mask compare: expected two or more mask files, got 1", "fedtalos mask show"
@@ -369,8 +213,6 @@ SENTENCES = [
     case("mask random masks/m.safetensors --name x --seed -1", "seed", "-1"),
     # heads, sizes, devices
     case("federated --head nowhere", "--head nowhere: cannot be read", "random, ridge, ncm, linear or a head file"),
-    case("federated --head masks/m.safetensors", "m.safetensors: not a head file", "beside its mask"),
-    case("federated --head noise.safetensors", "noise.safetensors: not a head file"),
     case("federated --model_size tiny --head masks/m.head.safetensors", "(10, 96)", "need (10, 192)"),
     case("federated --head weights", "--head weights", "use random, ridge, ncm, linear or a head file"),
     case("editing --head random", "--head random", "use --head ridge"),
@@ -400,34 +242,18 @@ SENTENCES = [
         "federated --dataset folder --data_dir images --image_size 9",
         "not a multiple of patch size 2",
     ),
-    # weights and checkpoints
+    # weights and checkpoints by name (what is wrong with their files: test_bad_files.py)
     case("centralized --weights nowhere.safetensors", "--weights nowhere.safetensors: no such file", "none"),
     case("centralized --weights hf:owner/repo/README.md", "hf:OWNER/REPO[/FILE]"),
     case("centralized --weights pretraned", "--weights pretraned: expected none, pretrained, dino"),
     case("centralized --weights pretrained", "--weights pretrained", "not for micro", "--model_size"),
-    case("centralized --weights half.safetensors", "half.safetensors: neither a whole safetensors file"),
-    case("centralized --weights masks/m.safetensors", "m.safetensors", "give weights in float32"),
-    case("centralized --weights masks/m.head.safetensors", "m.head.safetensors: no cls_token"),
-    case("centralized --weights hostile.pth", "hostile.pth: neither a whole safetensors file"),
-    case("centralized --weights weights.safetensors --patch_size 4", "--patch_size 4: ", "is a ViT-micro/2"),
+    case("centralized --weights weights/whole.safetensors --patch_size 4", "--patch_size 4: ", "is a ViT-micro/2"),
     case(
         "centralized --weights nowhere/last.json", "checkpoint nowhere/last.json", "give a run's name or its .json file"
     ),
-    case("centralized --weights checkpoints/flipped/last.json", "flipped", "is not what was saved (checksum)"),
-    case("centralized --weights checkpoints/foreign/last.json", "foreign", "not a fedtalos checkpoint"),
     case("evaluate nowhere", "checkpoint nowhere", "give a run's name or its .json file"),
-    case("evaluate truncated", "truncated/last.json", "is not what was saved (checksum)"),
-    case("evaluate flipped", "flipped/last.json", "is not what was saved (checksum)"),
-    case("evaluate foreign", "foreign/last.json", "not a fedtalos checkpoint"),
-    case("evaluate torn", "torn/last.json", "broken"),
-    case("evaluate newer", "newer/last.json: format 2, this version reads 1"),
-    case("evaluate lost", "lost/last.json: cannot read", "No such file"),
     case("evaluate m", "m/last.json: holds no trained model"),
-    case("evaluate bare", "bare/last.json"),
-    case("evaluate later", "later/last.json", "an_option_of_tomorrow"),
     case("editing --checkpoint nowhere", "checkpoint nowhere", "give a run's name or its .json file"),
-    case("editing --checkpoint truncated", "truncated/last.json", "is not what was saved (checksum)"),
-    case("editing --checkpoint foreign", "foreign/last.json", "not a fedtalos checkpoint"),
     case("editing --checkpoint m", "checkpoints/m/last.json: holds no model", "give another"),
     # names, resuming, places to write to
     case("federated --run_name done", "results/done exists: add --resume", "another --run_name"),
@@ -439,33 +265,21 @@ SENTENCES = [
     case("federated --output_dir file.txt", "file.txt"),
     case("demo --output_dir file.txt", "file.txt"),
     case("plot results/done --output_dir file.txt", "file.txt"),
-    case("federated --resume --run_name nowhere", "--resume: no run 'nowhere' under results"),
-    case("federated --resume --output_dir void", "--resume: no unfinished federated run under void/results"),
     case("centralized --resume --run_name stopped --learning_rate 0.5", "learning_rate was 0.01 in stopped, now 0.5"),
     case("centralized --resume --run_name stopped --num_epochs 2", "num_epochs was 1 in stopped, now 2"),
     case("centralized --resume --run_name done --num_epochs 2", "num_epochs"),
+    case("centralized --resume --run_name ..", "--run_name '..': expected a plain folder name"),
     case("federated --resume --run_name stopped", "centralized"),
     case("federated --resume --run_name done", "centralized"),
-    case("centralized --resume --run_name flipped", "flipped/last.json", "is not what was saved (checksum)"),
-    case("centralized --resume --run_name garbled", "results/garbled/config.yaml"),
-    case("centralized --resume --run_name bare", "bare/last.json"),
-    # data sets
+    # data sets and plots by name
     case("federated --dataset folder --data_dir nowhere", "nowhere is not a folder", "--data_dir"),
     case("federated --dataset folder --data_dir file.txt", "file.txt is not a folder"),
     case("federated --dataset folder --data_dir void", "void holds no class folders: expected void/CLASS/IMAGE"),
-    case("federated --dataset folder --data_dir hollow", "hollow/cat holds no images", "remove it or fill it"),
-    case("federated --dataset folder --data_dir torn", "torn/b/7.png is not a readable image", "replace or remove it"),
-    case("federated --dataset cifar100 --data_dir gone", "cifar-100-python.tar.gz is damaged", "delete it"),
-    case("federated --dataset cifar100 --data_dir hostile", "hostile/meta asks for", "replace it by the original"),
-    # plots
     case("plot", "expected runs or --masks, got neither"),
     case("plot nowhere", "run results/nowhere", "found no metrics.csv"),
     case("plot done nowhere", "run results/nowhere", "found no metrics.csv"),
     case("plot done done", "each with its own name, got 2 named done"),
-    case("plot empty", "results/empty/metrics.csv", "got an empty file"),
-    case("plot noise", "results/noise/metrics.csv: not a readable CSV file"),
     case("plot --masks nowhere.safetensors", "mask nowhere.safetensors: no such file"),
-    case("plot --masks weights.safetensors", "weights.safetensors: not a readable fedtalos mask"),
     case("plot --masks masks/m.safetensors masks/tiny.safetensors", "made for different models"),
     case("plot done --name ..", "--name"),
 ]

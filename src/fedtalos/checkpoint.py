@@ -1,8 +1,9 @@
 """Checkpoints: tensors as safetensors, everything else as JSON beside them.
 
 `last.json` names its tensor file and that file's sha256; the JSON is renamed into place last, so a pair is whole
-or not there. Model tensors keep their names, so a checkpoint is a weights file too; optimiser state lies beside
-them under `optimizer/...` (no parameter name holds a slash).
+or not there, and is sealed, so that a flipped bit is noticed in either. Model tensors keep their names, so a
+checkpoint is a weights file too; optimiser state lies beside them under `optimizer/...` (no parameter name holds a
+slash).
 """
 
 import hashlib
@@ -17,10 +18,10 @@ from safetensors.torch import load as load_safetensors
 from safetensors.torch import save as save_safetensors
 from torch import Tensor
 
-from fedtalos.errors import InputError
-from fedtalos.files import write_atomic
+from fedtalos.errors import InputError, shown
+from fedtalos.files import UNSEALED, is_sealed, sealed, write_atomic
 
-FORMAT = 1
+FORMAT = 2
 
 
 @dataclass(frozen=True)
@@ -40,9 +41,9 @@ def save_checkpoint(folder: Path, name: str, step: int, tensors: dict[str, Tenso
     content = save_safetensors({key: t.detach().cpu().contiguous() for key, t in tensors.items()}, metadata)
     file = folder / f"{name}-{step:06d}.safetensors"
     write_atomic(file, content)
-    header = {"format": FORMAT, "file": file.name, "sha256": hashlib.sha256(content).hexdigest(), **facts}
+    header = {"seal": UNSEALED, "format": FORMAT, "file": file.name, "sha256": hashlib.sha256(content).hexdigest()}
     path = folder / f"{name}.json"
-    write_atomic(path, json.dumps(header, indent=1))
+    write_atomic(path, sealed(json.dumps({**header, **facts}, indent=1).encode()))
     for old in folder.glob(f"{name}-*.safetensors"):
         if old != file:
             old.unlink()
@@ -55,16 +56,21 @@ def load_checkpoint(path: Path) -> Checkpoint:
     Raises InputError where a file is missing, broken, not a checkpoint, or not the one that was saved.
     """
     try:
-        facts = json.loads(path.read_text(encoding="utf-8"))
+        header = path.read_bytes()
+        facts = json.loads(header)
         if facts["format"] != FORMAT:
-            raise InputError(f"checkpoint {path}: format {facts['format']}, this version reads {FORMAT}; make it anew")
+            raise InputError(
+                f"checkpoint {path}: format {shown(facts['format'])}, this version reads {FORMAT}; make it anew"
+            )
+        if not is_sealed(header):
+            raise InputError(f"checkpoint {path}: not what was saved (checksum); give another")
         content = (path.parent / Path(facts["file"]).name).read_bytes()
         if hashlib.sha256(content).hexdigest() != facts["sha256"]:
             raise InputError(f"checkpoint {path}: {facts['file']} is not what was saved (checksum); give another")
         tensors: dict[str, Tensor] = load_safetensors(content)
     except OSError as error:
         raise InputError(f"checkpoint {path}: cannot read {error.filename} ({error.strerror}); give another") from error
-    except (ValueError, KeyError, TypeError, SafetensorError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError, SafetensorError) as error:
         raise InputError(f"checkpoint {path}: broken, or not a fedtalos checkpoint; give another") from error
     return Checkpoint(tensors, facts, facts["sha256"])
 

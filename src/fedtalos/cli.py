@@ -46,16 +46,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
         with interruption.handled():
             dispatch(parse(arguments), Console())
     except InputError as error:
-        say(errors, f"fedtalos: {error}")
+        complain(errors, str(error))
         sys.exit(2)
     except BrokenPipeError:  # `fedtalos ... | head`: nobody is left to read
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
     except OSError as error:
-        say(errors, f"fedtalos: {error.filename or 'a file'}: {error.strerror or error}; check the path and its rights")
+        complain(errors, f"{error.filename or 'a file'}: {error.strerror or error}; check the path and its rights")
         sys.exit(2)
     except TrainingError as error:
-        say(errors, f"fedtalos: {error}")
+        complain(errors, str(error))
         sys.exit(1)
     except Interrupted as error:
         sys.exit(error.exit_code)
@@ -198,6 +198,15 @@ def run_experiment(config: RunConfig, console: Console) -> None:
         say(console, str(path))
 
 
+def complain(console: Console, text: str) -> None:
+    """Say what is wrong, on one line."""
+    say(console, "fedtalos: " + text.replace("\n", " "))
+
+
 def say(console: Console, text: str) -> None:
-    """Print ``text`` as it is: not wrapped, so that paths can be copied, not coloured, nothing in it read as markup."""
-    console.print(text, highlight=False, markup=False, soft_wrap=True)
+    """Print ``text`` as it is: not wrapped, so that paths can be copied, not coloured, nothing in it read as markup.
+
+    What a terminal would act on, or cannot show, is spelled out: names in files may come from strangers.
+    """
+    plain = "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text)
+    console.print(plain, highlight=False, markup=False, soft_wrap=True)

@@ -19,7 +19,7 @@ from pydantic import (
 
 from fedtalos.data.batches import Augmentation
 from fedtalos.data.dataset_loader import DatasetName
-from fedtalos.errors import InputError
+from fedtalos.errors import InputError, shown
 from fedtalos.masks import JoinRule
 from fedtalos.models.vision_transformer import ModelSize
 from fedtalos.training.aggregation import Rule
@@ -51,16 +51,22 @@ class Options(BaseModel):
             if isinstance(value, bool) and expected is not bool and str(value).lower() not in get_args(expected):
                 raise InputError(f"{name}: expected no yes or no, got {str(value).lower()}")  # True would count as 1
         try:
-            return handler(values)
+            options = handler(values)
         except ValidationError as error:
             raise InputError(sentence(error)) from error
+        for name, value in options:
+            if isinstance(value, int) and abs(value) >= 2**63:
+                raise InputError(f"{name}: expected a number below 2**63, got {shown(value)}")
+            if isinstance(value, str | Path) and "\0" in str(value):
+                raise InputError(f"{name}: expected text without NUL characters, got {shown(str(value))}")
+        return options
 
 
 def sentence(error: ValidationError) -> str:
     """The first thing wrong, in one sentence with the knob's name."""
     first = error.errors()[0]
     knob = str(first["loc"][-1])
-    return f"{knob}: {first['msg'][0].lower()}{first['msg'][1:]}, got {first['input']!r}"
+    return f"{knob}: {first['msg'][0].lower()}{first['msg'][1:]}, got {shown(first['input'])}"
 
 
 class RunOptions(Options):
@@ -83,7 +89,7 @@ class RunOptions(Options):
         "auto", description="auto: bf16 where it is faster here, measured"
     )
     threads: Annotated[int | None, unset("N", "all cores, shared among the workers")] = Field(
-        None, ge=1, description="CPU threads of each process; results differ in their last bits with it"
+        None, ge=1, le=1024, description="CPU threads of each process; results differ in their last bits with it"
     )
     tracker: Literal["none", "tensorboard", "wandb"] = Field("none", description="also log there")
 
@@ -125,7 +131,7 @@ class ModelOptions(Options):
         "timm:NAME or torch:NAME (docs/backbones.md)",
     )
     image_size: Annotated[int | None, unset("PX", "as the weights had; 32 for none")] = Field(
-        None, ge=1, description="pixels a side"
+        None, ge=1, le=4096, description="pixels a side"
     )
     patch_size: Annotated[int | None, unset("PX", "as the weights had; 4 for none")] = Field(
         None, ge=1, description="pixels a patch side"
@@ -199,7 +205,10 @@ class FederationOptions(Options):
         None, ge=1, description="clients of a round that train together; same results up to rounding"
     )
     workers: int = Field(
-        1, ge=1, description="processes that share a round's clients, each with its part of the cores, or a GPU"
+        1,
+        ge=1,
+        le=1024,
+        description="processes that share a round's clients, each with its part of the cores, or a GPU",
     )
 
 

@@ -1,6 +1,7 @@
 """From YAML files and presets to a config: flat option names in, checked config out, and back."""
 
 import difflib
+import math
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
@@ -9,12 +10,14 @@ import yaml
 from pydantic import BaseModel
 
 from fedtalos.config import RUN_CONFIGS, Config, Options
-from fedtalos.errors import InputError
+from fedtalos.errors import InputError, shown
 
 NOT_IN_FILES = {"config", "preset", "resume"}
 ConfigT = TypeVar("ConfigT", bound=Config)
 PRESETS = Path("configs/experiment_configs.yaml")
 """Looked for in the working folder, then in the checkout that this code is in."""
+LARGEST = 100_000
+"""Of a YAML file: bytes, and values when every alias is written out."""
 
 
 def groups(config_type: type[BaseModel]) -> dict[str, str | None]:
@@ -46,7 +49,7 @@ def override(config: ConfigT, values: Mapping[str, Any], source: str) -> ConfigT
     nested = {name: value.model_dump() if isinstance(value, Options) else value for name, value in nested.items()}
     for key, value in values.items():
         if key not in where:
-            raise InputError(f"{source}: unknown option {key!r}{nearest(key, where)}")
+            raise InputError(f"{source}: unknown option {shown(key)}{nearest(key, where)}")
         group = where[key]
         (nested if group is None else nested[group])[key] = value
     try:
@@ -58,22 +61,46 @@ def override(config: ConfigT, values: Mapping[str, Any], source: str) -> ConfigT
 def read_yaml(path: Path) -> dict[str, Any]:
     """A YAML mapping; InputError where it is missing or is something else."""
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        with path.open("rb") as file:
+            content = _parsed(file.read(LARGEST + 1))
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror}); give an existing YAML file") from error
     except yaml.MarkedYAMLError as error:
         line = "" if error.problem_mark is None else f", line {error.problem_mark.line + 1}"
         raise InputError(f"{path}{line}: not valid YAML ({error.problem}); mend it") from error
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise InputError(f"{path}: not valid YAML ({type(error).__name__}); mend it") from error
+    except Exception as error:  # constructors of odd scalars raise nearly anything
+        raise InputError(f"{path}: not valid YAML ({shown(error)}); mend it") from error
     if content is None:
         return {}
     if not isinstance(content, dict):
         raise InputError(f"{path}: expected 'option: value' lines, got {type(content).__name__}")
     for key in content:
         if not isinstance(key, str):
-            raise InputError(f"{path}: expected options by name, got the key {key!r}")
+            raise InputError(f"{path}: expected options by name, got the key {shown(key)}")
     return content
+
+
+def _parsed(content: bytes) -> object:
+    """What a YAML file says. ValueError where it is long, or short and stands for a lot: aliases of aliases double."""
+    if len(content) > LARGEST:
+        raise ValueError(f"more than {LARGEST} bytes")
+    loader = yaml.SafeLoader(content.decode())
+    node = loader.get_single_node()
+    if _values(node, {}) > LARGEST:
+        raise ValueError(f"stands for more than {LARGEST} values")
+    parsed: object = None if node is None else loader.construct_document(node)
+    return parsed
+
+
+def _values(node: yaml.Node | None, counted: dict[int, float]) -> float:
+    """How many values a node stands for; inf where it holds itself."""
+    if not isinstance(node, yaml.CollectionNode):
+        return 1
+    if id(node) not in counted:
+        counted[id(node)] = math.inf
+        pairs = node.value if isinstance(node, yaml.MappingNode) else [node.value]
+        counted[id(node)] = 1 + sum(_values(child, counted) for pair in pairs for child in pair)
+    return counted[id(node)]
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
@@ -93,7 +120,7 @@ def from_file(path: Path, command: str) -> dict[str, Any]:
     every = {key for config_type in RUN_CONFIGS.values() for key in groups(config_type)}
     for key in values:
         if key not in every | {"command", "made_by"}:
-            raise InputError(f"{path}: unknown option {key!r}{nearest(key, every)}")
+            raise InputError(f"{path}: unknown option {shown(key)}{nearest(key, every)}")
     passed_over = NOT_IN_FILES | ({"run_name"} if "made_by" in values else set())
     return {key: value for key, value in values.items() if key in mine and key not in passed_over}
 
@@ -105,7 +132,7 @@ def named_entry(what: str, name: str) -> tuple[dict[str, Any], str]:
     if name not in entries:
         raise InputError(f"{what}: no {name!r} in {path}{nearest(name, entries) or '; it has ' + ', '.join(entries)}")
     if not isinstance(entries[name], dict):
-        raise InputError(f"{what} {name!r} in {path}: expected 'option: value' lines, got {entries[name]!r}")
+        raise InputError(f"{what} {name!r} in {path}: expected 'option: value' lines, got {shown(entries[name])}")
     return dict(entries[name]), f"{what} {name!r} in {path}"
 
 
@@ -115,12 +142,12 @@ def from_preset(name: str, command: str) -> dict[str, Any]:
     if "grid" in values:
         raise InputError(f"preset {name!r} is a grid of many runs: `fedtalos sweep {name}` runs them")
     made_for = values.pop("command", None)
-    if made_for not in RUN_CONFIGS:
-        raise InputError(f"{source}: expected command: {' | '.join(RUN_CONFIGS)}, got {made_for!r}")
+    if not isinstance(made_for, str) or made_for not in RUN_CONFIGS:
+        raise InputError(f"{source}: expected command: {' | '.join(RUN_CONFIGS)}, got {shown(made_for)}")
     if made_for != command:
         raise InputError(f"preset {name!r} is for `{made_for}`, not for `{command}`")
     mine = groups(RUN_CONFIGS[command]).keys() - NOT_IN_FILES
     for key in values:
         if key not in mine:
-            raise InputError(f"{source}: unknown option {key!r}{nearest(str(key), mine)}")
+            raise InputError(f"{source}: unknown option {shown(key)}{nearest(str(key), mine)}")
     return values

@@ -63,8 +63,8 @@ class SweepConfig(Options):
     data_dir: Annotated[Path | None, unset("PATH", "the grid's")] = Field(None, description="where the data set is")
     device: Literal["auto", "mps", "cuda", "cpu"] = Field("auto", description="auto: mps, then cuda, then cpu")
     precision: Literal["auto", "fp32", "bf16"] = Field("auto", description="auto: bf16 where it is faster, measured")
-    threads: Annotated[int | None, unset("N", "all cores")] = Field(None, ge=1, description="CPU threads")
-    workers: int = Field(1, ge=1, description="processes that share a federated run's clients")
+    threads: Annotated[int | None, unset("N", "all cores")] = Field(None, ge=1, le=1024, description="CPU threads")
+    workers: int = Field(1, ge=1, le=1024, description="processes that share a federated run's clients")
 
 
 class DemoConfig(Options):

@@ -6,3 +6,12 @@ class InputError(Exception):
 
     Not a ValueError: pydantic and tyro take those for their own.
     """
+
+
+def shown(value: object) -> str:
+    """``value`` as an error quotes it, cut where it is long."""
+    try:
+        text = repr(value)
+    except ValueError:  # an integer of more digits than Python writes out
+        text = f"a huge {type(value).__name__}"
+    return text if len(text) <= 80 else f"{text[:77]}..."

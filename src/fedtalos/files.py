@@ -1,7 +1,23 @@
-"""Files appear whole or not at all: written beside, flushed, synced, renamed."""
+"""Files appear whole or not at all: written beside, flushed, synced, renamed; sealed ones say whether they changed."""
 
+import hashlib
 import os
+import re
 from pathlib import Path
+
+UNSEALED = f"sha256:{0:064}"
+"""What a file that is to be sealed holds once, where its checksum is to be."""
+
+
+def sealed(content: bytes) -> bytes:
+    """``content`` with its own checksum, of SHA-256, in place of UNSEALED."""
+    return content.replace(UNSEALED.encode(), f"sha256:{hashlib.sha256(content).hexdigest()}".encode(), 1)
+
+
+def is_sealed(content: bytes) -> bool:
+    """Whether this is what ``sealed`` gave, to the bit: asked before anything else is read of it."""
+    found = re.search(rb"sha256:[0-9a-f]{64}", content)
+    return found is not None and sealed(content.replace(found[0], UNSEALED.encode(), 1)) == content
 
 
 def write_atomic(path: Path, content: bytes | str) -> None:

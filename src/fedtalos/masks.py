@@ -11,14 +11,15 @@ from typing import Literal
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict
 from safetensors import SafetensorError
 from safetensors.numpy import load as load_safetensors
 from safetensors.numpy import save as save_safetensors
 from torch import Tensor, nn
 
-from fedtalos.errors import InputError
-from fedtalos.files import write_atomic
+from fedtalos.errors import InputError, shown
+from fedtalos.files import UNSEALED, is_sealed, sealed, write_atomic
 from fedtalos.models.vision_transformer import parts
 from fedtalos.training.editing import Eligible, eligible_masks
 
@@ -27,9 +28,10 @@ Mask = dict[str, Tensor]
 
 JoinRule = Literal["union", "intersection", "majority", "vote"]
 
-FORMAT = 2
+FORMAT = 3
 KINDS = ("q", "k", "v", "proj", "fc1", "fc2", "linear", "conv", "norms", "biases")
 _HEADER = "fedtalos_mask"
+_NAMES = re.compile(r"net\..+|blocks\.[0-9]+\.(norm[12]|attn\.(qkv|proj)|mlp\.fc[12])\.(weight|bias)")
 
 
 class MaskFacts(BaseModel):
@@ -66,42 +68,59 @@ class MaskFacts(BaseModel):
 
 
 def save_mask(path: Path, mask: Mask, facts: MaskFacts) -> None:
-    """Write a mask file, one bit per entry."""
+    """Write a mask file, one bit per entry, sealed."""
     shapes = {name: list(tensor.shape) for name, tensor in mask.items()}
-    header = json.dumps({"facts": facts.model_dump(), "shapes": shapes})
+    header = json.dumps({"seal": UNSEALED, "facts": facts.model_dump(), "shapes": shapes})
     bits = {name: np.packbits(tensor.cpu().numpy().reshape(-1)) for name, tensor in mask.items()}
-    write_atomic(path, save_safetensors(bits, metadata={_HEADER: header}))
+    write_atomic(path, sealed(save_safetensors(bits, metadata={_HEADER: header})))
 
 
 def load_mask(path: Path) -> tuple[Mask, MaskFacts]:
     """Read a mask file.
 
-    Raises InputError where the file is missing, broken or not a mask.
+    Raises InputError where the file is missing, not what was written, or not a mask.
     """
     if not path.is_file():
         raise InputError(f"mask {path}: no such file; `fedtalos editing` writes one under masks/")
     content = path.read_bytes()
     try:
-        bits = load_safetensors(content)
         length = int.from_bytes(content[:8], "little")
         header = json.loads(json.loads(content[8 : 8 + length])["__metadata__"][_HEADER])
         if (made_in := header["facts"]["format"]) != FORMAT:
-            raise InputError(f"mask {path}: format {made_in}, this version reads {FORMAT}; make it anew")
-        shapes: dict[str, list[int]] = header["shapes"]
-        facts = MaskFacts(**header["facts"])
-        mask = {
-            name: torch.from_numpy(np.unpackbits(bits[name], count=int(np.prod(shape))).astype(bool).reshape(shape))
-            for name, shape in shapes.items()
-        }
-    except (SafetensorError, KeyError, TypeError, ValueError) as error:
+            raise InputError(f"mask {path}: format {shown(made_in)}, this version reads {FORMAT}; make it anew")
+        if not is_sealed(content):
+            raise InputError(f"mask {path}: not what was written (checksum); make it anew with `fedtalos editing`")
+        return _checked(load_safetensors(content), header["shapes"], MaskFacts(**header["facts"]))
+    except (SafetensorError, KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
         raise InputError(
             f"mask {path}: not a readable fedtalos mask file; make it anew with `fedtalos editing`"
         ) from error
-    if eligible_masks({name: tensor.shape for name, tensor in mask.items()}, facts.eligible_in).keys() != mask.keys():
-        raise InputError(f"mask {path}: speaks of other tensors than its header says; make it anew")
-    if sum(int(tensor.sum()) for tensor in mask.values()) != facts.active:
-        raise InputError(f"mask {path}: holds other bits than its header says; make it anew with `fedtalos editing`")
+
+
+def _checked(
+    bits: Mapping[str, NDArray[np.uint8]], shapes: Mapping[str, list[int]], facts: MaskFacts
+) -> tuple[Mask, MaskFacts]:
+    """The mask of these bits; ValueError or TypeError where they are not what shapes and facts say.
+
+    A seal says that nothing changed, not that what wrote it meant well.
+    """
+    mask = {name: _unpacked(bits[name], shape) for name, shape in shapes.items()}
+    eligible = eligible_masks({name: tensor.shape for name, tensor in mask.items()}, facts.eligible_in)
+    if eligible.keys() != mask.keys() or not all(map(_NAMES.fullmatch, mask)):
+        raise ValueError("other tensors")
+    if sum(int(tensor.sum()) for tensor in mask.values()) != facts.active or facts.eligible < max(facts.active, 1):
+        raise ValueError("other bits")
+    words = [*facts.model_dump().values(), *facts.model, *facts.model.values(), *facts.made_from]
+    if not "".join(map(str, words)).isprintable():
+        raise ValueError("words that a terminal would act on")
     return mask, facts
+
+
+def _unpacked(bits: NDArray[np.uint8], shape: list[int]) -> Tensor:
+    count = math.prod(shape)
+    if bits.dtype != np.uint8 or bits.size != -(-count // 8) or min(shape) < 1:  # else numpy pads with zeros
+        raise ValueError("a shape that is not that of the bits")
+    return torch.from_numpy(np.unpackbits(bits, count=count).astype(bool).reshape(shape))
 
 
 def check_mask(

@@ -124,7 +124,7 @@ class Recorder:
         self._trackers: list[Tracker] = []
         rows = [[step_name, *COLUMNS]]
         if keep_to >= 0:
-            rows += [row for row in _whole_rows(self._path) if int(row[0]) <= keep_to and row[1] != "test"]
+            rows += [row for row in _whole_rows(self._path, rows[0]) if int(row[0]) <= keep_to and row[1] != "test"]
         write_atomic(self._path, _csv(rows))
 
     def track(self, tracker: Tracker) -> None:
@@ -171,8 +171,16 @@ def _csv(rows: list[list[Any]]) -> str:
     return text.getvalue()
 
 
-def _whole_rows(path: Path) -> list[list[str]]:
-    """Data rows that were written to their end."""
-    text = path.read_text(encoding="utf-8") if path.exists() else ""
-    whole = text[: text.rfind("\n") + 1]
-    return [row for row in csv.reader(io.StringIO(whole)) if len(row) == len(COLUMNS) + 1 and row[0].isdigit()]
+def _whole_rows(path: Path, header: list[str]) -> list[list[str]]:
+    """Data rows; a last one that was not written to its end is left out.
+
+    Raises InputError where the table is not what this version writes.
+    """
+    content = path.read_bytes() if path.exists() else b""
+    try:
+        rows = list(csv.reader(io.StringIO(content[: content.rfind(b"\n") + 1].decode())))
+        if (rows and rows[0] != header) or not all(len(row) == len(header) and int(row[0]) >= 0 for row in rows[1:]):
+            raise ValueError("other columns")
+    except (ValueError, csv.Error) as error:
+        raise InputError(f"{path}: broken, or of another version; start a run of another name") from error
+    return rows[1:]

@@ -9,10 +9,11 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from fedtalos.data.downloads import read_members
 from fedtalos.data.images import LabelledImages
-from fedtalos.errors import InputError
+from fedtalos.errors import InputError, shown
 
 Download = Callable[[str, Path], Path]  # archive name, folder to put it in -> where it is now
 
@@ -73,8 +74,8 @@ def _cifar_files(cifar: Cifar, data_dir: Path, download: Download) -> dict[str, 
 
 def _cifar_images(cifar: Cifar, file: str, content: bytes, num_classes: int) -> LabelledImages:
     batch = _unpickled(content, file)
-    data, labels = batch.get("data"), batch.get(cifar.label_key)
-    if not (isinstance(data, np.ndarray) and data.dtype == np.uint8 and data.ndim == 2 and data.shape[1] == 3072):
+    data, labels = getattr(batch.get("data"), "bytes", None), batch.get(cifar.label_key)
+    if not (data is not None and data.ndim == 2 and data.shape[1] == 3072):
         raise _damaged(file, "holds no uint8 images of 3 x 32 x 32")
     if not (isinstance(labels, list) and len(labels) == len(data) > 0):
         raise _damaged(file, f"does not hold one of {cifar.label_key!r} per image")
@@ -93,14 +94,14 @@ def _unpickled(content: bytes, file: str) -> dict[str, Any]:
     except InputError:
         raise
     except Exception as error:  # broken pickles may raise anything
-        raise _damaged(file, f"cannot be read ({error})") from error
+        raise _damaged(file, f"cannot be read ({shown(error)})") from error
     if not isinstance(loaded, dict):
         raise _damaged(file, "holds no dictionary")
-    return {_text(key): value for key, value in loaded.items()}
+    return {_text(key): value for key, value in loaded.items() if isinstance(key, str | bytes)}
 
 
 def _text(name: str | bytes) -> str:
-    return name.decode("latin1") if isinstance(name, bytes) else str(name)
+    return name.decode("latin1") if isinstance(name, bytes) else name
 
 
 def _encode_latin1(text: str, encoding: str) -> bytes:
@@ -110,22 +111,47 @@ def _encode_latin1(text: str, encoding: str) -> bytes:
     return text.encode("latin1")
 
 
-# numpy keeps its _reconstruct in a private module, under a name that has changed; an array knows it.
-_RECONSTRUCT = np.empty(0).__reduce__()[0]
+class _Kind:
+    """Stands in for numpy.dtype: a name, whatever else a file says of it."""
+
+    def __init__(self, name: object = None, *_: object) -> None:
+        self.name = _text(name) if isinstance(name, str | bytes) else None
+
+    def __setstate__(self, state: object) -> None:
+        pass
+
+
+class _Array:
+    """Stands in for numpy.ndarray, which would allocate whatever a file asks for: ``bytes`` are what the file holds.
+
+    None where they are no unsigned bytes.
+    """
+
+    bytes: NDArray[np.uint8] | None = None
+
+    def __init__(self, *_: object) -> None:
+        pass
+
+    def __setstate__(self, state: tuple[object, Any, _Kind, bool, Any]) -> None:
+        _, shape, kind, by_columns, content = state
+        if kind.name == "u1":
+            values = np.frombuffer(content, np.uint8).reshape(shape, order="F" if by_columns else "C")
+            self.bytes = values.copy()  # which can be written to
+
 
 ADMITTED = {
-    "numpy.ndarray": np.ndarray,
-    "numpy.dtype": np.dtype,
-    "numpy.core.multiarray._reconstruct": _RECONSTRUCT,
-    "numpy._core.multiarray._reconstruct": _RECONSTRUCT,
+    "numpy.ndarray": _Array,
+    "numpy.dtype": _Kind,
+    "numpy.core.multiarray._reconstruct": _Array,
+    "numpy._core.multiarray._reconstruct": _Array,
     "_codecs.encode": _encode_latin1,
 }
 
 
-class RestrictedUnpickler(pickle.Unpickler):
-    """Unpickles numpy arrays, lists, dicts, strings, bytes and numbers; anything else is an InputError.
+class RestrictedUnpickler(pickle._Unpickler):
+    """Unpickles byte arrays, lists, dicts, strings, bytes and numbers; anything else is an InputError.
 
-    An ordinary unpickler runs whatever code a file asks for.
+    An ordinary unpickler runs whatever code a file asks for; the one in C also lets five bytes ask for 64 GB.
     """
 
     def __init__(self, content: bytes, file: str) -> None:

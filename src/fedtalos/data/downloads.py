@@ -1,6 +1,7 @@
 """The public CIFAR archives: fetched once, resumed where a download broke off, checked, and read in place."""
 
 import gzip
+import io
 import tarfile
 import zlib
 from collections.abc import Callable, Iterator, Mapping
@@ -17,12 +18,14 @@ from fedtalos.errors import InputError
 
 HOME = "https://www.cs.toronto.edu/~kriz/"
 CHECKSUMS = {
-    "cifar-100-python.tar.gz": "md5:eb9058c3a382ffc7106e4002c42a8d85",
-    "cifar-10-python.tar.gz": "md5:c58f30108f718f92721af3b95e74349a",
+    "cifar-100-python.tar.gz": "sha256:85cd44d02ba6437773c5bbd22e183051d648de2e7d6b014e1ef29b855ba677a7",
+    "cifar-10-python.tar.gz": "sha256:6d958be074577803d12ecdefd02955f39262c83c16fe9348329d7fe0b5c001ce",
 }
+"""As Keras has them; the publisher's page has MD5 only."""
 RETRIES = 3
 TIMEOUT = (10, 60)  # seconds to connect, seconds without a byte
 CHUNK = 2**18  # bytes
+LARGEST = 2**29  # bytes unpacked, three times what the archives hold
 
 Report = Callable[[int, int | None], None]  # bytes so far, bytes in all where the server says
 
@@ -101,15 +104,22 @@ def _append(response: requests.Response, part: Path, report: Report) -> None:
 
 
 def read_members(archive: Path, names: set[str]) -> dict[str, bytes]:
-    """The content of the named files in a .tar.gz; nothing is extracted. Raises InputError where one is missing."""
+    """The content of the named files in a .tar.gz; nothing is extracted.
+
+    Raises InputError where one is missing, the archive is damaged, or it is far larger than it should be.
+    """
     found: dict[str, bytes] = {}
     try:
-        with gzip.open(archive) as stream, tarfile.open(fileobj=stream) as tar:
-            for member in tar:  # one pass: going back in a gzip stream means to decompress it anew
-                content = tar.extractfile(member) if member.isfile() and member.name in names else None
-                if content:
+        with gzip.open(archive) as stream:
+            unpacked = stream.read(LARGEST + 1)  # to the end, where gzip's own checksum is
+        if len(unpacked) > LARGEST:
+            raise InputError(f"{archive} holds more than {LARGEST} bytes: replace it by the original")
+        with tarfile.open(fileobj=io.BytesIO(unpacked), mode="r:") as tar:
+            for member in tar:
+                # A sparse member may claim to be as large as it likes.
+                wanted = member.isfile() and member.name in names and member.size <= len(unpacked)
+                if wanted and (content := tar.extractfile(member)):
                     found[member.name] = content.read()
-            stream.read()  # gzip's own checksum comes at the very end
     except (tarfile.TarError, EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise InputError(f"{archive} is damaged ({error}): delete it, and it is downloaded again") from error
     if missing := sorted(names - found.keys()):

@@ -26,6 +26,7 @@ from fedtalos.files import write_atomic
 from fedtalos.randomness import generator
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
+FORMATS = ("PNG", "JPEG", "WEBP")  # whatever the suffix says: for some others Pillow starts programs
 CACHE = ".fedtalos_cache"
 
 Pixels = NDArray[np.uint8]
@@ -55,9 +56,15 @@ def read_image_folder(folder: Path, image_size: int) -> tuple[tuple[str, ...], d
                 "with space that you may write to"
             ) from error
     try:
-        return tuple(listings["train"]), safetensors.torch.load_file(cache)
-    except (SafetensorError, OSError) as error:
+        tensors = safetensors.torch.load_file(cache)
+        for split, listing in listings.items():
+            pixels, labels = tensors[f"{split}_pixels"], tensors[f"{split}_labels"]
+            shape = (sum(map(len, listing.values())), 3, image_size, image_size)
+            if pixels.dtype != torch.uint8 or pixels.shape != shape or not torch.equal(labels, _labels(split, listing)):
+                raise ValueError("it is of other images")
+    except (SafetensorError, OSError, KeyError, ValueError) as error:
         raise InputError(f"{cache} cannot be read ({error}): delete it, it will be made again") from error
+    return tuple(listings["train"]), tensors
 
 
 def _listings(folder: Path) -> dict[str, Listing]:
@@ -83,7 +90,7 @@ def _class_folders(folder: Path) -> Listing:
             listing[class_folder.name] = sorted(
                 file
                 for file in class_folder.iterdir()
-                if file.suffix.lower() in SUFFIXES and not file.name.startswith(".") and file.is_file()
+                if file.suffix.lower() in SUFFIXES and not file.name.startswith(".")
             )
     kinds = ", ".join(SUFFIXES)
     if not listing:
@@ -93,6 +100,9 @@ def _class_folders(folder: Path) -> Listing:
             raise InputError(
                 f"{folder / name} holds no images ({kinds}): every class folder needs some; remove it or fill it"
             )
+        for file in files:
+            if not file.is_file():  # a folder, a pipe, a link to nothing or to itself
+                raise InputError(f"{file} is called an image and is no file: replace or remove it")
     return listing
 
 
@@ -110,15 +120,23 @@ def _fingerprint(folder: Path, listings: dict[str, Listing], image_size: int) ->
 def _decode(split: str, listing: Listing, image_size: int) -> tuple[Tensor, Tensor]:
     """Pixels (N, 3, S, S) and labels (N,), in the fixed shuffled order."""
     files = [file for files in listing.values() for file in files]
-    labels = np.repeat(np.arange(len(listing)), [len(files) for files in listing.values()])
-    order = generator(0, "folder order", split).permutation(len(files))
+    order = _order(split, len(files))
     pixels = torch.empty(len(files), 3, image_size, image_size, dtype=torch.uint8)
     with warnings.catch_warnings(), ThreadPoolExecutor() as threads:
         warnings.simplefilter("error", Image.DecompressionBombWarning)
         images = threads.map(partial(_read_image, image_size=image_size), [files[i] for i in order])
         for i, image in enumerate(_with_progress_bar(images, f"decoding {split} images", len(files))):
             pixels[i] = torch.from_numpy(image).permute(2, 0, 1)
-    return pixels, torch.from_numpy(labels[order])
+    return pixels, _labels(split, listing)
+
+
+def _order(split: str, count: int) -> NDArray[np.int64]:
+    return generator(0, "folder order", split).permutation(count)
+
+
+def _labels(split: str, listing: Listing) -> Tensor:
+    labels = np.repeat(np.arange(len(listing)), [len(files) for files in listing.values()])
+    return torch.from_numpy(labels[_order(split, len(labels))])
 
 
 def _with_progress_bar(images: Iterable[Pixels], title: str, total: int) -> Iterable[Pixels]:
@@ -129,7 +147,9 @@ def _with_progress_bar(images: Iterable[Pixels], title: str, total: int) -> Iter
 def _read_image(file: Path, image_size: int) -> Pixels:
     """The middle square, upright, RGB, uint8 (S, S, 3)."""
     try:
-        with Image.open(file) as image:
+        with Image.open(file, formats=FORMATS) as image:
+            if image.format != "MPO" and getattr(image, "n_frames", 1) > 1:  # MPO: a photo, and a smaller one of it
+                raise ValueError("it is animated")
             rgb = _as_rgb(ImageOps.exif_transpose(image))
             return np.array(ImageOps.fit(rgb, (image_size, image_size), Image.Resampling.LANCZOS))
     except Exception as error:  # a decoder fed with broken bytes may raise anything

@@ -32,7 +32,7 @@ def run(config: CentralizedConfig, paths: RunPaths, console: Console) -> dict[st
     entries = moving_entries(setup, config.train)
     open_run(config, paths, setup.origin())
     optimizer = optimizer_for(setup, entries, config.train)
-    progress, saved = resume(paths, setup)
+    progress, saved = resume(config, paths, setup)
     if saved:
         restore_optimizer(optimizer, saved)
     else:

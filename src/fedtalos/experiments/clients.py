@@ -1,6 +1,7 @@
 """Clients as the experiments see them: who holds which training images."""
 
 import io
+import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -58,7 +59,10 @@ def read_split(run_dir: Path) -> Manifest | None:
     if not path.is_file():
         return None
     try:
-        with np.load(io.BytesIO(path.read_bytes()), allow_pickle=False) as arrays:
+        content = io.BytesIO(path.read_bytes())
+        if any(member.compress_type != zipfile.ZIP_STORED for member in zipfile.ZipFile(content).infolist()):
+            raise ValueError("packed, so that it may be larger than it looks")
+        with np.load(content, allow_pickle=False) as arrays:
             client, label, classes = (arrays[name] for name in ("client", "label", "classes"))
         whole = client.dtype.kind == label.dtype.kind == "u" and classes.dtype.kind == "U"
         if not (whole and client.ndim == classes.ndim == 1 and client.shape == label.shape and len(client)):

@@ -250,8 +250,14 @@ class Edit:
         if not path.exists():
             return start.to(self.eligible.device), [], []
         checkpoint = load_checkpoint(path)
-        facts = checkpoint.facts
-        return checkpoint.tensors["state"].to(self.eligible.device), facts["rows"], facts["report"]
+        state, facts = checkpoint.tensors.get("state"), checkpoint.facts
+        if (
+            state is None
+            or (state.shape, state.dtype) != (start.shape, start.dtype)
+            or not {"rows", "report"} <= {*facts}
+        ):
+            raise InputError(f"checkpoint {path}: is of another version, or not of this edit; start another run")
+        return state.to(self.eligible.device), facts["rows"], facts["report"]
 
     def _save(self, state: Tensor, rows: Rows, report: Rows) -> None:
         save_checkpoint(self.paths.checkpoints, "last", len(rows), {"state": state}, {"rows": rows, "report": report})

@@ -55,7 +55,7 @@ def _lead(config: FederatedConfig, paths: RunPaths, console: Console, beside: Ot
     config = settle_clients_at_once(config, setup, entries, optimizer, clients, console)
     open_run(config, paths, setup.origin())
     write_split(paths, setup, clients)
-    progress, saved = resume(paths, setup)
+    progress, saved = resume(config, paths, setup)
     if not saved:
         head_rounds = partial(rounds_of_the_head, setup, clients)
         fit_head_first(config, setup, entries, clients, head_rounds, progress, console)

@@ -175,7 +175,7 @@ def _referred(name: str, reference: str, point: Mapping[str, str], seed: int, be
     """The earlier run that `run:LABEL` means: of the same seed, else the only one; {AXIS} in it is this run's value."""
     try:
         label = reference.removeprefix(REFERENCE).format(**point)
-    except (KeyError, ValueError, IndexError) as error:
+    except (KeyError, ValueError, IndexError, AttributeError) as error:
         raise InputError(f"{name}: {reference}: expected axes of its block in the braces, got {error}") from error
     same = [cell for cell in before if cell.label == label]
     found = [cell for cell in same if cell.seed == seed] or same

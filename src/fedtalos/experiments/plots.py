@@ -7,11 +7,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
-import yaml
 from matplotlib.figure import Figure
 from pydantic import BaseModel, ValidationError
 
 from fedtalos import figures
+from fedtalos.config_files import read_yaml
 from fedtalos.config_tools import PlotConfig
 from fedtalos.data.clients import class_counts
 from fedtalos.errors import InputError
@@ -24,6 +24,8 @@ from fedtalos.masks import DensityRow, density_table, load_mask, overlap
 
 _STEP_NAMES = ("round", "epoch")
 _COLUMNS = ("split", "loss", "accuracy", "bytes_down", "bytes_up")
+LARGEST = 1e18
+"""Of what is drawn: beyond it the axes fail."""
 
 
 class _Options(BaseModel):
@@ -123,7 +125,11 @@ def plot_iterations(run_dir: Path, plots_dir: Path) -> list[Path]:
                 )
                 for row in csv.DictReader(lines)
             ]
-    except (OSError, KeyError, TypeError, ValueError) as error:
+        if any(
+            not (0 <= row.active <= row.entries < LARGEST and row.entries and 0 <= at < LARGEST) for at, row in rows
+        ):
+            raise ValueError("more than can be drawn")
+    except (OSError, KeyError, TypeError, ValueError, csv.Error) as error:
         raise InputError(f"{path}: cannot be read as an edit's report; name a run of `fedtalos editing`") from error
     iterations = {number: [row for at, row in rows if at == number] for number, _ in rows}
     if len(iterations) < 2:
@@ -186,7 +192,10 @@ def _read_row(path: Path, line: int, step_name: str, record: Mapping[str, str]) 
     try:
         numbers = {name: float(record[name] or "nan") for name in _COLUMNS if name != "split"}
         megabytes = (numbers["bytes_down"] + numbers["bytes_up"]) / 1e6
-        return Row(int(record[step_name]), record["split"], numbers["loss"], numbers["accuracy"], megabytes)
+        step = int(record[step_name])
+        if not 0 <= step < LARGEST or any(abs(number) > LARGEST for number in numbers.values() if number < math.inf):
+            raise ValueError("more than can be drawn")
+        return Row(step, record["split"], numbers["loss"], numbers["accuracy"], megabytes)
     except (TypeError, ValueError) as error:
         raise InputError(f"{path}, line {line}: expected numbers, got {dict(record)}; make the run anew") from error
 
@@ -206,8 +215,8 @@ def _clients(run_dir: Path) -> dict[str, Figure]:
 def _read_options(run_dir: Path) -> _Options:
     path = run_dir / "config.yaml"
     try:
-        return _Options.model_validate(yaml.safe_load(path.read_bytes()))
-    except (OSError, yaml.YAMLError, ValidationError) as error:
+        return _Options.model_validate(read_yaml(path))
+    except ValidationError as error:
         raise InputError(f"{path}: expected the run's options, a YAML mapping; make the run anew") from error
 
 

@@ -11,7 +11,7 @@ from filelock import FileLock, Timeout
 
 from fedtalos.config import RunConfig
 from fedtalos.config_files import flatten, read_yaml
-from fedtalos.errors import InputError
+from fedtalos.errors import InputError, shown
 from fedtalos.files import remove_leftovers
 from fedtalos.recorder import made_by, write_yaml
 
@@ -88,8 +88,8 @@ class RunPaths:
 
 def plain_name(flag: str, name: str) -> str:
     """``name``, if it is one that a folder can have."""
-    if name in ("", ".", "..") or Path(name).name != name:
-        raise InputError(f"{flag} {name!r}: expected a plain folder name, without slashes")
+    if name in ("", ".", "..") or Path(name).name != name or not name.isprintable():
+        raise InputError(f"{flag} {shown(name)}: expected a plain folder name, without slashes")
     return name
 
 
@@ -174,9 +174,10 @@ def open_run(config: RunConfig, paths: RunPaths, origin: Mapping[str, Mapping[st
     ``origin`` goes to made_by; its ``inputs`` are fingerprints, by what they are of.
     """
     if paths.started:
-        saved: dict[str, Any] = read_yaml(paths.config).get("made_by", {}).get("inputs", {})
+        made_by_then: Any = read_yaml(paths.config).get("made_by")
+        saved = made_by_then.get("inputs") if isinstance(made_by_then, dict) else None
         for what, fingerprint in origin["inputs"].items():
-            if saved.get(what) != fingerprint:
+            if not isinstance(saved, dict) or saved.get(what) != fingerprint:
                 raise InputError(
                     f"--resume: the {what} of {paths.name} changed since it started; "
                     "put back what it was, or start a run of another name"

@@ -17,7 +17,7 @@ from fedtalos.config import CentralizedConfig, FederatedConfig
 from fedtalos.config_files import flatten
 from fedtalos.display import Display
 from fedtalos.errors import InputError
-from fedtalos.experiments.runs import RunPaths
+from fedtalos.experiments.runs import MAY_DIFFER, RunPaths
 from fedtalos.experiments.setup import Setup
 from fedtalos.interruption import Interrupted, deferred
 from fedtalos.metrics import Metrics
@@ -46,17 +46,23 @@ class Progress:
     """Of an epoch within which the run was stopped."""
 
 
-def resume(paths: RunPaths, setup: Setup) -> tuple[Progress, dict[str, Tensor]]:
+def resume(
+    config: CentralizedConfig | FederatedConfig, paths: RunPaths, setup: Setup
+) -> tuple[Progress, dict[str, Tensor]]:
     """Where the last checkpoint stands, and its tensors, the model's in place; a fresh start where there is none."""
     path = paths.checkpoints / "last.json"
     if not path.exists():
         return Progress(), {}
     checkpoint = load_checkpoint(path)
     try:
-        saved = checkpoint.facts["progress"]
+        saved, options = checkpoint.facts["progress"], checkpoint.facts["options"]
         progress = Progress(**{**saved, "epoch_so_far": Metrics(**saved["epoch_so_far"])})
+        differs = [key for key, now in flatten(config).items() if key not in MAY_DIFFER and options[key] != now]
     except (KeyError, TypeError) as error:
         raise InputError(f"checkpoint {path}: is of another version; start a run of another name") from error
+    if differs:
+        was = options[differs[0]]
+        raise InputError(f"{paths.config}: {differs[0]} was {was!r} when the checkpoint was saved; put that back")
     restore_model(setup, checkpoint.tensors)
     return progress, checkpoint.tensors
 
@@ -64,6 +70,8 @@ def resume(paths: RunPaths, setup: Setup) -> tuple[Progress, dict[str, Tensor]]:
 def restore_model(setup: Setup, tensors: dict[str, Tensor]) -> None:
     """Load a checkpoint's model tensors into the resident model."""
     for name, tensor in named_tensors(setup.model).items():
+        if name not in tensors or tensors[name].shape != tensor.shape:
+            raise InputError(f"the checkpoint's {name} is not this model's; start a run of another name")
         tensor.copy_(tensors[name])
 
 

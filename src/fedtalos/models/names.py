@@ -45,7 +45,8 @@ def in_timms_names(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     named = {name: tensor for name, tensor in named.items() if not name.startswith(_UNUSED)}
     if transformers:
         _join_query_key_value(named)
-        if "head.weight" in named and named["head.weight"].shape[-1] != named["cls_token"].shape[-1]:
+        head, token = named.get("head.weight"), named.get("cls_token")
+        if head is not None and token is not None and head.shape[-1:] != token.shape[-1:]:
             named = {name: tensor for name, tensor in named.items() if not name.startswith("head.")}
     return named
 
@@ -60,5 +61,6 @@ def _join_query_key_value(tensors: dict[str, Tensor]) -> None:
     """Put blocks.N.attn.query, .key and .value, each (D, D), together as blocks.N.attn.qkv, (3 D, D), in place."""
     for name in [name for name in tensors if ".attn.query." in name]:
         thirds = [name.replace(".query.", f".{part}.") for part in ("query", "key", "value")]
-        if all(third in tensors for third in thirds):
+        parts = [tensors[third] for third in thirds if third in tensors]
+        if len(parts) == 3 and parts[0].dim() > 0 and parts[0].shape == parts[1].shape == parts[2].shape:
             tensors[name.replace(".query.", ".qkv.")] = torch.cat([tensors.pop(third) for third in thirds])

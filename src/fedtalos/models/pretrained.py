@@ -126,7 +126,7 @@ def _architecture(label: str, tensors: Mapping[str, Tensor]) -> Architecture:
     ranks = {"cls_token": 3, "pos_embed": 3, "patch_embed.proj.weight": 4}
     ranks |= {name: rank for name, rank in {"head.weight": 2, "reg_token": 3}.items() if name in tensors}
     for name, rank in ranks.items():
-        if name not in tensors or tensors[name].ndim != rank:
+        if name not in tensors or tensors[name].ndim != rank or 0 in tensors[name].shape:
             raise InputError(
                 f"weights {label}: no {name} of {rank} dimensions; "
                 "give a ViT with the parameter names of timm, DINO or transformers"

@@ -60,8 +60,10 @@ def _content(path: Path) -> tuple[Any, Mapping[str, str]]:
 
 
 def _as_float32(label: str, name: str, tensor: Tensor) -> Tensor:
-    if not tensor.is_floating_point() or tensor.itemsize < 2 or tensor.layout != torch.strided:
+    if not tensor.is_floating_point() or tensor.itemsize < 2 or tensor.layout != torch.strided or tensor.is_meta:
         raise InputError(f"weights {label}: {name} is {tensor.dtype}; give weights in float32, float16 or bfloat16")
+    if tensor.is_nested or tensor.nbytes > tensor.untyped_storage().nbytes():  # one number may stand for billions
+        raise InputError(f"weights {label}: {name} is a view of fewer numbers; save a copy of it (tensor.clone())")
     tensor = tensor.detach().to(torch.float32)
     if not torch.isfinite(tensor).all():
         raise InputError(f"weights {label}: {name} holds NaN or infinity; give weights of a run that did not diverge")
