@@ -101,7 +101,7 @@ def test_a_lost_process_ends_the_run_which_resumes_to_the_same_end(lost):
         text=True,
     )
     metrics = Path("results/lost/metrics.csv")
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 180
     while not (metrics.exists() and len(metrics.read_text().splitlines()) > 3):
         assert time.monotonic() < deadline
         time.sleep(0.01)

@@ -121,7 +121,8 @@ class Setup:
         """Freeze all but ``entries``; what frozen first stages make of plain images is computed once from here on."""
         freeze_all_but(self.model, entries)
         frozen = self.model.frozen_stages(entries.masks)
-        self.frozen_stages = frozen if frozen > 1 else 0  # the embedding alone is cheaper to compute than to keep
+        # A ViT's embedding alone is cheaper to compute than to keep; features are worth it always.
+        self.frozen_stages = frozen if frozen > 1 or frozen == len(self.model.stages) else 0
         self._caches = {split: cache for split, cache in self._caches.items() if cache.passed == self.frozen_stages}
 
     def train_on(
