@@ -31,6 +31,12 @@ from fedtalos.experiments.runs import choose_run, claimed, run_to_resume
 from fedtalos.interruption import Interrupted
 from fedtalos.recorder import require_tracker
 from fedtalos.training.local import TrainingError
+from fedtalos.training.memory import out_of_memory
+
+OUT_OF_MEMORY = (
+    "the device's memory ran out, for a single image in training; take a smaller --model_size or --image_size, let less "
+    "move, or lower --eval_batch_size, --clients_at_once, or --fisher_chunk in editing"
+)
 
 AnyConfig = RunConfig | EvaluateConfig | PlotConfig | MaskConfig | SweepConfig | DemoConfig | InfoConfig
 
@@ -56,6 +62,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         sys.exit(2)
     except TrainingError as error:
         complain(errors, str(error))
+        sys.exit(1)
+    except RuntimeError as error:
+        if not out_of_memory(error):
+            raise
+        complain(errors, f"{OUT_OF_MEMORY} ({str(error).splitlines()[0]})")
         sys.exit(1)
     except Interrupted as error:
         sys.exit(error.exit_code)

@@ -121,3 +121,8 @@ def clip_gradients(parameters: Mapping[str, nn.Parameter], entries: Entries, max
     norm = nn.utils.get_total_norm(entries.parts(gradients))
     nn.utils.clip_grads_with_norm_([parameters[name] for name in gradients], max_norm, norm)
     return norm
+
+
+def all_finite(tensors: Sequence[Tensor]) -> bool:
+    """Whether no tensor holds NaN, infinity, or numbers whose 2-norm overflows; waits for the device."""
+    return bool(torch.stack(torch._foreach_norm(tensors)).isfinite().all())

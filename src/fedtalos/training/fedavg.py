@@ -4,7 +4,7 @@ Letters: K clients, C fraction sampled per round, theta the values of what may m
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -22,22 +22,32 @@ from fedtalos.training.server import ServerRule
 ClientUpdate = Callable[[int, int], Metrics]
 """(round, client) -> training metrics; trains the resident model in place, from the values it finds there."""
 
-TrainClients = Callable[[int, Sequence[int], Values], Iterator[tuple[Metrics, list[Tensor]]]]
-"""(round, clients, theta) -> each client's metrics and trained values, in the clients' order.
+Outcome = tuple[Metrics, list[Tensor]] | BadUpdateError
+"""A client's metrics and trained values, in theta's parts; or what made its training of no use."""
 
-Every client starts from theta; its values, in theta's parts, are good until the next client's are asked for.
+TrainClients = Callable[[int, Sequence[int], Values], Iterator[Outcome]]
+"""(round, clients, theta) -> each client's outcome, in the clients' order.
+
+Every client starts from theta; its values are good until the next client's are asked for.
 """
+
+Absence = Callable[[int, int], str | None]
+"""(round, client) -> why the client, though sampled, sends nothing in that round; None where it does."""
 
 
 @dataclass(frozen=True)
 class Round:
-    """One aggregation: its number (1..), the clients that took part, their training metrics, bytes sent."""
+    """One aggregation: its number (1..), the clients sampled, the training metrics of those averaged, bytes sent."""
 
     number: int
     clients: tuple[int, ...]
     train: Metrics
     bytes_down: int
     bytes_up: int
+    absent: dict[int, str] = field(default_factory=dict)
+    """Clients that sent nothing, and why."""
+    bad: dict[int, BadUpdateError] = field(default_factory=dict)
+    """Clients left out for what came of their training."""
 
 
 def clients_per_round(num_clients: int, fraction: float) -> int:
@@ -56,20 +66,26 @@ def one_by_one(model: nn.Module, entries: Entries, update_client: ClientUpdate) 
     """Clients train one after another, on the resident model: memory does not grow with their number."""
     resident = entries.moving_rows(named_tensors(model))
 
-    def train_clients(number: int, clients: Sequence[int], theta: Values) -> Iterator[tuple[Metrics, list[Tensor]]]:
+    def outcome(number: int, client: int) -> Outcome:
+        try:
+            return update_client(number, client), resident
+        except BadUpdateError as error:
+            return error
+
+    def train_clients(number: int, clients: Sequence[int], theta: Values) -> Iterator[Outcome]:
         for client in clients:
             torch._foreach_copy_(resident, theta.parts)
-            yield update_client(number, client), resident
+            yield outcome(number, client)
 
     return train_clients
 
 
-def check_shapes(values: Sequence[Tensor], theta: Values, number: int, client: int) -> None:
-    """TrainingError where a client's values are not shaped as theta's parts: one too short would be spread over all."""
+def check_values(values: Sequence[Tensor], theta: Values) -> None:
+    """BadUpdateError where a client's values are not shaped as theta's parts: one too short would be spread over all."""
     if [part.shape for part in values] != [part.shape for part in theta.parts]:
         sent = sum(part.numel() for part in values)
-        raise TrainingError(
-            f"round {number}, client {client}: expected {theta.vector.numel()} values in {len(theta.parts)} tensors, "
+        raise BadUpdateError(
+            f"expected {theta.vector.numel()} values in {len(theta.parts)} tensors, "
             f"got {sent} in {len(values)} or in other shapes; nothing of it was kept"
         )
 

@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import torch
@@ -16,7 +17,8 @@ from torch.optim import Optimizer
 
 from fedtalos.metrics import Metrics
 from fedtalos.models.linear import Linear, rows_with_true
-from fedtalos.parameters import Entries, clip_gradients, gradients_of
+from fedtalos.parameters import Entries, all_finite, clip_gradients, gradients_of
+from fedtalos.training.memory import MicroBatch
 from fedtalos.training.sparse_optimizer import SparseAdamW, SparseSGD
 
 Batches = Iterable[tuple[Tensor, Tensor]]
@@ -32,6 +34,10 @@ CHECK_EVERY = 16
 
 class TrainingError(RuntimeError):
     """Training cannot go on; the message says where it stopped and what to try."""
+
+
+class BadUpdateError(TrainingError):
+    """What one training came to must not be used, since it is not finite; others' may be."""
 
 
 def autocast(device: torch.device, precision: Precision) -> AbstractContextManager[object]:
@@ -110,37 +116,52 @@ def train(
     precision: Precision = "fp32",
     forward: Callable[[Tensor], Tensor] | None = None,
     adjust: Adjust | None = None,
+    micro_batch: MicroBatch | None = None,
 ) -> Metrics:
     """Step ``optimizer`` once per batch on the mean cross-entropy; ``learning_rate`` maps the batch's number to a rate.
 
     ``forward`` maps a batch's first tensor to logits (B, C), where that is not all of the model's own.
     ``adjust`` is asked before gradients are clipped.
-    Raises TrainingError where a loss, or a clipped gradient, is not finite: on a CPU before that batch's step,
-    elsewhere within CHECK_EVERY steps, since to read a value waits for all that the device has yet to do.
+    ``micro_batch`` remembers what fitted into memory from one call to the next.
+    Raises BadUpdateError where a loss, or a clipped gradient, is not finite: on a CPU before that batch's step,
+    elsewhere within CHECK_EVERY steps, since to read a value waits for all that the device has yet to do. And where
+    the values are not finite in the end.
     """
     model.train()
     parameters = dict(model.named_parameters())
-    total, unread = Metrics(), []
+    micro_batch = micro_batch or MicroBatch()
+    total, unread, step = Metrics(), list[Step](), None
     for number, (images, labels) in enumerate(batches):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(number)
-        with autocast(images.device, precision):
-            logits = (forward or model)(images)
-        loss = F.cross_entropy(logits.float(), labels)
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
+        loss, correct = micro_batch.backward(
+            partial(_backward, forward or model, precision=precision), optimizer, images, labels
+        )
         if adjust is not None:
             gradients = gradients_of(parameters, entries)
             entries.scatter(adjust(entries.gather(gradients)), gradients)
-        norm = loss.detach() if clip_norm is None else clip_gradients(parameters, entries, clip_norm)
-        unread.append(
-            Step(number, learning_rate(number), len(labels), loss.detach(), norm, correct_answers(logits, labels))
-        )
+        norm = loss if clip_norm is None else clip_gradients(parameters, entries, clip_norm)
+        step = Step(number, learning_rate(number), len(labels), loss, norm, correct)
+        unread.append(step)
         if images.device.type == "cpu" or len(unread) == CHECK_EVERY:
             total += read(unread)
             unread.clear()
         optimizer.step()
-    return total + read(unread)
+    total += read(unread)
+    if step is not None:
+        check_values([parameters[name] for name in entries.masks], step)
+    return total
+
+
+def _backward(
+    forward: Callable[[Tensor], Tensor], images: Tensor, labels: Tensor, share: float, *, precision: Precision
+) -> tuple[Tensor, Tensor]:
+    """Add the gradient of ``share`` times the mean loss; returns that, and the number of correct answers, both ()."""
+    with autocast(images.device, precision):
+        logits = forward(images)
+    loss = F.cross_entropy(logits.float(), labels) * share
+    loss.backward()
+    return loss.detach(), correct_answers(logits, labels)
 
 
 @dataclass(frozen=True)
@@ -164,7 +185,7 @@ def correct_answers(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 def read(steps: Sequence[Step]) -> Metrics:
-    """The steps' metrics, fetched from the device at once. Raises TrainingError where a figure is not finite."""
+    """The steps' metrics, fetched from the device at once. Raises BadUpdateError where one is not finite."""
     return add_up(steps, fetch(steps)) if steps else Metrics()
 
 
@@ -174,14 +195,23 @@ def fetch(steps: Sequence[Step]) -> Tensor:
 
 
 def add_up(steps: Sequence[Step], figures: Tensor) -> Metrics:
-    """The steps' metrics from their figures (J, 3). Raises TrainingError where one is not finite."""
+    """The steps' metrics from their figures (J, 3). Raises BadUpdateError where one is not finite."""
     total = Metrics()
     for step, (loss, norm, correct) in zip(steps, figures.tolist(), strict=True):
         for what, value in (("loss", loss), ("gradient", norm)):
             if not math.isfinite(value):
-                raise TrainingError(
+                raise BadUpdateError(
                     f"the {what} became {value} at local step {step.number + 1}, learning rate {step.learning_rate:g}; "
                     "nothing of that step was kept; try a lower --learning_rate"
                 )
         total += Metrics(loss * step.examples, int(correct), step.examples)
     return total
+
+
+def check_values(values: Sequence[Tensor], last: Step) -> None:
+    """BadUpdateError where the values that the ``last`` step left are not finite: no loss was taken of them."""
+    if not all_finite(values):
+        raise BadUpdateError(
+            f"the update became not finite at local step {last.number + 1}, learning rate {last.learning_rate:g}; "
+            "nothing of it was kept; try a lower --learning_rate"
+        )
