@@ -1,4 +1,4 @@
-"""Masks and checkpoints on disk."""
+"""Masks and checkpoints on disk (any bit of them: test_fuzz.py)."""
 
 import json
 from fractions import Fraction
@@ -78,16 +78,6 @@ def test_votes_needed(masks, per_cent):
     assert votes("vote", per_cent / 100) == enough[0]
 
 
-def test_a_mask_with_a_flipped_bit_is_refused(tmp_path, vit, mask):
-    path = tmp_path / "m.safetensors"
-    save_mask(path, mask, facts(vit, mask))
-    content = bytearray(path.read_bytes())
-    content[-1000] ^= 1
-    path.write_bytes(content)
-    with pytest.raises(InputError, match="other bits than its header says"):
-        load_mask(path)
-
-
 def test_density_table_counts_every_entry_once(mask):
     rows = density_table(mask, "blocks")
     assert len(rows) == 6 * 8
@@ -124,22 +114,20 @@ def test_a_checkpoint_comes_back_and_replaces_the_one_before(tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["last-000002.safetensors", "last.json"]
 
 
-@pytest.mark.parametrize("damage", ["flip", "cut", "missing", "json", "format"])
+@pytest.mark.parametrize("damage", ["cut", "missing", "json", "format", "seal"])
 def test_a_damaged_checkpoint_is_refused(tmp_path, damage):
     path = save_checkpoint(tmp_path, "last", 1, {"w": torch.randn(30)}, {})
     file = tmp_path / "last-000001.safetensors"
-    content = bytearray(file.read_bytes())
-    if damage == "flip":
-        content[-3] ^= 4
-        file.write_bytes(content)
-    elif damage == "cut":
-        file.write_bytes(content[:-8])
+    if damage == "cut":
+        file.write_bytes(file.read_bytes()[:-8])
     elif damage == "missing":
         file.unlink()
     elif damage == "json":
         path.write_text("{")
-    else:
+    elif damage == "format":
         path.write_text(json.dumps(json.loads(path.read_text()) | {"format": 99}))
+    else:
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"step": 2}))
     with pytest.raises(InputError, match="last"):
         load_checkpoint(path)
 

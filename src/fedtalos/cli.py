@@ -84,7 +84,7 @@ def parse(arguments: list[str]) -> AnyConfig:
         description="Sparse, task-localised federated fine-tuning of Vision Transformers.",
         args=arguments,
         use_underscores=True,
-        config=(tyro.conf.OmitArgPrefixes, tyro.conf.OmitSubcommandPrefixes),
+        config=(tyro.conf.OmitArgPrefixes, tyro.conf.OmitSubcommandPrefixes, tyro.conf.HelptextFromCommentsOff),
     )
     if isinstance(parsed, RunConfig):
         check_together(parsed)

@@ -14,7 +14,7 @@ from fedtalos import figures
 from fedtalos.config_files import read_yaml
 from fedtalos.config_tools import PlotConfig
 from fedtalos.data.clients import class_counts
-from fedtalos.errors import InputError
+from fedtalos.errors import InputError, shown
 from fedtalos.experiments.clients import read_split
 from fedtalos.experiments.runs import RunPaths, plain_name
 from fedtalos.figure_style import png
@@ -46,14 +46,14 @@ def run(config: PlotConfig) -> list[Path]:
     runs = [path for path in folders if path not in edits]
     name = folders[0].resolve().name if len(folders) == 1 else "comparison" if folders else "masks"
     plots_dir = config.output_dir / "plots" / (name if config.name is None else plain_name("--name", config.name))
-    drawn: list[Path] = []
+    drawn: dict[str, Figure] = {}
     if runs:
-        drawn += plot_run(runs[0], plots_dir) if len(runs) == 1 else plot_comparison(runs, plots_dir)
+        drawn |= _of_run(runs[0]) if len(runs) == 1 else _of_runs(runs)
     if masks:
-        drawn += plot_masks(masks, plots_dir)
+        drawn |= _of_masks(masks)
     for edit in edits:
-        drawn += plot_iterations(edit, plots_dir)
-    return drawn
+        drawn |= _of_iterations(edit)
+    return write_figures(drawn, plots_dir)
 
 
 def plot_run(run_dir: Path, plots_dir: Path) -> list[Path]:
@@ -62,9 +62,12 @@ def plot_run(run_dir: Path, plots_dir: Path) -> list[Path]:
     curves.png always, clients.png where the run has a split.npz, megabytes.png where it sent bytes.
     Raises InputError where the folder is missing, is not a run's, or its records cannot be read.
     """
+    return write_figures(_of_run(run_dir), plots_dir)
+
+
+def _of_run(run_dir: Path) -> dict[str, Figure]:
     history = read_history(run_dir)
-    drawn = {"curves": figures.curves([history]), **_megabytes([history]), **_clients(run_dir)}
-    return write_figures(drawn, plots_dir)
+    return {"curves": figures.curves([history]), **_megabytes([history]), **_clients(run_dir)}
 
 
 def plot_split(run_dir: Path, plots_dir: Path) -> list[Path]:
@@ -78,6 +81,10 @@ def plot_comparison(run_dirs: Sequence[Path], plots_dir: Path) -> list[Path]:
     curves.png always, megabytes.png of those runs that sent bytes, if any.
     Raises InputError as ``plot_run`` does, and where runs share a name or are too many to tell apart.
     """
+    return write_figures(_of_runs(run_dirs), plots_dir)
+
+
+def _of_runs(run_dirs: Sequence[Path]) -> dict[str, Figure]:
     if not 1 <= len(run_dirs) <= figures.MOST_RUNS:
         raise InputError(
             f"runs to compare: expected 1 to {figures.MOST_RUNS}, which colours can tell apart, "
@@ -85,7 +92,7 @@ def plot_comparison(run_dirs: Sequence[Path], plots_dir: Path) -> list[Path]:
         )
     histories = [read_history(run_dir) for run_dir in run_dirs]
     _check_names("runs", [history.name for history in histories])
-    return write_figures({"curves": figures.curves(histories), **_megabytes(histories)}, plots_dir)
+    return {"curves": figures.curves(histories), **_megabytes(histories)}
 
 
 def plot_masks(mask_paths: Sequence[Path], plots_dir: Path) -> list[Path]:
@@ -94,6 +101,10 @@ def plot_masks(mask_paths: Sequence[Path], plots_dir: Path) -> list[Path]:
     Files: MASK_density.png each, overlap.png; where names clash, FOLDER_MASK. Raises InputError where a mask cannot be
     read, two share both, or they were made for different models.
     """
+    return write_figures(_of_masks(mask_paths), plots_dir)
+
+
+def _of_masks(mask_paths: Sequence[Path]) -> dict[str, Figure]:
     names = [path.stem for path in mask_paths]
     if len(set(names)) < len(names):  # clients' masks of several runs
         names = [f"{path.resolve().parent.name}_{path.stem}" for path in mask_paths]
@@ -107,7 +118,7 @@ def plot_masks(mask_paths: Sequence[Path], plots_dir: Path) -> list[Path]:
     if len(masks) > 1:
         shares = np.array([[overlap(first, second) for first, _ in masks] for second, _ in masks])
         drawn["overlap"] = figures.overlap(names, shares)
-    return write_figures(drawn, plots_dir)
+    return drawn
 
 
 def plot_iterations(run_dir: Path, plots_dir: Path) -> list[Path]:
@@ -115,6 +126,10 @@ def plot_iterations(run_dir: Path, plots_dir: Path) -> list[Path]:
 
     Raises InputError where its report cannot be read.
     """
+    return write_figures(_of_iterations(run_dir), plots_dir)
+
+
+def _of_iterations(run_dir: Path) -> dict[str, Figure]:
     path = run_dir / "report.csv"
     try:
         with path.open(encoding="utf-8", newline="") as lines:
@@ -133,9 +148,9 @@ def plot_iterations(run_dir: Path, plots_dir: Path) -> list[Path]:
         raise InputError(f"{path}: cannot be read as an edit's report; name a run of `fedtalos editing`") from error
     iterations = {number: [row for at, row in rows if at == number] for number, _ in rows}
     if len(iterations) < 2:
-        return []
+        return {}
     name = run_dir.resolve().name
-    return write_figures({f"{name}_iterations": figures.iterations(iterations, name)}, plots_dir)
+    return {f"{name}_iterations": figures.iterations(iterations, name)}
 
 
 def write_figures(drawn: Mapping[str, Figure], plots_dir: Path) -> list[Path]:
@@ -197,7 +212,7 @@ def _read_row(path: Path, line: int, step_name: str, record: Mapping[str, str]) 
             raise ValueError("more than can be drawn")
         return Row(step, record["split"], numbers["loss"], numbers["accuracy"], megabytes)
     except (TypeError, ValueError) as error:
-        raise InputError(f"{path}, line {line}: expected numbers, got {dict(record)}; make the run anew") from error
+        raise InputError(f"{path}, line {line}: expected numbers, got {shown(dict(record))}; make the run anew") from error
 
 
 def _clients(run_dir: Path) -> dict[str, Figure]:

@@ -153,8 +153,8 @@ def _architecture(label: str, tensors: Mapping[str, Tensor]) -> Architecture:
 def _refuse_other_kinds(label: str, tensors: Mapping[str, Tensor]) -> None:
     found = [words for part, words in _FOREIGN_PARTS.items() if any(part in name for name in tensors)]
     into, out_of = (tensors.get(f"blocks.0.mlp.fc{number}.weight") for number in (1, 2))
-    if into is not None and out_of is not None and into.shape[0] == 2 * out_of.shape[-1]:  # as timm packs it
-        found.append(GATED)
+    if into is not None and out_of is not None and into.dim() == out_of.dim() == 2:
+        found += [GATED] if len(into) == 2 * out_of.shape[1] else []  # as timm packs it
     if found:
         raise InputError(f"weights {label}: a ViT with {found[0]}, which this model has not; give a plain ViT")
 
