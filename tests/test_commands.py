@@ -203,7 +203,7 @@ def test_an_all_true_mask_equals_no_mask():
     mask, facts = load_mask(edited())
     everything = {name: torch.ones_like(tensor) for name, tensor in mask.items()}
     count = sum(tensor.numel() for tensor in everything.values())
-    save_mask(Path("masks/all.safetensors"), everything, facts.model_copy(update={"active": count}))
+    save_mask(Path("masks/all.safetensors"), everything, facts.model_copy(update={"active": count, "eligible": count}))
     rate = ["--learning_rate", "1e-3"]
     main([*FEDERATED, *rate, "--mask", "masks/all.safetensors", "--run_name", "masked"])
     main([*FEDERATED, *rate, "--trainable", "blocks", "--run_name", "dense"])

@@ -203,6 +203,7 @@ def test_masks_of_other_facts_sealed_anew(masked, facts, tmp_path):
 @given(shape=st.lists(st.integers(-(2**40), 2**70) | st.floats() | st.text(max_size=2), max_size=3), name=st.text())
 @example(shape=[2, 5], name="blocks.0.attn.qkv.weight")
 @example(shape=[10**12], name="blocks.0.norm1.weight")
+@example(shape=[2**63, ""], name="blocks.0.norm1.weight")
 def test_masks_of_other_shapes_sealed_anew(masked, shape, name, tmp_path):
     def change(header, bits):
         header["shapes"] = {name: shape}

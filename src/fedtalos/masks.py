@@ -117,8 +117,10 @@ def _checked(
 
 
 def _unpacked(bits: NDArray[np.uint8], shape: list[int]) -> Tensor:
+    if not (shape and all(isinstance(side, int) and side > 0 for side in shape)):
+        raise ValueError("a shape that no tensor has")
     count = math.prod(shape)
-    if bits.dtype != np.uint8 or bits.size != -(-count // 8) or min(shape) < 1:  # else numpy pads with zeros
+    if bits.dtype != np.uint8 or bits.size != -(-count // 8):  # else numpy pads with zeros
         raise ValueError("a shape that is not that of the bits")
     return torch.from_numpy(np.unpackbits(bits, count=count).astype(bool).reshape(shape))
 
