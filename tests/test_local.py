@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from fedtalos.parameters import Entries
-from fedtalos.training.local import TrainingError, freeze_all_but, learning_rate_schedule, make_optimizer, train
+from fedtalos.training.local import BadUpdateError, freeze_all_but, learning_rate_schedule, make_optimizer, train
 
 
 def dense(vit):
@@ -57,10 +57,18 @@ def test_a_loss_that_is_not_finite_stops_before_the_step(vit, images, labels):
     entries = dense(vit)
     before = [p.detach().clone() for p in vit.parameters()]
     optimizer = make_optimizer(vit, entries, rule="sgd", learning_rate=0.1, momentum=0.0, weight_decay=0.0)
-    with pytest.raises(TrainingError, match=r"local step 1, learning rate 0\.1"):
+    with pytest.raises(BadUpdateError, match=r"local step 1, learning rate 0\.1"):
         train(vit, [(images * math.inf, labels)], optimizer, entries, learning_rate=lambda _: 0.1, clip_norm=None)
     for p, b in zip(vit.parameters(), before, strict=True):
         assert torch.equal(p, b)
+
+
+def test_a_last_step_that_leaves_values_that_are_not_finite_is_bad(vit, images, labels):
+    entries = dense(vit)
+    freeze_all_but(vit, entries)
+    optimizer = make_optimizer(vit, entries, rule="sgd", learning_rate=1.0, momentum=0.0, weight_decay=0.0)
+    with pytest.raises(BadUpdateError, match=r"the update became not finite at local step 1, learning rate 3e\+38"):
+        train(vit, [(images, labels)], optimizer, entries, learning_rate=lambda _: 3e38, clip_norm=1.0)
 
 
 def test_schedules():

@@ -34,8 +34,8 @@ from fedtalos.training.local import TrainingError
 from fedtalos.training.memory import out_of_memory
 
 OUT_OF_MEMORY = (
-    "the device's memory ran out, for a single image in training; take a smaller --model_size or --image_size, let less "
-    "move, or lower --eval_batch_size, --clients_at_once, or --fisher_chunk in editing"
+    "the device's memory ran out (training had halved its batches as far as that goes); take a smaller --model_size or "
+    "--image_size, let less move, or lower --eval_batch_size, --clients_at_once or, in editing, --fisher_chunk"
 )
 
 AnyConfig = RunConfig | EvaluateConfig | PlotConfig | MaskConfig | SweepConfig | DemoConfig | InfoConfig

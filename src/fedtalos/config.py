@@ -24,6 +24,7 @@ from fedtalos.masks import JoinRule
 from fedtalos.models.vision_transformer import ModelSize
 from fedtalos.training.aggregation import Rule
 from fedtalos.training.editing import Criterion, Eligible, Granularity
+from fedtalos.training.fedavg import OnBadClient
 from fedtalos.training.fisher import FisherMode
 from fedtalos.training.updates import Attack
 
@@ -57,6 +58,8 @@ class Options(BaseModel):
         for name, value in options:
             if isinstance(value, int) and abs(value) >= 2**63:
                 raise InputError(f"{name}: expected a number below 2**63, got {shown(value)}")
+            if isinstance(value, float) and abs(value) > 1e15:  # float32 has no room for products of larger ones
+                raise InputError(f"{name}: expected a number up to 1e15, got {shown(value)}")
             if isinstance(value, str | Path) and "\0" in str(value):
                 raise InputError(f"{name}: expected text without NUL characters, got {shown(str(value))}")
         return options
@@ -245,6 +248,21 @@ class AggregationOptions(Options):
     dp_delta: float = Field(1e-5, gt=0, lt=1, description="delta for which epsilon is given; well below 1 / K")
 
 
+class FailureOptions(Options):
+    """Clients that fail: what to do then, and some to try it with."""
+
+    on_bad_client: OnBadClient = Field(
+        "stop", description="where a client's training or update is not finite: stop, or leave it out of the round"
+    )
+    dropout_rate: float = Field(0.0, ge=0, lt=1, description="chance that a sampled client sends nothing, drawn")
+    slowest: float = Field(
+        1.0, ge=1, le=1e6, description="a client's step takes 1 to this many times the fastest's, drawn once"
+    )
+    deadline: Annotated[float | None, unset("STEPS", "none")] = Field(
+        None, gt=0, description="steps of the fastest client, after which a round waits for nobody"
+    )
+
+
 class PersonalOptions(Options):
     """How each client fares with the final model, at the end."""
 
@@ -319,6 +337,7 @@ class FederatedConfig(Config):
     federation: FederationOptions = FederationOptions()
     algorithm: AlgorithmOptions = AlgorithmOptions()
     aggregation: AggregationOptions = AggregationOptions()
+    failures: FailureOptions = FailureOptions()
     personal: PersonalOptions = PersonalOptions()
 
 

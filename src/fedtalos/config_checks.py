@@ -10,6 +10,7 @@ from fedtalos.config import (
     CentralizedConfig,
     EditingConfig,
     EditingOptions,
+    FailureOptions,
     FederatedConfig,
     RunConfig,
 )
@@ -39,6 +40,7 @@ def check_together(config: RunConfig) -> None:
     if isinstance(config, FederatedConfig):
         _check_federated(config)
         _check_aggregation(config)
+        _check_failures(config)
         _check_privacy(config)
     total = config.num_epochs if isinstance(config, CentralizedConfig) else config.federation.num_rounds
     if config.train.warmup >= total:
@@ -78,7 +80,7 @@ def _check_aggregation(config: FederatedConfig) -> None:
     rule, clients = options.aggregation, config.split.num_clients
     guards = {"aggregation": "mean", "max_update_norm": None, "attack": "none"}
     asked = [f"--{name} {getattr(options, name)}" for name, off in guards.items() if getattr(options, name) != off]
-    if asked and head == "linear":
+    if (asked := asked + _failures_asked(config.failures)) and head == "linear":
         raise InputError(f"{asked[0]}: the rounds of --head linear are plain averages; give a head FILE, or random")
     if rule != "mean":
         if algorithm in ("scaffold", "fednova"):
@@ -95,6 +97,22 @@ def _check_aggregation(config: FederatedConfig) -> None:
         raise InputError(f"--attackers {options.attackers}: there are only {clients} clients; ask for fewer")
 
 
+def _failures_asked(options: FailureOptions) -> list[str]:
+    return [f"--{name} {value}" for name, value in options if value != FailureOptions.model_fields[name].default]
+
+
+def _check_failures(config: FederatedConfig) -> None:
+    options, federation = config.failures, config.federation
+    if options.deadline is None:
+        if options.slowest != 1:
+            raise InputError(f"--slowest {options.slowest:g}: nobody is late for no deadline; give --deadline too")
+    elif federation.local_epochs is None and options.deadline < federation.local_steps:
+        raise InputError(
+            f"--deadline {options.deadline:g}: the fastest client needs --local_steps {federation.local_steps}; "
+            "give that or more"
+        )
+
+
 def _check_privacy(config: FederatedConfig) -> None:
     options, algorithm, head = config.aggregation, config.algorithm.algorithm, config.model.head
     clients = config.split.num_clients
@@ -105,6 +123,8 @@ def _check_privacy(config: FederatedConfig) -> None:
     asked = f"--dp_noise {options.dp_noise:g}"
     if options.max_update_norm is None:
         raise InputError(f"{asked}: hides updates of a norm that is known; give --max_update_norm too")
+    if failures := _failures_asked(config.failures):
+        raise InputError(f"{asked}: its account is of rounds in which every client counts; leave out {failures[0]}")
     if options.aggregation != "mean":
         raise InputError(f"{asked}: its account is of a mean; leave out --aggregation {options.aggregation}")
     if algorithm in ("scaffold", "fednova"):

@@ -55,10 +55,16 @@ class Display:
         """Epoch or round ``number`` is done with these figures; on a terminal only validations leave a line."""
         self._images += train.examples
         figures = f"train loss {train.loss:.3f}, accuracy {100 * train.accuracy:.1f} %"
+        if train.examples == 0:
+            figures = "no client's update counted"
         if validation is not None:
             figures += f"; val loss {validation.loss:.3f}, accuracy {100 * validation.accuracy:.1f} %"
         figures += f"; {self._images / (time.perf_counter() - self._start):.0f} images/s"
         self.show(number, figures, keep=validation is not None)
+
+    def note(self, text: str) -> None:
+        """Leave a line of what should not be missed."""
+        self._console.print(text, highlight=False, soft_wrap=True)
 
     def show(self, number: int, figures: str, *, keep: bool = True) -> None:
         """Epoch, round or iteration ``number`` is done; ``keep`` leaves a line of it on a terminal too."""

@@ -123,6 +123,6 @@ def clip_gradients(parameters: Mapping[str, nn.Parameter], entries: Entries, max
     return norm
 
 
-def all_finite(tensors: Sequence[Tensor]) -> bool:
+def all_finite(tensors: list[Tensor]) -> bool:
     """Whether no tensor holds NaN, infinity, or numbers whose 2-norm overflows; waits for the device."""
     return bool(torch.stack(torch._foreach_norm(tensors)).isfinite().all())

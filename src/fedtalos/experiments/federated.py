@@ -11,6 +11,7 @@ from fedtalos.config import FederatedConfig
 from fedtalos.data.clients import Clients
 from fedtalos.devices import choose_device
 from fedtalos.display import Display
+from fedtalos.experiments.absence import absence_for
 from fedtalos.experiments.aggregation import aggregation_for, privacy, sent_updates
 from fedtalos.experiments.algorithms import adjust_for, local_steps, server_side
 from fedtalos.experiments.clients import split, write_split
@@ -84,6 +85,8 @@ def _lead(config: FederatedConfig, paths: RunPaths, console: Console, beside: Ot
         aggregation=aggregation_for(config, setup.model, entries),
         server=server.rule,
         vectors_sent=server.vectors_sent,
+        absent=absence_for(config, clients, partial(steps_of, config, clients)),
+        on_bad_client=config.failures.on_bad_client,
     )
     with (
         Session(
@@ -101,7 +104,8 @@ def _lead(config: FederatedConfig, paths: RunPaths, console: Console, beside: Ot
         session.follow(rounds, federation.num_rounds, schedule_for(config.train, federation.num_rounds), display)
         sent = {"down": round(progress.bytes_down / 1e6, 3), "up": round(progress.bytes_up / 1e6, 3)}
         by_client = evaluate_clients(config, paths, setup, clients, entries, optimizer, console)
-        return session.finish({"moving_parameters": len(entries), "megabytes_sent": sent, **spent, **by_client})
+        lost = {"clients_left_out": progress.left_out} if progress.left_out else {}
+        return session.finish({"moving_parameters": len(entries), "megabytes_sent": sent, **lost, **spent, **by_client})
 
 
 def follow(config: FederatedConfig) -> None:
@@ -152,9 +156,7 @@ def local_training(
     """How clients train: with a fresh optimiser each, on batches drawn for that round and client."""
     rate = schedule_for(config.train, config.federation.num_rounds)
     per_round = clients_per_round(len(clients), config.federation.client_fraction)
-
-    def steps(client: int) -> int:
-        return local_steps(config.federation, len(clients[client]), config.train.batch_size)
+    steps = partial(steps_of, config, clients)
 
     def watch_work(batches: Batches, share: float) -> Batches:
         return watch(with_safe_points(batches), share / per_round)
@@ -169,13 +171,17 @@ def local_training(
             config.train,
             rng=generator(config.run.seed, "batches", number, client),
             learning_rate=lambda _: rate(number - 1),
-            where=f"round {number}, client {client}",
             watch=lambda batches: watch_work(batches, 1 / steps(client)),
             adjust=adjust_for(config.algorithm, setup.model, entries, exchange, client, steps(client)),
         )
 
     alone = one_by_one(setup.model, entries, update_client)
     return grouped(alone, config, setup, entries, clients, steps, rate, watch_work)
+
+
+def steps_of(config: FederatedConfig, clients: Clients, client: int) -> int:
+    """J, of that client."""
+    return local_steps(config.federation, len(clients[client]), config.train.batch_size)
 
 
 def first_contact_bytes(setup: Setup, *, head_moves: bool) -> int:

@@ -44,6 +44,8 @@ class Progress:
     validated: int = -1
     epoch_so_far: Metrics = field(default_factory=Metrics)
     """Of an epoch within which the run was stopped."""
+    left_out: dict[str, int] = field(default_factory=dict)
+    """How often clients that were sampled did not count, by why."""
 
 
 def resume(
@@ -121,10 +123,17 @@ class Session:
                     progress.bytes_up += round_.bytes_up
                     progress.images += round_.train.examples
                     self._record(round_.number, "train", round_.train, learning_rate(round_.number - 1))
+                    self._count_left_out(round_, display)
                     display.finished(round_.number, round_.train, self._validate_if_due(total))
         except (Interrupted, WorkerLostError):
             self._save()  # the last whole round, or the epoch as far as it came
             raise
+
+    def _count_left_out(self, round_: Round, display: Display) -> None:
+        for client, why in round_.bad.items():
+            display.note(f"round {round_.number}, client {client} left out: {why}")
+        for why in [*round_.absent.values(), *("bad update" for _ in round_.bad)]:
+            self.progress.left_out[why] = self.progress.left_out.get(why, 0) + 1
 
     def _validate_if_due(self, total: int) -> Metrics | None:
         """Validate and save where the rounds done ask for it, and it is not done yet."""

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from rich.console import Console
 from torch import Tensor
 from torch.optim import Optimizer
 
@@ -23,7 +24,8 @@ from fedtalos.models.backbone import Backbone
 from fedtalos.parameters import Entries
 from fedtalos.training.activations import ActivationCache
 from fedtalos.training.evaluation import answers_by_class, evaluate_batches
-from fedtalos.training.local import Adjust, Batches, Precision, TrainingError, freeze_all_but, train
+from fedtalos.training.local import Adjust, BadUpdateError, Batches, Precision, freeze_all_but, train
+from fedtalos.training.memory import MicroBatch
 
 
 @dataclass(frozen=True)
@@ -53,6 +55,7 @@ class Setup:
     cache_bytes: float
     cache_folder: Path
     frozen_stages: int = 0
+    micro_batch: MicroBatch = field(default_factory=lambda: MicroBatch(Console(stderr=True).print))
     _caches: dict[str, ActivationCache] = field(default_factory=dict)
 
     def evaluate(self, split: str) -> Metrics:
@@ -135,14 +138,14 @@ class Setup:
         *,
         rng: np.random.Generator,
         learning_rate: Callable[[int], float],
-        where: str,
+        where: str = "",
         watch: Callable[[Batches], Batches] = lambda batches: batches,
         first: int = 0,
         adjust: Adjust | None = None,
     ) -> Metrics:
         """Optimiser steps ``first`` to ``steps`` - 1 on the training images at ``indices``, in an order of ``rng``.
 
-        Raises TrainingError, saying ``where`` in the run, if training diverges.
+        Raises BadUpdateError, saying ``where`` in the run, if training diverges.
         """
         assert options.augmentation != "auto"
         images = self.dataset.train
@@ -170,9 +173,10 @@ class Setup:
                 precision=self.precision,
                 forward=source.forward,
                 adjust=adjust,
+                micro_batch=self.micro_batch,
             )
-        except TrainingError as error:
-            raise TrainingError(f"{where}: {error}") from error
+        except BadUpdateError as error:
+            raise BadUpdateError(f"{where}: {error}" if where else str(error)) from error
 
     def inputs(self) -> dict[str, str]:
         """Fingerprints of what the run reads, by what it is."""

@@ -9,8 +9,8 @@ from typing import Literal, Protocol
 import torch
 from torch import Tensor, nn
 
-from fedtalos.parameters import Entries, Values, named_tensors
-from fedtalos.training.local import TrainingError
+from fedtalos.parameters import Entries, Values, all_finite, named_tensors
+from fedtalos.training.local import BadUpdateError, TrainingError
 
 Rule = Literal["median", "trimmed_mean", "krum", "multi_krum"]
 RobustRule = Callable[[Tensor, int], Tensor]
@@ -28,20 +28,28 @@ class Aggregation(Protocol):
     """Takes a round's clients one by one, then leaves what they come to in the model."""
 
     def add(self, values: list[Tensor], weight: float, /) -> None:
-        """One client's values, in theta's parts, and how much it counts; the values are good for this call only."""
+        """One client's values, in theta's parts, and how much it counts; the values are good for this call only.
+
+        Raises BadUpdateError, and is as before, where it cannot take them.
+        """
 
     def write(self, number: int, theta: Values, /) -> None:
         """Put what round ``number``, which began with ``theta``, comes to into the model, and start anew."""
 
 
 class WeightedMean:
-    """sum of n_k theta_k / sum of n_k, as a running mean: memory does not grow with the number of clients."""
+    """sum of n_k theta_k / sum of n_k, as a running mean: memory does not grow with the number of clients.
+
+    One value that is not finite would be everybody's, so it takes none.
+    """
 
     def __init__(self, model: nn.Module, entries: Entries) -> None:
         self._resident = entries.moving_rows(named_tensors(model))
         self._mean, self._total = Values(self._resident), 0.0
 
     def add(self, values: list[Tensor], weight: float) -> None:
+        if not all_finite(values):
+            raise BadUpdateError("the update is not finite; nothing of it was kept; try a lower --learning_rate")
         self._total += weight
         torch._foreach_lerp_(self._mean.parts, values, weight / self._total)
 

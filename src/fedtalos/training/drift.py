@@ -12,10 +12,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from fedtalos.metrics import Metrics
 from fedtalos.parameters import Entries, Values, named_tensors
-from fedtalos.training.fedavg import TrainClients
-from fedtalos.training.local import Adjust
+from fedtalos.training.fedavg import Outcome, TrainClients
+from fedtalos.training.local import Adjust, BadUpdateError
 
 
 def proximal(model: nn.Module, entries: Entries, mu: float) -> Adjust:
@@ -60,19 +59,24 @@ class Scaffold:
         self._shares = sizes / sizes.sum()
 
     def controlled(self, entries: Entries, train_clients: TrainClients) -> TrainClients:
-        """``train_clients`` with control variates, which take their new values once all of a round have trained."""
+        """``train_clients`` with control variates, which take their new values once all of a round have trained.
+
+        Those of a client whose training was of no use stay as they are.
+        """
         state, exchange = self._state, self._exchange
 
-        def train_controlled(
-            number: int, clients: Sequence[int], theta: Values
-        ) -> Iterator[tuple[Metrics, list[Tensor]]]:
+        def train_controlled(number: int, clients: Sequence[int], theta: Values) -> Iterator[Outcome]:
             zero = theta.vector.new_zeros(len(entries))
             c = state.setdefault("c", zero.clone())
             exchange.gradients.clear()
             exchange.terms.clear()
             exchange.terms.update({client: c - state.get(f"c_{client}", zero) for client in clients})
-            yield from train_clients(number, clients, theta)
-            for client in clients:
+            trained = list[int]()
+            for client, outcome in zip(clients, train_clients(number, clients, theta), strict=True):
+                if not isinstance(outcome, BadUpdateError):
+                    trained.append(client)
+                yield outcome
+            for client in trained:
                 new = exchange.gradients.pop(client)
                 c.add_(new - state.get(f"c_{client}", zero), alpha=float(self._shares[client]))
                 state[f"c_{client}"] = new

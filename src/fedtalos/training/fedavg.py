@@ -5,7 +5,7 @@ Letters: K clients, C fraction sampled per round, theta the values of what may m
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -16,7 +16,7 @@ from fedtalos.metrics import Metrics
 from fedtalos.parameters import Entries, Values, named_tensors
 from fedtalos.randomness import generator
 from fedtalos.training.aggregation import Aggregation, WeightedMean
-from fedtalos.training.local import TrainingError
+from fedtalos.training.local import BadUpdateError
 from fedtalos.training.server import ServerRule
 
 ClientUpdate = Callable[[int, int], Metrics]
@@ -32,7 +32,9 @@ Every client starts from theta; its values are good until the next client's are 
 """
 
 Absence = Callable[[int, int], str | None]
-"""(round, client) -> why the client, though sampled, sends nothing in that round; None where it does."""
+"""(round, client) -> why the client, though sampled, answers nothing in that round; None where it does."""
+
+OnBadClient = Literal["stop", "skip"]
 
 
 @dataclass(frozen=True)
@@ -46,8 +48,8 @@ class Round:
     bytes_up: int
     absent: dict[int, str] = field(default_factory=dict)
     """Clients that sent nothing, and why."""
-    bad: dict[int, BadUpdateError] = field(default_factory=dict)
-    """Clients left out for what came of their training."""
+    bad: dict[int, str] = field(default_factory=dict)
+    """Clients left out for what came of their training, and what that was."""
 
 
 def clients_per_round(num_clients: int, fraction: float) -> int:
@@ -80,8 +82,15 @@ def one_by_one(model: nn.Module, entries: Entries, update_client: ClientUpdate) 
     return train_clients
 
 
-def check_values(values: Sequence[Tensor], theta: Values) -> None:
-    """BadUpdateError where a client's values are not shaped as theta's parts: one too short would be spread over all."""
+def useful(outcome: Outcome) -> tuple[Metrics, list[Tensor]]:
+    """The outcome's metrics and values; raises the BadUpdateError that it is where it is none."""
+    if isinstance(outcome, BadUpdateError):
+        raise outcome
+    return outcome
+
+
+def check_shapes(values: Sequence[Tensor], theta: Values) -> None:
+    """BadUpdateError where values are not shaped as theta's parts: one too short would be spread over all."""
     if [part.shape for part in values] != [part.shape for part in theta.parts]:
         sent = sum(part.numel() for part in values)
         raise BadUpdateError(
@@ -104,6 +113,8 @@ def fedavg(
     aggregation: Aggregation | None = None,
     server: ServerRule | None = None,
     vectors_sent: int = 1,
+    absent: Absence = lambda _number, _client: None,
+    on_bad_client: OnBadClient = "stop",
 ) -> Iterator[Round]:
     """Yield rounds done+1..rounds; after each, ``model`` holds the new global values.
 
@@ -112,7 +123,10 @@ def fedavg(
     averaged along: equal values stay as they are. Where there is a ``server`` rule, it makes the new theta of that
     mean. Bytes are those of the entries that may move, ``vectors_sent`` times down and up for every client, and
     ``first_contact_bytes`` (the mask's bits) down to each client the first time that it is sampled.
-    A round that fails leaves theta in place. Raises TrainingError where a client sends other shapes than theta's.
+
+    Clients that are ``absent`` get theta and send nothing. One whose training, or whose values, are of no use raises
+    BadUpdateError, which leaves theta in place; with ``on_bad_client`` "skip" the mean is that of the others, and
+    theta, and what the server keeps, stay as they are where there is none.
     """
     resident = entries.moving_rows(tensors := named_tensors(model))
     theta = Values(resident)
@@ -124,19 +138,34 @@ def fedavg(
         torch._foreach_copy_(theta.parts, resident)
         before = None if server is None else entries.gather(tensors)
         clients = sample_clients(len(client_weights), fraction, seed, number)
+        missing = {client: why for client in clients if (why := absent(number, client)) is not None}
+        present = [client for client in clients if client not in missing]
+        bad = dict[int, str]()
         try:
             train = Metrics()
-            for client, (metrics, values) in zip(clients, train_clients(number, clients, theta), strict=True):
-                check_shapes(values, theta, number, client)
-                train += metrics
-                aggregation.add(values, float(client_weights[client]))
-            aggregation.write(number, theta)
+            for client, outcome in zip(present, train_clients(number, present, theta), strict=True):
+                try:
+                    metrics, values = useful(outcome)
+                    check_shapes(values, theta)
+                    aggregation.add(values, float(client_weights[client]))
+                except BadUpdateError as error:
+                    if on_bad_client == "stop":
+                        raise BadUpdateError(f"round {number}, client {client}: {error}") from error
+                    bad[client] = str(error)
+                else:
+                    train += metrics
+            averaged = [client for client in present if client not in bad]
+            if averaged:
+                aggregation.write(number, theta)
+            else:
+                torch._foreach_copy_(resident, theta.parts)
         except BaseException:
             torch._foreach_copy_(resident, theta.parts)
             raise
-        if server is not None and before is not None:
-            entries.scatter(server(clients, before, entries.gather(tensors)), tensors)
+        if server is not None and before is not None and averaged:
+            entries.scatter(server(averaged, before, entries.gather(tensors)), tensors)
         new = len(clients) - int(met[list(clients)].sum())
         met[list(clients)] = True
-        wire = entries.nbytes * len(clients) * vectors_sent
-        yield Round(number, clients, train, wire + first_contact_bytes * new, wire)
+        wire = entries.nbytes * vectors_sent
+        bytes_down = wire * len(clients) + first_contact_bytes * new
+        yield Round(number, clients, train, bytes_down, wire * len(present), missing, bad)

@@ -208,7 +208,7 @@ def add_up(steps: Sequence[Step], figures: Tensor) -> Metrics:
     return total
 
 
-def check_values(values: Sequence[Tensor], last: Step) -> None:
+def check_values(values: list[Tensor], last: Step) -> None:
     """BadUpdateError where the values that the ``last`` step left are not finite: no loss was taken of them."""
     if not all_finite(values):
         raise BadUpdateError(

@@ -17,7 +17,9 @@ class MicroBatch:
     (but for layers that look at the whole batch, as BatchNorm of foreign models does).
     """
 
-    def __init__(self) -> None:
+    def __init__(self, say: Callable[[str], None] = lambda _text: None) -> None:
+        """``say`` is told what does not fit, once per size."""
+        self._say = say
         self.size: int | None = None
         """None: whole batches."""
 
@@ -38,6 +40,7 @@ class MicroBatch:
                     raise
                 self.size = -(-tried // 2)
             # Only here is the error gone, and with it the frames that held the activations.
+            self._say(f"{tried} images at once do not fit into memory: steps add up gradients of {self.size} at a time")
             if images.device.type == "cuda":
                 torch.cuda.empty_cache()
 

@@ -9,9 +9,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from fedtalos.metrics import Metrics
 from fedtalos.parameters import Values
-from fedtalos.training.fedavg import TrainClients
+from fedtalos.training.fedavg import Outcome, TrainClients
+from fedtalos.training.local import BadUpdateError
 
 Attack = Literal["sign_flip", "scaled", "nan"]
 FACTORS: dict[Attack, float] = {"sign_flip": -1.0, "scaled": -100.0, "nan": float("nan")}
@@ -36,12 +36,16 @@ def attacked(train_clients: TrainClients, attack: Attack, attackers: Collection[
 
 
 def _scaled(train_clients: TrainClients, factor: Callable[[int, list[Tensor]], float]) -> TrainClients:
-    def train_scaled(number: int, clients: Sequence[int], theta: Values) -> Iterator[tuple[Metrics, list[Tensor]]]:
-        for client, (metrics, values) in zip(clients, train_clients(number, clients, theta), strict=True):
-            update = list(torch._foreach_sub(values, theta.parts))
-            if (by := factor(client, update)) != 1:
-                torch._foreach_mul_(update, by)
-                torch._foreach_copy_(values, torch._foreach_add(theta.parts, update))
-            yield metrics, values
+    def scale(client: int, values: list[Tensor], theta: Values) -> None:
+        update = list(torch._foreach_sub(values, theta.parts))
+        if (by := factor(client, update)) != 1:
+            torch._foreach_mul_(update, by)
+            torch._foreach_copy_(values, torch._foreach_add(theta.parts, update))
+
+    def train_scaled(number: int, clients: Sequence[int], theta: Values) -> Iterator[Outcome]:
+        for client, outcome in zip(clients, train_clients(number, clients, theta), strict=True):
+            if not isinstance(outcome, BadUpdateError):
+                scale(client, outcome[1], theta)
+            yield outcome
 
     return train_scaled

@@ -16,11 +16,20 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad_and_value, vmap
 from torch.optim import Optimizer
 
-from fedtalos.metrics import Metrics
 from fedtalos.models.vision_transformer import without_fused_attention
 from fedtalos.parameters import Entries, Values, named_tensors
-from fedtalos.training.fedavg import TrainClients
-from fedtalos.training.local import Batches, Precision, Step, TrainingError, add_up, autocast, correct_answers, fetch
+from fedtalos.training.fedavg import Outcome, TrainClients
+from fedtalos.training.local import (
+    BadUpdateError,
+    Batches,
+    Precision,
+    Step,
+    add_up,
+    autocast,
+    check_values,
+    correct_answers,
+    fetch,
+)
 
 OptimizerOf = Callable[[Mapping[str, nn.Parameter], Entries], Optimizer]
 """An optimiser of the named parameters' entries; ``make_optimizer`` with all else given."""
@@ -107,24 +116,28 @@ def together(
     """All clients that are asked for train at once, each as by itself, up to the rounding of sums.
 
     ``batches_of`` gives their batches side by side, (V, B, 3, H, W) and (V, B); ``learning_rate`` that of a round.
-    Their figures are read from the device once, at the end: TrainingError, naming the client, comes only then.
+    Their figures are read from the device once, at the end: what went wrong is known only then.
     """
 
     @lru_cache(maxsize=2)  # a round's groups, and the smaller one that may be left over
     def stack_of(size: int) -> Stack:
         return Stack(model, entries, size, optimizer_of)
 
-    def train_clients(number: int, clients: Sequence[int], theta: Values) -> Iterator[tuple[Metrics, list[Tensor]]]:
+    def outcome(steps: Sequence[Step], figures: Tensor, values: list[Tensor]) -> Outcome:
+        try:
+            metrics = add_up(steps, figures)
+            check_values(values, steps[-1])
+            return metrics, values
+        except BadUpdateError as error:
+            return error
+
+    def train_clients(number: int, clients: Sequence[int], theta: Values) -> Iterator[Outcome]:
         stack = stack_of(len(clients))
         stack.load(theta)
         batches, rate = batches_of(number, clients), learning_rate(number)
         steps = stack.train(batches, learning_rate=rate, clip_norm=clip_norm, precision=precision)
-        for client, figures, values in zip(clients, fetch(steps).unbind(2), stack.clients, strict=True):
-            try:
-                metrics = add_up(steps, figures)
-            except TrainingError as error:
-                raise TrainingError(f"round {number}, client {client}: {error}") from error
-            yield metrics, values
+        for figures, values in zip(fetch(steps).unbind(2), stack.clients, strict=True):
+            yield outcome(steps, figures, values)
 
     return train_clients
 
@@ -135,7 +148,7 @@ def in_groups(alone: TrainClients, together: TrainClients, size: int, plan: Call
     A client's plan is its ``batch_sizes``: only batches of one shape can be stacked.
     """
 
-    def train_clients(number: int, clients: Sequence[int], theta: Values) -> Iterator[tuple[Metrics, list[Tensor]]]:
+    def train_clients(number: int, clients: Sequence[int], theta: Values) -> Iterator[Outcome]:
         for _, neighbours in groupby(clients, key=plan):
             same = list(neighbours)
             for start in range(0, len(same), size):

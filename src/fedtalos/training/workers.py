@@ -11,13 +11,13 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import nn
 
 from fedtalos.metrics import Metrics
 from fedtalos.parameters import Entries, Values, named_tensors
 from fedtalos.training.drift import Exchange
-from fedtalos.training.fedavg import TrainClients
-from fedtalos.training.local import TrainingError
+from fedtalos.training.fedavg import Outcome, TrainClients
+from fedtalos.training.local import BadUpdateError, TrainingError
 
 EvaluatePart = Callable[[str, int, int], list[Metrics]]
 """(split, first, every) -> metrics of each batch first, first + every, ... of that split."""
@@ -44,9 +44,7 @@ class Leader:
         """``train_clients`` on every process, for its part of the clients; what ``exchange`` holds for them travels."""
         size = dist.get_world_size()
 
-        def spread_clients(
-            number: int, clients: Sequence[int], theta: Values
-        ) -> Iterator[tuple[Metrics, list[Tensor]]]:
+        def spread_clients(number: int, clients: Sequence[int], theta: Values) -> Iterator[Outcome]:
             controlled = bool(exchange.terms)
             _checked(_order, ("train", number, clients, controlled))
             _checked(dist.broadcast, theta.vector, 0)
@@ -59,11 +57,11 @@ class Leader:
                 if rank == 0:
                     yield next(own)
                     continue
-                metrics = _receive(rank, self._received)
-                if controlled:
+                outcome = _receive(rank, self._received)
+                if controlled and not isinstance(outcome, BadUpdateError):
                     exchange.gradients[client] = theta.vector.new_empty(len(self._entries))
                     _checked(dist.recv, exchange.gradients[client], rank)
-                yield metrics, self._received.parts
+                yield outcome
 
         return spread_clients
 
@@ -119,43 +117,42 @@ def _order(order: tuple[object, ...] | None) -> tuple[Any, ...]:
     return out
 
 
-def _send_all(
-    clients: Sequence[int], results: Iterator[tuple[Metrics, list[Tensor]]], sent: Values, exchange: Exchange
-) -> None:
-    """Send each client's metrics and values, and mean gradient if any, to the leader, while the next client trains."""
+def _send_all(clients: Sequence[int], outcomes: Iterator[Outcome], sent: Values, exchange: Exchange) -> None:
+    """Send each client's outcome, and mean gradient if any, to the leader, while the next client trains."""
     under_way: list[Any] = []
-    try:
-        for client, (metrics, values) in zip(clients, results, strict=True):
-            for work in under_way:
-                work.wait()
-            figures = torch.tensor([metrics.loss_sum, metrics.correct, metrics.examples], dtype=torch.float64)
-            torch._foreach_copy_(sent.parts, values)
-            under_way = [dist.isend(figures, 0), dist.isend(sent.vector, 0)]
-            if (gradient := exchange.gradients.pop(client, None)) is not None:
-                under_way.append(dist.isend(gradient, 0))
+    for client, outcome in zip(clients, outcomes, strict=True):
         for work in under_way:
             work.wait()
-    except TrainingError as error:
-        for work in under_way:
-            work.wait()
-        dist.send(torch.full((3,), torch.nan, dtype=torch.float64), 0)
-        dist.send_object_list([str(error)], 0, device=torch.device("cpu"))
+        gradient = exchange.gradients.pop(client, None)
+        if isinstance(outcome, BadUpdateError):
+            under_way = []
+            dist.send(torch.full((3,), torch.nan, dtype=torch.float64), 0)
+            dist.send_object_list([str(outcome)], 0, device=torch.device("cpu"))
+            continue
+        metrics, values = outcome
+        figures = torch.tensor([metrics.loss_sum, metrics.correct, metrics.examples], dtype=torch.float64)
+        torch._foreach_copy_(sent.parts, values)
+        under_way = [dist.isend(figures, 0), dist.isend(sent.vector, 0)]
+        if gradient is not None:
+            under_way.append(dist.isend(gradient, 0))
+    for work in under_way:
+        work.wait()
 
 
-def _receive(rank: int, received: Values) -> Metrics:
-    """The metrics of the client that ``rank`` trained; its values into ``received``.
+def _receive(rank: int, received: Values) -> Outcome:
+    """The outcome of the client that ``rank`` trained, its values in ``received``.
 
-    Raises TrainingError where its training failed, WorkerLostError where the process is gone.
+    Raises WorkerLostError where the process is gone.
     """
     figures = torch.empty(3, dtype=torch.float64)
     _checked(dist.recv, figures, rank)
     if bool(figures.isnan().all()):
         reasons: list[Any] = [None]
         _checked(dist.recv_object_list, reasons, rank, device=torch.device("cpu"))
-        raise TrainingError(reasons[0])
+        return BadUpdateError(reasons[0])
     _checked(dist.recv, received.vector, rank)
     loss_sum, correct, examples = figures.tolist()
-    return Metrics(loss_sum, int(correct), int(examples))
+    return Metrics(loss_sum, int(correct), int(examples)), received.parts
 
 
 def _checked(communicate: Callable[..., object], *arguments: object, **options: object) -> None:
