@@ -40,6 +40,7 @@ def test_experiments_do_not_import_each_other():
             "runs",
             "aggregation",
             "algorithms",
+            "absence",
             "personal",
             "preparation",
             "setup",
