@@ -6,19 +6,24 @@ import os
 import random
 import shlex
 import signal
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
+from shutil import which
 from tempfile import TemporaryDirectory
 
 import pytest
 import yaml
 
+from fedtalos.checkpoint import load_checkpoint
 from fedtalos.cli import main
 from fedtalos.experiments import plots
 
+MAIN = Path(__file__).parents[1] / "main.py"
+MOUNT = shlex.split("mount -t tmpfs tmpfs disk")
 DIGITS = "--dataset digits --model_size micro --image_size 8 --patch_size 4 --device cpu --precision fp32 --threads 1 "
 SMALL = DIGITS + "--train_limit 80 --eval_limit 20 --weights none "
 RUN = SMALL + "--run_name run --resume "
@@ -204,3 +209,29 @@ def test_a_full_disk_is_said_and_leaves_what_can_be_gone_on_with():
     assert not list(Path().glob("**/.*.part"))
     assert exit_code(forked(shlex.split(command))) == 0
     assert outcome() == whole(command)[0]
+
+
+def test_on_a_disk_that_fills_up_the_last_checkpoint_stays_and_the_run_goes_on_once_there_is_room(monkeypatch):
+    fill_and_go_on = """
+        mount -t tmpfs -o size=7m tmpfs disk && cd disk  # room for two checkpoints, not for the next beside them
+        code=0; "$@" > ../said 2>&1 || code=$?; echo $code > ../code
+        find . -name '.*.part' > ../left
+        cp -r checkpoints ../then
+        mount -t tmpfs -o remount,size=64m tmpfs .
+        "$@" && cp -r . ../after
+    """
+    Path("disk").mkdir()
+    own_mounts = ["unshare", "-rm"]
+    if which("unshare") is None or subprocess.run([*own_mounts, *MOUNT], check=False).returncode:
+        pytest.skip("nobody may mount a tmpfs here")
+    run = [sys.executable, str(MAIN), *shlex.split(COMMANDS["federated"])]
+    subprocess.run([*own_mounts, "sh", "-ec", fill_and_go_on, "sh", *run], check=True)
+    said = Path("said").read_text()
+    assert Path("code").read_text() == "2\n", said
+    assert "No space left on device" in said
+    assert "Traceback" not in said
+    assert Path("left").read_text() == ""
+    assert load_checkpoint(Path("then/run/last.json")).tensors
+    monkeypatch.chdir("after")
+    found, expected = outcome(), whole(COMMANDS["federated"])[0]
+    assert {name: found[name] for name in expected} == expected  # beside it there are figures
