@@ -218,10 +218,9 @@ def test_too_few_finite_clients_end_the_round_and_leave_theta():
 def test_the_mean_is_weighted_and_starts_anew_each_round():
     model = nn.Module()
     model.x = nn.Parameter(torch.zeros(2))
-    theta = Values([torch.zeros(2)])
     mean = WeightedMean(model, Entries({"x": torch.ones(2, dtype=torch.bool)}))
     for _ in range(2):
         mean.add([torch.tensor([1.0, 2.0])], 1)
         mean.add([torch.tensor([5.0, 6.0])], 3)
-        mean.write(1, theta)
+        mean.write(1)
         assert model.x.detach().tolist() == [4.0, 5.0]

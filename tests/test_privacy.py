@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from fedtalos.errors import InputError
-from fedtalos.parameters import Entries, Values
+from fedtalos.parameters import Entries
 from fedtalos.training.privacy import NoisyMean, epsilon
 
 P = 20000
@@ -24,7 +24,7 @@ def noisy(seed=0, number=1, clients=4, mask=None):
     for client in range(clients):
         values = torch.where(mask, 2.0 + (1 if client % 2 else -1), 2.0)
         mean.add([values], 1.0 + 5 * client)
-    mean.write(number, Values([model.x.detach()]))
+    mean.write(number)
     return model.x.detach()
 
 

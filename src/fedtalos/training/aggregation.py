@@ -33,8 +33,8 @@ class Aggregation(Protocol):
         Raises BadUpdateError, and is as before, where it cannot take them.
         """
 
-    def write(self, number: int, theta: Values, /) -> None:
-        """Put what round ``number``, which began with ``theta``, comes to into the model, and start anew."""
+    def write(self, number: int, /) -> None:
+        """Put what round ``number`` comes to into the model, which holds what it began with, and start anew."""
 
 
 class WeightedMean:
@@ -53,7 +53,7 @@ class WeightedMean:
         self._total += weight
         torch._foreach_lerp_(self._mean.parts, values, weight / self._total)
 
-    def write(self, _number: int, _theta: Values) -> None:
+    def write(self, _number: int) -> None:
         torch._foreach_copy_(self._resident, self._mean.parts)
         self._total = 0.0
 
@@ -77,11 +77,10 @@ class Robust:
         self._received[sum(self._finite)] = vector
         self._finite.append(bool(vector.isfinite().all()))
 
-    def write(self, number: int, theta: Values) -> None:
+    def write(self, number: int) -> None:
         """Raises TrainingError where the rule has too few clients left."""
         kept, sent = sum(self._finite), len(self._finite)
         self._finite.clear()
-        torch._foreach_copy_(self._resident, theta.parts)
         try:
             result = self._rule(self._received[:kept], max(0, self._byzantine - (sent - kept)))
         except TooFewError as error:

@@ -82,21 +82,22 @@ def one_by_one(model: nn.Module, entries: Entries, update_client: ClientUpdate) 
     return train_clients
 
 
-def useful(outcome: Outcome) -> tuple[Metrics, list[Tensor]]:
-    """The outcome's metrics and values; raises the BadUpdateError that it is where it is none."""
+def useful(outcome: Outcome, theta: Values) -> tuple[Metrics, list[Tensor]]:
+    """The outcome's metrics and values.
+
+    Raises BadUpdateError where it is one, or values are not shaped as theta's parts: one too short would be spread
+    over all.
+    """
     if isinstance(outcome, BadUpdateError):
         raise outcome
-    return outcome
-
-
-def check_shapes(values: Sequence[Tensor], theta: Values) -> None:
-    """BadUpdateError where values are not shaped as theta's parts: one too short would be spread over all."""
+    _, values = outcome
     if [part.shape for part in values] != [part.shape for part in theta.parts]:
         sent = sum(part.numel() for part in values)
         raise BadUpdateError(
             f"expected {theta.vector.numel()} values in {len(theta.parts)} tensors, "
             f"got {sent} in {len(values)} or in other shapes; nothing of it was kept"
         )
+    return outcome
 
 
 def fedavg(
@@ -140,30 +141,23 @@ def fedavg(
         clients = sample_clients(len(client_weights), fraction, seed, number)
         missing = {client: why for client in clients if (why := absent(number, client)) is not None}
         present = [client for client in clients if client not in missing]
-        bad = dict[int, str]()
+        train, bad = Metrics(), dict[int, str]()
         try:
-            train = Metrics()
             for client, outcome in zip(present, train_clients(number, present, theta), strict=True):
                 try:
-                    metrics, values = useful(outcome)
-                    check_shapes(values, theta)
+                    metrics, values = useful(outcome, theta)
                     aggregation.add(values, float(client_weights[client]))
+                    train += metrics
                 except BadUpdateError as error:
                     if on_bad_client == "stop":
                         raise BadUpdateError(f"round {number}, client {client}: {error}") from error
                     bad[client] = str(error)
-                else:
-                    train += metrics
-            averaged = [client for client in present if client not in bad]
-            if averaged:
-                aggregation.write(number, theta)
-            else:
-                torch._foreach_copy_(resident, theta.parts)
-        except BaseException:
+        finally:
             torch._foreach_copy_(resident, theta.parts)
-            raise
-        if server is not None and before is not None and averaged:
-            entries.scatter(server(averaged, before, entries.gather(tensors)), tensors)
+        if averaged := [client for client in present if client not in bad]:
+            aggregation.write(number)
+            if server is not None and before is not None:
+                entries.scatter(server(averaged, before, entries.gather(tensors)), tensors)
         new = len(clients) - int(met[list(clients)].sum())
         met[list(clients)] = True
         wire = entries.nbytes * vectors_sent

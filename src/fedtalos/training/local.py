@@ -130,13 +130,12 @@ def train(
     model.train()
     parameters = dict(model.named_parameters())
     micro_batch = micro_batch or MicroBatch()
+    backward = partial(_backward, forward or model, precision=precision)
     total, unread, step = Metrics(), list[Step](), None
     for number, (images, labels) in enumerate(batches):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(number)
-        loss, correct = micro_batch.backward(
-            partial(_backward, forward or model, precision=precision), optimizer, images, labels
-        )
+        loss, correct = micro_batch.backward(backward, optimizer, images, labels)
         if adjust is not None:
             gradients = gradients_of(parameters, entries)
             entries.scatter(adjust(entries.gather(gradients)), gradients)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from fedtalos.errors import InputError
-from fedtalos.parameters import Entries, Values, named_tensors
+from fedtalos.parameters import Entries, named_tensors
 from fedtalos.randomness import generator
 from fedtalos.training.aggregation import WeightedMean
 
@@ -29,8 +29,8 @@ class NoisyMean:
         self._mean.add(values, 1.0)
         self._clients += 1
 
-    def write(self, number: int, theta: Values) -> None:
-        self._mean.write(number, theta)
+    def write(self, number: int) -> None:
+        self._mean.write(number)
         noise = generator(self._seed, "privacy noise", number).standard_normal(len(self._entries), dtype=np.float32)
         noisy = self._entries.gather(self._tensors)
         noisy.add_(torch.from_numpy(noise).to(noisy.device), alpha=self._deviation / self._clients)
