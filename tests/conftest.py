@@ -15,6 +15,22 @@ def one_thread():
     torch.set_num_threads(1)  # small tensors: threads cost more than they give
 
 
+@pytest.fixture
+def in_a_folder_of_its_own(tmp_path, monkeypatch) -> Path:
+    """The working directory, empty at the start of each test."""
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+def without_figures(monkeypatch) -> None:
+    """Commands draw no figures, which take them a second a run."""
+    from fedtalos.experiments import plots  # imports everything
+
+    for figure in ("plot_run", "plot_masks", "plot_iterations"):
+        monkeypatch.setattr(plots, figure, lambda *_: [])
+
+
 @pytest.fixture(scope="session")
 def material(tmp_path_factory) -> Path:
     """A folder with a finished run, masks, and every kind of broken file; to be read only."""

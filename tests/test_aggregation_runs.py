@@ -11,7 +11,7 @@ import yaml
 from fedtalos.checkpoint import load_checkpoint
 from fedtalos.cli import main, parse
 from fedtalos.errors import InputError
-from fedtalos.experiments import aggregation, plots, setup
+from fedtalos.experiments import aggregation, setup
 from fedtalos.masks import load_mask
 from fedtalos.models.vision_transformer import Architecture, VisionTransformer
 from fedtalos.randomness import torch_generator
@@ -24,13 +24,7 @@ SMALL = ["federated", *DIGITS, *shlex.split("--train_limit 300 --eval_limit 40 -
 SMALL += shlex.split("--num_rounds 3 --local_steps 1 --batch_size 8 --eval_every 2")
 PRIVATE = "--dp_noise 0.5 --max_update_norm 0.3"
 
-
-@pytest.fixture(autouse=True)
-def in_a_folder_of_its_own(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(plots, "plot_run", lambda *_: [])
-    monkeypatch.setattr(plots, "plot_masks", lambda *_: [])
-    monkeypatch.setattr(plots, "plot_iterations", lambda *_: [])
+pytestmark = pytest.mark.usefixtures("in_a_folder_of_its_own", "without_figures")
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ import yaml
 from fedtalos.checkpoint import load_checkpoint
 from fedtalos.cli import main
 from fedtalos.data.clients import Clients
-from fedtalos.experiments import plots, setup
+from fedtalos.experiments import setup
 from fedtalos.experiments.personal import accuracy_by_client, mean_and_worst
 from fedtalos.masks import load_mask
 from fedtalos.models.vision_transformer import Architecture, VisionTransformer
@@ -26,13 +26,7 @@ FEDERATED = ["federated", *DIGITS, *shlex.split("--train_limit 300 --num_clients
 FEDERATED += shlex.split("--num_rounds 4 --local_steps 2 --batch_size 16 --eval_every 2")
 ALGORITHMS = ("fedavg", "fedprox", "fedavgm", "fedadagrad", "fedadam", "fedyogi", "scaffold", "fednova")
 
-
-@pytest.fixture(autouse=True)
-def in_a_folder_of_its_own(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(plots, "plot_run", lambda *_: [])
-    monkeypatch.setattr(plots, "plot_masks", lambda *_: [])
-    monkeypatch.setattr(plots, "plot_iterations", lambda *_: [])
+pytestmark = pytest.mark.usefixtures("in_a_folder_of_its_own", "without_figures")
 
 
 def federate(name: str, options: str = "") -> None:

@@ -14,7 +14,6 @@ from material import case, everything, sentence, spelled
 
 from fedtalos.cli import main
 from fedtalos.data import downloads
-from fedtalos.experiments import plots
 
 ROOT = Path(__file__).parents[1]
 PICTURES = "federated --dataset folder --data_dir pictures/"
@@ -234,9 +233,9 @@ def test_an_archive_that_unpacks_to_far_too_much(capsys, monkeypatch):
     check(CIFAR + "zeros", ["zeros/cifar-100-python.tar.gz holds more than 1048576 bytes", "replace it"], capsys)
 
 
+@pytest.mark.usefixtures("without_figures")
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
-def test_weights_in_half_precision_are_taken(dtype, tmp_path, monkeypatch):
-    monkeypatch.setattr(plots, "plot_run", lambda *_: [])
+def test_weights_in_half_precision_are_taken(dtype, tmp_path):
     main([*spelled(WEIGHTS + f"{dtype}.safetensors"), "--output_dir", str(tmp_path), "--run_name", "half"])
 
 

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 
 from fedtalos.checkpoint import load_checkpoint
 from fedtalos.cli import main
-from fedtalos.experiments import plots, setup
+from fedtalos.experiments import setup
 from fedtalos.masks import load_mask, save_mask
 from fedtalos.models.vision_transformer import Architecture, VisionTransformer
 from fedtalos.randomness import torch_generator
@@ -36,12 +36,9 @@ EDITING = ["editing", *SCRATCH, "--calibration_fraction", "0.05", "--num_iterati
 
 
 @pytest.fixture(autouse=True)
-def in_a_folder_of_its_own(request, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    if "draws" not in request.keywords:  # figures take a second a run; one test looks at them
-        monkeypatch.setattr(plots, "plot_run", lambda *_: [])
-        monkeypatch.setattr(plots, "plot_masks", lambda *_: [])
-        monkeypatch.setattr(plots, "plot_iterations", lambda *_: [])
+def mostly_without_figures(request, in_a_folder_of_its_own):
+    if "draws" not in request.keywords:  # one test looks at the figures
+        request.getfixturevalue("without_figures")
 
 
 def tensors(run: str, name: str = "last") -> dict[str, torch.Tensor]:

@@ -14,7 +14,6 @@ from fedtalos.checkpoint import load_checkpoint
 from fedtalos.cli import main, parse
 from fedtalos.data.clients import Clients
 from fedtalos.errors import InputError
-from fedtalos.experiments import plots
 from fedtalos.experiments.absence import absence_for
 from fedtalos.experiments.setup import Setup
 from fedtalos.metrics import Metrics
@@ -139,12 +138,6 @@ def test_a_round_without_anybody_leaves_theta_and_what_the_server_keeps(why, rul
     assert federation.value != START
 
 
-@pytest.fixture
-def in_a_folder_of_its_own(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(plots, "plot_run", lambda *_: [])
-
-
 def federate(name: str, options: str = "") -> dict:
     main([*SMALL, "--run_name", name, *shlex.split(options)])
     return yaml.safe_load(Path("results", name, "summary.yaml").read_text())
@@ -193,7 +186,7 @@ def test_who_holds_no_image_is_absent():
     assert absent(1, 1) is None
 
 
-@pytest.mark.usefixtures("in_a_folder_of_its_own")
+@pytest.mark.usefixtures("in_a_folder_of_its_own", "without_figures")
 def test_a_bad_update_stops_the_run_with_the_last_good_checkpoint(capsys):
     before = federate("good", "--num_rounds 2 --schedule constant")
     assert before["rounds"] == 2
@@ -211,7 +204,7 @@ def test_a_bad_update_stops_the_run_with_the_last_good_checkpoint(capsys):
     assert all(tensor.isfinite().all() for tensor in tensors("rate").values())
 
 
-@pytest.mark.usefixtures("in_a_folder_of_its_own")
+@pytest.mark.usefixtures("in_a_folder_of_its_own", "without_figures")
 def test_bad_updates_are_left_out_and_counted(capsys):
     summary = federate("skipped", "--on_bad_client skip --attack nan --attackers 2")
     assert summary["clients_left_out"] == {"bad update": 8}
@@ -226,7 +219,7 @@ def test_bad_updates_are_left_out_and_counted(capsys):
     assert all(torch.equal(tensor, both[1][name]) for name, tensor in both[0].items())
 
 
-@pytest.mark.usefixtures("in_a_folder_of_its_own")
+@pytest.mark.usefixtures("in_a_folder_of_its_own", "without_figures")
 @pytest.mark.parametrize(
     "options",
     [
@@ -267,7 +260,7 @@ def failing_from(evaluate, call):
     return failing
 
 
-@pytest.mark.usefixtures("in_a_folder_of_its_own")
+@pytest.mark.usefixtures("in_a_folder_of_its_own", "without_figures")
 @pytest.mark.parametrize(
     "options",
     [
@@ -285,7 +278,7 @@ def test_many_workers_equal_one_with_failures(options):
     assert_same("alone", "shared")
 
 
-@pytest.mark.usefixtures("in_a_folder_of_its_own")
+@pytest.mark.usefixtures("in_a_folder_of_its_own", "without_figures")
 def test_clients_of_one_image_train():
     summary = federate("single", "--train_limit 60 --num_clients 60 --client_fraction 0.1")
     sizes = np.bincount(np.load("results/single/split.npz")["client"])
@@ -293,7 +286,7 @@ def test_clients_of_one_image_train():
     assert summary["images_trained_on"] == 4 * 6 * 2
 
 
-@pytest.mark.usefixtures("in_a_folder_of_its_own")
+@pytest.mark.usefixtures("in_a_folder_of_its_own", "without_figures")
 @pytest.mark.parametrize("command", ["federated", "centralized"])
 def test_a_batch_too_large_for_the_memory_is_taken_in_parts(command, monkeypatch, capsys):
     options = SMALL if command == "federated" else ["centralized", *SMALL[1 : SMALL.index("--num_clients")]]

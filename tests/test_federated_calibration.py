@@ -13,7 +13,7 @@ from fedtalos.checkpoint import load_checkpoint
 from fedtalos.cli import main
 from fedtalos.config import EditingConfig
 from fedtalos.config_files import override
-from fedtalos.experiments import editing, plots
+from fedtalos.experiments import editing
 from fedtalos.experiments.clients import read_split, split
 from fedtalos.experiments.preparation import prepare
 from fedtalos.experiments.scoring import image_holders, scorer
@@ -35,12 +35,7 @@ OPTIONS = {
     "fisher_chunk": 16,
 }
 
-
-@pytest.fixture(autouse=True)
-def in_a_folder_of_its_own(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    for figure in ("plot_masks", "plot_iterations"):
-        monkeypatch.setattr(plots, figure, lambda *_: [])
+pytestmark = pytest.mark.usefixtures("in_a_folder_of_its_own", "without_figures")
 
 
 def scores_of(**options):

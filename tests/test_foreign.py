@@ -15,7 +15,7 @@ from torch import nn
 from fedtalos.checkpoint import load_checkpoint
 from fedtalos.cli import main
 from fedtalos.errors import InputError
-from fedtalos.experiments import plots, session
+from fedtalos.experiments import session
 from fedtalos.masks import load_mask
 from fedtalos.models import published
 from fedtalos.models.foreign import ForeignArchitecture, ForeignModel
@@ -72,7 +72,7 @@ def create_model(name, *, pretrained, num_classes, pretrained_cfg_overlay=None):
 
 
 @pytest.fixture(autouse=True)
-def libraries(tmp_path, monkeypatch):
+def libraries(tmp_path, monkeypatch, in_a_folder_of_its_own, without_figures):
     """Both libraries, with the published weights of their one usable model in the caches."""
     file, cached = tmp_path / "model.safetensors", tmp_path / "hub" / "checkpoints" / f"net-{HASH}.pth"
     cached.parent.mkdir(parents=True)
@@ -90,9 +90,6 @@ def libraries(tmp_path, monkeypatch):
         monkeypatch.setitem(sys.modules, module.__name__, module)
     monkeypatch.setattr(published, "download", lambda repo, file_: Download(file, [], f"hub:{repo}@1"))
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
-    monkeypatch.setattr(plots, "plot_run", lambda *_: [])
-    monkeypatch.setattr(plots, "plot_iterations", lambda *_: [])
-    monkeypatch.chdir(tmp_path)
 
 
 def foreign(name: str) -> ForeignModel:

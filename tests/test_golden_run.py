@@ -7,16 +7,14 @@ from pathlib import Path
 import pytest
 
 from fedtalos.cli import main
-from fedtalos.experiments import plots
 
 CELL = "digits-nc2-mask-s0"
 GOLDEN = Path(__file__).parent / "golden" / f"{CELL}.csv"
 """results/CELL/metrics.csv of `fedtalos sweep digits --only CELL --threads 1`, without its last column, the seconds."""
 
 
-def test_a_cell_of_the_grid_digits_has_its_golden_metrics(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(plots, "plot_run", lambda *_: [])
+@pytest.mark.usefixtures("in_a_folder_of_its_own", "without_figures")
+def test_a_cell_of_the_grid_digits_has_its_golden_metrics():
     main(["sweep", "digits", "--only", CELL, "--threads", "1", "--device", "cpu"])
     found, expected = read(Path("results", CELL, "metrics.csv").read_text()), read(GOLDEN.read_text())
     assert [row["split"] for row in found] == [row["split"] for row in expected]

@@ -16,7 +16,7 @@ from sklearn.neighbors import NearestCentroid
 
 from fedtalos.checkpoint import load_checkpoint
 from fedtalos.cli import main, parse
-from fedtalos.experiments import heads, plots, setup
+from fedtalos.experiments import heads, setup
 from fedtalos.experiments.moving import moving_entries
 from fedtalos.experiments.preparation import prepare
 from fedtalos.head import read_head
@@ -36,12 +36,8 @@ LINEAR = shlex.split("--head linear --head_rounds 8 --head_learning_rate 0.1")
 
 
 @pytest.fixture
-def folder(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(plots, "plot_run", lambda *_: [])
-    monkeypatch.setattr(plots, "plot_masks", lambda *_: [])
-    monkeypatch.setattr(plots, "plot_iterations", lambda *_: [])
-    return tmp_path
+def folder(in_a_folder_of_its_own, without_figures):
+    return in_a_folder_of_its_own
 
 
 def data(count=200, width=12, classes=5):

@@ -20,7 +20,6 @@ import yaml
 
 from fedtalos.checkpoint import load_checkpoint
 from fedtalos.cli import main
-from fedtalos.experiments import plots
 
 MAIN = Path(__file__).parents[1] / "main.py"
 MOUNT = shlex.split("mount -t tmpfs tmpfs disk")
@@ -34,13 +33,7 @@ COMMANDS = {
     "editing": "editing --num_iterations 3 --calibration_fraction 0.1 --calibration_images 48 " + RUN,
 }
 
-
-@pytest.fixture(autouse=True)
-def in_a_folder_of_its_own(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(plots, "plot_run", lambda *_: [])
-    monkeypatch.setattr(plots, "plot_masks", lambda *_: [])
-    monkeypatch.setattr(plots, "plot_iterations", lambda *_: [])
+pytestmark = pytest.mark.usefixtures("in_a_folder_of_its_own", "without_figures")
 
 
 def forked(arguments: Sequence[str]) -> int:

@@ -202,15 +202,14 @@ def test_a_folder_with_brackets_is_printed_as_it_is(capsys, undrawn):
     assert "[red]/masks/[bold].safetensors" in out
 
 
+@pytest.mark.usefixtures("without_figures")
 def test_a_joined_mask_trains_and_one_of_several_weights_wants_force(capsys):
     train = "centralized --dataset digits --model_size micro --image_size 8 --patch_size 4 --weights none"
     train += " --train_limit 40 --eval_limit 20 --num_epochs 1"
     combine("joined", THREE)
-    with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(plots, "plot_run", lambda *_: [])
-        main([*train.split(), "--mask", "masks/joined.safetensors", "--run_name", "sparse"])
-        combine("mixed", ["masks/random.safetensors", "masks/elsewhere.safetensors"], "--force")
-        with pytest.raises(SystemExit) as stop:
-            main([*train.split(), "--mask", "masks/mixed.safetensors", "--run_name", "mixed"])
+    main([*train.split(), "--mask", "masks/joined.safetensors", "--run_name", "sparse"])
+    combine("mixed", ["masks/random.safetensors", "masks/elsewhere.safetensors"], "--force")
+    with pytest.raises(SystemExit) as stop:
+        main([*train.split(), "--mask", "masks/mixed.safetensors", "--run_name", "mixed"])
     assert stop.value.code == 2
     assert "not made for this: weights several / none, seed 0" in capsys.readouterr().err

@@ -14,7 +14,6 @@ import torch
 
 from fedtalos.checkpoint import load_checkpoint
 from fedtalos.cli import main
-from fedtalos.experiments import plots
 from fedtalos.training.workers import Leader, WorkerLostError
 
 FEDERATED = shlex.split(
@@ -23,11 +22,7 @@ FEDERATED = shlex.split(
     "--batch_size 16 --eval_every 2 --threads 1 --device cpu --precision fp32"
 )
 
-
-@pytest.fixture(autouse=True)
-def in_a_folder_of_its_own(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(plots, "plot_run", lambda *_: [])
+pytestmark = pytest.mark.usefixtures("in_a_folder_of_its_own", "without_figures")
 
 
 def rows(run: str) -> list[list[str]]:
