@@ -305,6 +305,14 @@ def test_evaluate_repeats_the_summary(capsys):
     assert f"accuracy {100 * summary['val_accuracy']['best']:.2f} %" in capsys.readouterr().out
 
 
+def test_evaluate_reads_as_many_images_as_asked_for(capsys):
+    main([*FEDERATED, "--run_name", "a", "--eval_limit", "20"])
+    for flags, examples in (([], 20), (["--eval_limit", "30"], 30), (["--eval_limit", "1000000"], 359)):
+        capsys.readouterr()
+        main(["evaluate", "a", *flags])
+        assert f" of {examples})" in capsys.readouterr().out
+
+
 @pytest.mark.draws
 def test_a_run_leaves_its_records():
     main([*FEDERATED, "--run_name", "a", "--partition", "label_skew", "--classes_per_client", "2"])

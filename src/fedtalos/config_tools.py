@@ -19,6 +19,9 @@ class EvaluateConfig(Options):
     checkpoint: Annotated[Path, tyro.conf.Positional] = Field(description="run name, or a file under checkpoints/")
     split: Literal["train", "val", "test"] = Field("test", description="which images")
     which: Literal["best", "last"] = Field("last", description="which checkpoint of a run")
+    eval_limit: Annotated[int | None, unset("N", "as its run had it")] = Field(
+        None, ge=1, description="use only the first n images of the split; where it has fewer, all"
+    )
     output_dir: Path = Field(Path(), description="holds results/ and checkpoints/")
     data_dir: Annotated[Path | None, unset("PATH", "where the run had it")] = Field(
         None, description="where the data set is"

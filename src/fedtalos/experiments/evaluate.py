@@ -12,14 +12,22 @@ from fedtalos.metrics import Metrics
 
 
 def run(config: EvaluateConfig, console: Console) -> Metrics:
-    """Print and return what the checkpoint reaches on the images that its run had for that split."""
+    """Print and return what the checkpoint reaches on its run's images of that split, as many as asked for."""
     path = find_checkpoint(config.checkpoint, config.output_dir / "checkpoints", config.which)
     facts = load_checkpoint(path).facts
     if facts.get("command") not in ("centralized", "federated"):
         raise InputError(f"checkpoint {path}: holds no trained model (it is of `{facts.get('command')}`)")
-    changes = {"weights": str(path), "head": "weights", "mask": None, "device": config.device, "precision": "auto"}
+    changes: dict[str, object] = {
+        "weights": str(path),
+        "head": "weights",
+        "mask": None,
+        "device": config.device,
+        "precision": "auto",
+    }
     if config.data_dir is not None:
         changes["data_dir"] = str(config.data_dir)
+    if config.eval_limit is not None:
+        changes["eval_limit"] = config.eval_limit
     if not isinstance(options := facts.get("options"), dict):
         raise InputError(f"checkpoint {path}: is of another version; give another")
     trained = override(RUN_CONFIGS[facts["command"]](), {**options, **changes}, str(path))
