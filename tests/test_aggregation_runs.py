@@ -123,7 +123,7 @@ def test_large_norms_clip_nothing_and_small_ones_hold_the_model():
 
 
 def test_the_summary_says_what_privacy_was_spent():
-    pytest.importorskip("dp_accounting", reason="needs the extra: pip install 'fedtalos[privacy]'")
+    pytest.importorskip("dp_accounting", reason="needs the extra privacy")
     federate("private", f"{PRIVATE} --dp_delta 1e-4")
     said = summary("private")["privacy"]
     assert said.pop("epsilon") > 1

@@ -221,6 +221,11 @@ def test_unusable_tensors_are_refused_by_name(file: Path, state: State, change: 
     assert words in refused(file, state | change)
 
 
+@pytest.mark.parametrize(("name", "words"), [("cls_token", "a class token"), ("pos_embed", "rotary positions")])
+def test_kinds_of_vit_that_lack_something_are_refused_in_words(file: Path, state: State, name: str, words: str) -> None:
+    assert words in refused(file, {other: tensor for other, tensor in state.items() if other != name})
+
+
 def test_a_file_that_is_no_vit_is_refused(file: Path) -> None:
     assert "no cls_token of 3 dimensions" in refused(file, {"conv1.weight": torch.ones(3, 3)})
 

@@ -58,7 +58,7 @@ def test_without_the_library_the_error_names_the_extra(monkeypatch):
 
 
 def test_epsilon_is_the_librarys_for_updates_that_are_replaced():
-    dp = pytest.importorskip("dp_accounting", reason="needs the extra: pip install 'fedtalos[privacy]'")
+    dp = pytest.importorskip("dp_accounting", reason="needs the extra privacy")
     from dp_accounting.rdp import RdpAccountant
 
     account = RdpAccountant(neighboring_relation=dp.NeighboringRelation.REPLACE_ONE)
@@ -71,7 +71,7 @@ def test_epsilon_is_the_librarys_for_updates_that_are_replaced():
 @pytest.mark.parametrize(("z", "rounds", "delta"), [(8.0, 1, 1e-5), (20.0, 10, 1e-5), (40.0, 100, 1e-6)])
 def test_with_all_clients_epsilon_is_within_the_published_bound_of_gaussian_noise(z, rounds, delta):
     """Mironov, 2017: min over alpha of alpha rho + log(1/delta) / (alpha - 1), rho = T / (2 (z/2)^2)."""
-    pytest.importorskip("dp_accounting", reason="needs the extra: pip install 'fedtalos[privacy]'")
+    pytest.importorskip("dp_accounting", reason="needs the extra privacy")
     rho = rounds / (2 * (z / 2) ** 2)
     bound = rho + 2 * math.sqrt(rho * math.log(1 / delta))
     found = epsilon(noise_multiplier=z, delta=delta, clients=50, sampled=50, rounds=rounds)
@@ -79,7 +79,7 @@ def test_with_all_clients_epsilon_is_within_the_published_bound_of_gaussian_nois
 
 
 def test_epsilon_falls_with_noise_and_clients_and_grows_with_rounds():
-    pytest.importorskip("dp_accounting", reason="needs the extra: pip install 'fedtalos[privacy]'")
+    pytest.importorskip("dp_accounting", reason="needs the extra privacy")
     base = {"noise_multiplier": 2.0, "delta": 1e-5, "clients": 200, "sampled": 10, "rounds": 20}
     middle = epsilon(**base)
     assert epsilon(**base | {"noise_multiplier": 3.0}) < middle < epsilon(**base | {"rounds": 40})

@@ -8,6 +8,11 @@ class InputError(Exception):
     """
 
 
+def install(extra: str) -> str:
+    """The command that a message about a missing extra ends with; for now there is no release, only the checkout."""
+    return f"in the checkout: pip install -c constraints.txt -e '.[{extra}]'"
+
+
 def shown(value: object) -> str:
     """``value`` as an error quotes it, cut where it is long."""
     try:

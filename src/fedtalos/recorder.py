@@ -17,7 +17,7 @@ from typing import Any, Protocol
 import yaml
 
 from fedtalos import __version__
-from fedtalos.errors import InputError
+from fedtalos.errors import InputError, install
 from fedtalos.files import write_atomic
 from fedtalos.metrics import Metrics
 
@@ -36,7 +36,7 @@ def require_tracker(name: str) -> None:
     if name == "none":
         return
     if importlib.util.find_spec(name) is None:
-        raise InputError(f"--tracker {name}: not installed; pip install 'fedtalos[{name}]'")
+        raise InputError(f"--tracker {name}: not installed; {install(name)}")
     if name == "wandb" and os.environ.get("WANDB_MODE", "online") == "online":
         import wandb
 

@@ -1,4 +1,4 @@
-"""Two minutes on embedded digits: pretrain on public images, edit, federate dense and sparse."""
+"""A minute on embedded digits: pretrain on public images, edit, federate dense and sparse."""
 
 from collections.abc import Callable
 from datetime import datetime

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fedtalos.errors import InputError
+from fedtalos.errors import InputError, install
 from fedtalos.models.backbone import Backbone
 
 LIBRARIES = {"timm:": "timm", "torch:": "torchvision"}
@@ -80,9 +80,7 @@ def library(prefix: str, module: str) -> Any:
     try:
         return import_module(module)
     except (ImportError, RuntimeError) as error:  # RuntimeError: a torchvision built for another torch
-        raise InputError(
-            f"--weights {prefix}NAME: {extra} cannot be imported ({error}); pip install 'fedtalos[{extra}]'"
-        ) from error
+        raise InputError(f"--weights {prefix}NAME: {extra} cannot be imported ({error}); {install(extra)}") from error
 
 
 def bare_model(name: str) -> nn.Module:

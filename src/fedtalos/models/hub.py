@@ -46,7 +46,8 @@ def hub_address(source: str, size: ModelSize) -> tuple[str, str | None]:
         return f"timm/{source}", None
     raise InputError(
         f"--weights {source}: expected none, pretrained, dino, a timm ViT's name such as vit_base_patch16_224.dino, "
-        f"hf:OWNER/REPO[/FILE], or a file; files end in {', '.join(FILES)}"
+        "hf:OWNER/REPO[/FILE], timm:NAME or torch:NAME (other models), a run's name, or a file; "
+        f"files end in {', '.join(FILES)}"
     )
 
 

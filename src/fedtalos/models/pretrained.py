@@ -31,6 +31,11 @@ _FOREIGN_PARTS = {
     "pre_logits.": "a pre-logits layer",
     "dist_token": "a distillation token",
 }
+_NEEDED_PARTS = {
+    "cls_token": "a class token (as SigLIP's)",
+    "pos_embed": "a position embedding (rotary positions, as DINOv3's)",
+}
+_INSTEAD = "give a plain ViT, or timm:NAME"
 
 
 @dataclass(frozen=True)
@@ -156,7 +161,10 @@ def _refuse_other_kinds(label: str, tensors: Mapping[str, Tensor]) -> None:
     if into is not None and out_of is not None and into.dim() == out_of.dim() == 2:
         found += [GATED] if len(into) == 2 * out_of.shape[1] else []  # as timm packs it
     if found:
-        raise InputError(f"weights {label}: a ViT with {found[0]}, which this model has not; give a plain ViT")
+        raise InputError(f"weights {label}: a ViT with {found[0]}, which this model has not; {_INSTEAD}")
+    absent = [words for name, words in _NEEDED_PARTS.items() if name not in tensors]
+    if len(absent) == 1 and "patch_embed.proj.weight" in tensors:
+        raise InputError(f"weights {label}: a ViT without {absent[0]}, which this model needs; {_INSTEAD}")
 
 
 def _grid(label: str, shape: tuple[int, ...], width: int) -> tuple[int, bool]:

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fedtalos.errors import InputError
+from fedtalos.errors import InputError, install
 from fedtalos.parameters import Entries, named_tensors
 from fedtalos.randomness import generator
 from fedtalos.training.aggregation import WeightedMean
@@ -43,9 +43,7 @@ def accountant() -> Any:
     try:
         return import_module("dp_accounting")
     except ImportError as error:
-        raise InputError(
-            f"--dp_noise: dp-accounting cannot be imported ({error}); pip install 'fedtalos[privacy]'"
-        ) from error
+        raise InputError(f"--dp_noise: dp-accounting cannot be imported ({error}); {install('privacy')}") from error
 
 
 def epsilon(*, noise_multiplier: float, delta: float, clients: int, sampled: int, rounds: int) -> float:
