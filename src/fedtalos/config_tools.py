@@ -71,7 +71,7 @@ class SweepConfig(Options):
 
 
 class DemoConfig(Options):
-    """Two minutes on embedded digits: pretrain, edit, federate dense and sparse."""
+    """A minute on embedded digits: pretrain, edit, federate dense and sparse."""
 
     command: ClassVar[str] = "demo"
 
