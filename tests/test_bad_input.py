@@ -320,7 +320,9 @@ def test_a_device_that_is_not_there(command, device, capsys, monkeypatch):
 def test_a_tracker_that_is_not_installed(tracker, capsys, monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     says = sentence(spelled(f"federated --tracker {tracker}"), capsys)
-    assert f"--tracker {tracker}: not installed; in the checkout: pip install -c constraints.txt -e '.[{tracker}]'" in says
+    assert (
+        f"--tracker {tracker}: not installed; in the checkout: pip install -c constraints.txt -e '.[{tracker}]'" in says
+    )
 
 
 def test_a_tracker_without_an_account(capsys, monkeypatch):

@@ -9,12 +9,14 @@ import yaml
 
 from fedtalos.cli import main
 from fedtalos.config_files import read_yaml
+from fedtalos.config_tools import SweepConfig
 from fedtalos.errors import InputError
 from fedtalos.experiments import federated
-from fedtalos.experiments.estimates import Estimator, count_images
+from fedtalos.experiments.estimates import Estimator, architecture_of, count_images
 from fedtalos.experiments.grid_plots import place
 from fedtalos.experiments.grids import Grid, expand, read_grid, with_needs
 from fedtalos.experiments.speeds import Speed
+from fedtalos.experiments.sweep import given
 from fedtalos.experiments.tables import Spread
 from fedtalos.figures import History, Row
 from fedtalos.sweep_figures import curve
@@ -248,6 +250,45 @@ def test_estimates_multiply_what_was_measured(monkeypatch):
     centralized = {"command": "centralized", "options": {"num_epochs": 3}}
     (cell,) = expand("c", Grid(grid=[centralized], options=SMALL), {})
     assert estimator.seconds(cell) == 3 * 8  # of 120 images, 16 at once
+
+
+@pytest.mark.parametrize(
+    ("weights", "sizes"),
+    [
+        ("vit_tiny_patch16_224.augreg_in21k_ft_in1k", ("tiny", 224, 16)),
+        ("vit_small_patch8_224.dino", ("small", 224, 8)),
+        ("vit_small_patch14_dinov2.lvd142m", ("small", 518, 14)),
+        ("vit_large_patch14_reg4_dinov2.lvd142m", ("large", 518, 14)),
+        ("deit3_base_patch16_384.fb_in1k", ("base", 384, 16)),
+        ("hf:google/vit-base-patch16-224-in21k", ("base", 224, 16)),
+        ("hf:facebook/dinov2-large", ("large", 518, 14)),
+        ("hf:owner/cells", None),
+        ("timm:convnext_atto.d2_in1k", None),
+    ],
+)
+def test_a_name_says_which_model_is_estimated(weights, sizes):
+    options = {"weights": weights, "output_dir": Path()}
+    (cell,) = expand("c", Grid(grid=[{"command": "centralized"}]), options)
+    architecture = architecture_of(cell, 10)
+    assert sizes == (architecture and (architecture.size, architecture.image_size, architecture.patch_size))
+
+
+def test_a_run_without_an_estimate_does_not_hide_the_others(capsys):
+    models = {"micro": {}, "far": {"weights": "hf:owner/cells"}}
+    write({**GRID, "grid": [{"command": "centralized", "axes": {"model": models}}]})
+    sweep("--dry_run")
+    said = capsys.readouterr().out
+    assert "g-far-s0  to do, no estimate\n" in said
+    assert "4 of 4 runs to do, about" in said
+    assert "2 of them without an estimate\n" in said
+
+
+def test_where_runs_are_made_is_the_grids_unless_a_flag_says_otherwise():
+    grid = Grid(grid=[{"command": "federated"}], options={"device": "cpu", "precision": "fp32", "workers": 2})
+    (cell,) = expand("g", grid, given(SweepConfig(grid="g")))
+    assert (cell.config.run.device, cell.config.run.precision, cell.config.federation.workers) == ("cpu", "fp32", 2)
+    (cell,) = expand("g", grid, given(SweepConfig(grid="g", precision="bf16", workers=1)))
+    assert (cell.config.run.device, cell.config.run.precision, cell.config.federation.workers) == ("cpu", "bf16", 1)
 
 
 def test_published_data_sets_are_counted_without_their_files(monkeypatch):

@@ -64,10 +64,16 @@ class SweepConfig(Options):
     )
     output_dir: Path = Field(Path(), description="holds results/ checkpoints/ masks/ plots/")
     data_dir: Annotated[Path | None, unset("PATH", "the grid's")] = Field(None, description="where the data set is")
-    device: Literal["auto", "mps", "cuda", "cpu"] = Field("auto", description="auto: mps, then cuda, then cpu")
-    precision: Literal["auto", "fp32", "bf16"] = Field("auto", description="auto: bf16 where it is faster, measured")
-    threads: Annotated[int | None, unset("N", "all cores")] = Field(None, ge=1, le=1024, description="CPU threads")
-    workers: int = Field(1, ge=1, le=1024, description="processes that share a federated run's clients")
+    device: Annotated[Literal["auto", "mps", "cuda", "cpu"] | None, unset("{auto,mps,cuda,cpu}", "the grid's")] = Field(
+        None, description="auto: mps, then cuda, then cpu"
+    )
+    precision: Annotated[Literal["auto", "fp32", "bf16"] | None, unset("{auto,fp32,bf16}", "the grid's")] = Field(
+        None, description="auto: bf16 where it is faster, measured"
+    )
+    threads: Annotated[int | None, unset("N", "the grid's")] = Field(None, ge=1, le=1024, description="CPU threads")
+    workers: Annotated[int | None, unset("N", "the grid's")] = Field(
+        None, ge=1, le=1024, description="processes that share a federated run's clients"
+    )
 
 
 class DemoConfig(Options):

@@ -1,6 +1,7 @@
 """How long runs would take: a step and an evaluation of each kind are timed on random images, and multiplied.
 
-Nothing is downloaded or written. What a run does beside (reading images, figures: seconds) is not counted.
+Nothing is downloaded, and nothing written but the small copies of a data set of folders, which its first run would keep
+too. What a run does beside (reading images, figures: seconds) is not counted.
 """
 
 import re
@@ -22,7 +23,6 @@ from fedtalos.config import (
 from fedtalos.data.batches import steps_per_epoch
 from fedtalos.data.dataset_loader import load_dataset
 from fedtalos.devices import choose_device
-from fedtalos.errors import InputError
 from fedtalos.experiments.algorithms import local_steps
 from fedtalos.experiments.grids import Cell
 from fedtalos.experiments.preparation import resolve, starting_weights
@@ -33,6 +33,9 @@ from fedtalos.training.fedavg import clients_per_round
 
 PUBLISHED = {"cifar100": (50_000, 10_000, 100), "cifar10": (50_000, 10_000, 10)}
 """Training images, test images and classes of the data sets that would have to be downloaded; 32 px a side."""
+
+Sizes = tuple[str, int, int]
+"""Model size, image size and patch size."""
 
 FITTED = ("ridge", "ncm", "linear")
 """Heads that take every image's features, once; beside that they cost next to nothing."""
@@ -56,10 +59,12 @@ class Estimator:
     def __init__(self) -> None:
         self._speeds: dict[object, Speed] = {}
 
-    def seconds(self, cell: Cell) -> float:
-        """The whole run, from its start."""
+    def seconds(self, cell: Cell) -> float | None:
+        """The whole run, from its start; None where nothing here says what model it is to be."""
         amounts = count_images(cell.config.data, cell.config.model.image_size or 224)
         architecture = architecture_of(cell, amounts.classes)
+        if architecture is None:
+            return None
         sizes = {name: getattr(architecture, name.replace("model_", "")) for name in _SIZES}
         model = cell.config.model.model_copy(update=sizes)
         config = resolve(cell.config.model_copy(update={"model": model}), None, choose_device(cell.config.run.device))
@@ -120,28 +125,34 @@ def count_images(data: DataOptions, image_size: int) -> Amounts:
     return Amounts(train, calibration, min(val, limit), min(test, limit), classes, stored_size)
 
 
-def architecture_of(cell: Cell, classes: int) -> Architecture:
-    """As the options say, else as the weights have it, by their name where they would have to be downloaded."""
+def architecture_of(cell: Cell, classes: int) -> Architecture | None:
+    """As the options say, else as the weights have it, by their name where they would have to be downloaded.
+
+    None where the model is another library's, or the name does not say.
+    """
     options = cell.config.model
     start = [need for need in cell.needs if not isinstance(need.config, EditingConfig)]
     if start:
         like = architecture_of(start[0], classes)
-        size, image_size, patch_size = like.size, like.image_size, like.patch_size
+        sizes = None if like is None else (like.size, like.image_size, like.patch_size)
     elif options.weights == "none":
-        size, image_size, patch_size = options.model_size or "small", 32, 4
+        sizes = options.model_size or "small", 32, 4
     else:
         source = options.weights
         if isinstance(cell.config, EditingConfig) and cell.config.editing.checkpoint is not None:
             source = str(cell.config.editing.checkpoint)
-        size, image_size, patch_size = _sizes_of(source, options.model_size or "small", cell.config.run.output_dir)
+        sizes = _sizes_of(source, options.model_size or "small", cell.config.run.output_dir)
+    if sizes is None:
+        return None
+    size, image_size, patch_size = sizes
     return Architecture(
         options.model_size or size, options.image_size or image_size, options.patch_size or patch_size, classes
     )
 
 
 @cache
-def _sizes_of(source: str, size: ModelSize, root: Path) -> tuple[str, int, int]:
-    """Model size, image size and patch size of weights: of a file, as it has them, on the hub, as the name says."""
+def _sizes_of(source: str, size: ModelSize, root: Path) -> Sizes | None:
+    """Of a file, as it has them, on the hub, as the name says."""
     if source.endswith((*FILES, ".json")) or (root / "checkpoints" / source / "last.json").exists():
         config = CentralizedConfig(run=RunOptions(output_dir=root), model=ModelOptions(weights=source))
         weights = starting_weights(config)
@@ -149,11 +160,19 @@ def _sizes_of(source: str, size: ModelSize, root: Path) -> tuple[str, int, int]:
         theirs = weights.architecture
         if isinstance(theirs, Architecture):
             return theirs.size, theirs.image_size, theirs.patch_size
-        source = theirs.name
-    if source.startswith(("timm:", "torch:")):
-        raise InputError(f"--dry_run: there is no estimate for {source}; leave it out")
-    found = re.search(r"vit_([a-z]+)_patch(\d+)(?:_.*?)?_(\d{2,})", hub_address(source, size)[0])
-    return (found[1], int(found[3]), int(found[2])) if found else (size, 224, 16)
+        return None
+    return None if source.startswith(("timm:", "torch:")) else sizes_in_name(hub_address(source, size)[0])
+
+
+def sizes_in_name(name: str) -> Sizes | None:
+    """What the name of a plain ViT's weights says; None where it is not called as timm, Google or Meta call theirs."""
+    dinov2 = "dinov2" in name
+    if found := re.search(r"(?:vit|deit3?)[_-](tiny|small|base|large)[_-]patch(\d+)", name):
+        pixels = re.search(r"[_-](\d{3})(?!\d)", name[found.end() :])
+        return found[1], int(pixels[1]) if pixels else 518 if dinov2 else 224, int(found[2])
+    if dinov2 and (found := re.search(r"-(small|base|large)$", name)):
+        return found[1], 518, 14
+    return None
 
 
 def training_seconds(config: CentralizedConfig | FederatedConfig, amounts: Amounts, speed: Speed) -> float:

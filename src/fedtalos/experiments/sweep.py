@@ -36,8 +36,7 @@ def run(config: SweepConfig, console: Console, run_one: RunOne) -> list[Path]:
     """
     processes.check_alone(config.command)
     grid = read_grid(config.grid)
-    given = {key: value for key in GIVEN if (value := getattr(config, key)) is not None}
-    cells = expand(config.grid, grid, given, config.seeds)
+    cells = expand(config.grid, grid, given(config), config.seeds)
     check_lines(cells)
     chosen = cells if config.only is None else with_needs(cells, config.only)
     folder = RunPaths(config.output_dir, config.grid)
@@ -45,8 +44,8 @@ def run(config: SweepConfig, console: Console, run_one: RunOne) -> list[Path]:
         raise InputError(f"{folder.results} is a run, where the sweep's table is to be; move it away")
     states = {cell.name: state(cell, folder.results) for cell in cells}
     if config.dry_run:
-        if config.threads is not None:
-            torch.set_num_threads(config.threads)
+        if (threads := chosen[0].config.run.threads) is not None:
+            torch.set_num_threads(threads)
         show_plan(chosen, states, console)
         return []
     to_do = [cell for cell in chosen if states[cell.name] != "finished"]
@@ -61,18 +60,24 @@ def run(config: SweepConfig, console: Console, run_one: RunOne) -> list[Path]:
     return written
 
 
+def given(config: SweepConfig) -> dict[str, object]:
+    """The options of runs that flags of the sweep set: they beat the grid's."""
+    return {key: value for key in GIVEN if (value := getattr(config, key)) is not None}
+
+
 def show_plan(cells: Sequence[Cell], states: dict[str, State], console: Console) -> None:
     """List the runs with their states, and estimates of those that are not finished."""
-    estimator, total = Estimator(), 0.0
+    estimator, total, unknown = Estimator(), 0.0, 0
     for cell in cells:
         line = f"{cell.name}  {states[cell.name]}"
         if states[cell.name] != "finished":
             seconds = estimator.seconds(cell)
-            total += seconds
-            line += f", about {duration(seconds)}"
+            line += ", no estimate" if seconds is None else f", about {duration(seconds)}"
+            total, unknown = total + (seconds or 0), unknown + (seconds is None)
         console.print(line, highlight=False, markup=False, soft_wrap=True)
     left = sum(states[cell.name] != "finished" for cell in cells)
-    console.print(f"{left} of {len(cells)} runs to do, about {duration(total)} here", highlight=False)
+    but = f", and {unknown} of them without an estimate" if unknown else ""
+    console.print(f"{left} of {len(cells)} runs to do, about {duration(total)} here{but}", highlight=False)
 
 
 def duration(seconds: float) -> str:
