@@ -33,6 +33,11 @@ def federate(name: str, options: str = "") -> None:
     main([*FEDERATED, "--run_name", name, *shlex.split(options)])
 
 
+def edit(name: str) -> None:
+    options = f"--criterion random --target_sparsity 0.8 --run_name {name} --head random"
+    main(["editing", *DIGITS, *shlex.split(options)])
+
+
 def tensors(run: str) -> dict[str, torch.Tensor]:
     return load_checkpoint(Path("checkpoints", run, "last.json")).tensors
 
@@ -54,7 +59,7 @@ def same(first: str, second: str) -> bool:
 
 
 def test_each_algorithm_with_a_mask_moves_only_what_may_move_and_all_differ():
-    main(["editing", *DIGITS, *shlex.split("--criterion random --target_sparsity 0.8 --run_name m --head random")])
+    edit("m")
     mask, _ = load_mask(Path("masks/m.safetensors"))
     start = VisionTransformer(Architecture("micro", 8, 4, 10), torch_generator(0, "weights")).state_dict()
     found = {}
@@ -73,6 +78,7 @@ def test_each_algorithm_with_a_mask_moves_only_what_may_move_and_all_differ():
         assert not any(same(first, second) for second in ALGORITHMS[number + 1 :])
 
 
+@pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize(
     "options",
     [
@@ -82,9 +88,13 @@ def test_each_algorithm_with_a_mask_moves_only_what_may_move_and_all_differ():
         "--algorithm scaffold --num_rounds 1",
     ],
 )
-def test_what_is_fedavg_is_so_to_the_bit(options):
-    federate("ours", f"{options} --schedule constant")
-    federate("plain", f"{'--num_rounds 1 ' if 'num_rounds 1' in options else ''}--schedule constant")
+def test_what_is_fedavg_is_so_to_the_bit(options, masked):
+    both = "--schedule constant"
+    if masked:
+        edit("m")
+        both += " --mask masks/m.safetensors"
+    federate("ours", f"{options} {both}")
+    federate("plain", f"{'--num_rounds 1 ' if 'num_rounds 1' in options else ''}{both}")
     assert same("ours", "plain")
 
 

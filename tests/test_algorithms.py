@@ -284,6 +284,23 @@ def test_fedprox_trains_on_the_loss_with_its_proximal_term(vit, images, labels, 
         assert torch.equal(tensor[frozen], theta[name][frozen])
 
 
+def test_fedprox_is_the_published_update(mask):
+    task, mu = Quadratics(mask, steps=[1, 9, 2, 3, 4, 7], sizes=(3, 5, 7, 9, 11, 13)), 0.7
+    x = task.start.double()
+    found = task.rounds(10, fraction=0.5, adjust=lambda _: proximal(task.model, task.entries, mu))
+    for number, theirs in enumerate(found, 1):
+        chosen = list(sample_clients(K, 0.5, 0, number))
+        ends = []
+        for i in chosen:
+            y = x.clone()
+            for _ in range(task.steps[i]):
+                y = y - task.rate * mask * (task.gradient(i, y) + mu * (y - x))
+            ends.append(y)
+        shares = task.sizes[chosen] / task.sizes[chosen].sum()
+        x = sum(p * y for p, y in zip(shares.tolist(), ends, strict=True))
+        torch.testing.assert_close(theirs.double(), x, rtol=1e-4, atol=1e-5)
+
+
 def test_gradients_are_adjusted_before_they_are_clipped(vit, images, labels):
     entries = Entries(half(vit))
     freeze_all_but(vit, entries)

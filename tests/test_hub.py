@@ -14,6 +14,7 @@ from typing import ClassVar
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import save
 
 from fedtalos.models.vision_transformer import Architecture, VisionTransformer
@@ -95,6 +96,7 @@ json.dump(said, sys.stdout)
 
 FOUND = {
     "pretrained": (f"hub:{PRETRAINED}@{REVISION}", f"{PRETRAINED}/model.safetensors", MEAN),
+    PRETRAINED.removeprefix("timm/"): (f"hub:{PRETRAINED}@{REVISION}", f"{PRETRAINED}/model.safetensors", MEAN),
     "hf:owner/bin": (f"hub:owner/bin@{REVISION}", "owner/bin/pytorch_model.bin", MEAN),
     "hf:owner/dino/checkpoints/best.pth": (
         f"hub:owner/dino/checkpoints/best.pth@{REVISION}",
@@ -110,14 +112,29 @@ NOT_FOUND = {
 }
 
 
+def in_a_fresh_process(endpoint: str, folder: Path, *arguments: str, **more: str) -> str:
+    """What Python says with these arguments; a process, for huggingface_hub reads its environment once, on import."""
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "HUGGING"))}
+    environment |= {"HF_ENDPOINT": endpoint, "HF_HOME": str(folder / "hub"), "NO_PROXY": "127.0.0.1"} | more
+    command = [sys.executable, *arguments]
+    done = subprocess.run(command, env=environment, cwd=folder, check=True, capture_output=True, timeout=60, text=True)
+    return done.stdout
+
+
+def test_a_run_keeps_which_weights_of_the_hub_it_took(files: dict[str, bytes], endpoint: str, tmp_path: Path) -> None:
+    options = "--dataset digits --weights hf:owner/bin --image_size 8 --train_limit 40 --eval_limit 10 --num_epochs 1"
+    program = "from fedtalos.cli import main; main()"
+    command = ["-c", program, "centralized", *options.split(), "--run_name", "a", "--device", "cpu"]
+    in_a_fresh_process(endpoint, tmp_path, *command)
+    made_by = yaml.safe_load((tmp_path / "results/a/config.yaml").read_text())["made_by"]
+    sha256 = hashlib.sha256(files["owner/bin/pytorch_model.bin"]).hexdigest()
+    assert made_by["weights"] == {"source": f"hub:owner/bin@{REVISION}", "sha256": sha256}
+
+
 def test_the_hub_is_asked_once_then_its_cache(files: dict[str, bytes], endpoint: str, tmp_path: Path) -> None:
     def read(**more: str) -> tuple[list[object], dict[str, str]]:
-        """In a process of its own: huggingface_hub reads its environment once, on import."""
-        environment = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "HUGGING"))}
-        environment |= {"HF_ENDPOINT": endpoint, "HF_HOME": str(tmp_path), "NO_PROXY": "127.0.0.1"} | more
-        command = [sys.executable, "-c", READ_IN_A_FRESH_PROCESS, *FOUND, *NOT_FOUND]
-        done = subprocess.run(command, env=environment, check=True, capture_output=True, timeout=60)
-        said = json.loads(done.stdout)
+        asked = ("-c", READ_IN_A_FRESH_PROCESS, *FOUND, *NOT_FOUND)
+        said = json.loads(in_a_fresh_process(endpoint, tmp_path, *asked, **more))
         return said[: len(FOUND)], dict(zip(NOT_FOUND, said[len(FOUND) :], strict=True))
 
     fetched, refused = read()
@@ -127,6 +144,7 @@ def test_the_hub_is_asked_once_then_its_cache(files: dict[str, bytes], endpoint:
         assert sentence.startswith(f"--weights: {NOT_FOUND[name]}")
     assert refused["vit_unknown"].endswith("give --weights FILE or none")
     Hub.files.clear()
+    assert read()[0] == fetched  # online, of a hub that has nothing any more
     cached, refused = read(HF_HUB_OFFLINE="1")
     assert cached == fetched
     assert "(HF_HUB_OFFLINE is set, and it is not in the cache)" in refused["hf:owner/unknown"]
