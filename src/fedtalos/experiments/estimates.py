@@ -1,11 +1,11 @@
 """How long runs would take: a step and an evaluation of each kind are timed on random images, and multiplied.
 
-Nothing is downloaded, and nothing written but the small copies of a data set of folders, which its first run would keep
+Nothing is downloaded, and nothing written but what a data set of folders is decoded to, which its first run would keep
 too. What a run does beside (reading images, figures: seconds) is not counted.
 """
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 
@@ -61,10 +61,11 @@ class Estimator:
 
     def seconds(self, cell: Cell) -> float | None:
         """The whole run, from its start; None where nothing here says what model it is to be."""
-        amounts = count_images(cell.config.data, cell.config.model.image_size or 224)
-        architecture = architecture_of(cell, amounts.classes)
-        if architecture is None:
+        headless = architecture_of(cell)
+        if headless is None:
             return None
+        amounts = count_images(cell.config.data, headless.image_size)
+        architecture = replace(headless, num_classes=amounts.classes)
         sizes = {name: getattr(architecture, name.replace("model_", "")) for name in _SIZES}
         model = cell.config.model.model_copy(update=sizes)
         config = resolve(cell.config.model_copy(update={"model": model}), None, choose_device(cell.config.run.device))
@@ -125,15 +126,15 @@ def count_images(data: DataOptions, image_size: int) -> Amounts:
     return Amounts(train, calibration, min(val, limit), min(test, limit), classes, stored_size)
 
 
-def architecture_of(cell: Cell, classes: int) -> Architecture | None:
-    """As the options say, else as the weights have it, by their name where they would have to be downloaded.
+def architecture_of(cell: Cell) -> Architecture | None:
+    """Without a head: as the options say, else as the weights have it, by their name where they would have to be downloaded.
 
     None where the model is another library's, or the name does not say.
     """
     options = cell.config.model
     start = [need for need in cell.needs if not isinstance(need.config, EditingConfig)]
     if start:
-        like = architecture_of(start[0], classes)
+        like = architecture_of(start[0])
         sizes = None if like is None else (like.size, like.image_size, like.patch_size)
     elif options.weights == "none":
         sizes = options.model_size or "small", 32, 4
@@ -146,7 +147,7 @@ def architecture_of(cell: Cell, classes: int) -> Architecture | None:
         return None
     size, image_size, patch_size = sizes
     return Architecture(
-        options.model_size or size, options.image_size or image_size, options.patch_size or patch_size, classes
+        options.model_size or size, options.image_size or image_size, options.patch_size or patch_size, num_classes=0
     )
 
 
