@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import yaml
+from PIL import Image
 
 from fedtalos.cli import main
 from fedtalos.config_files import read_yaml
@@ -255,21 +256,27 @@ def test_estimates_multiply_what_was_measured(monkeypatch):
 @pytest.mark.parametrize(
     ("weights", "sizes"),
     [
+        ("pretrained", ("small", 224, 16)),
+        ("dino", ("small", 224, 16)),
         ("vit_tiny_patch16_224.augreg_in21k_ft_in1k", ("tiny", 224, 16)),
         ("vit_small_patch8_224.dino", ("small", 224, 8)),
         ("vit_small_patch14_dinov2.lvd142m", ("small", 518, 14)),
+        ("vit_small_patch14_reg4_dinov2.lvd142m", ("small", 518, 14)),
+        ("vit_base_patch14_dinov2.lvd142m", ("base", 518, 14)),
         ("vit_large_patch14_reg4_dinov2.lvd142m", ("large", 518, 14)),
+        ("deit3_small_patch16_224.fb_in1k", ("small", 224, 16)),
         ("deit3_base_patch16_384.fb_in1k", ("base", 384, 16)),
         ("hf:google/vit-base-patch16-224-in21k", ("base", 224, 16)),
         ("hf:facebook/dinov2-large", ("large", 518, 14)),
         ("hf:owner/cells", None),
         ("timm:convnext_atto.d2_in1k", None),
+        ("torch:convnext_tiny", None),
     ],
 )
 def test_a_name_says_which_model_is_estimated(weights, sizes):
     options = {"weights": weights, "output_dir": Path()}
     (cell,) = expand("c", Grid(grid=[{"command": "centralized"}]), options)
-    architecture = architecture_of(cell, 10)
+    architecture = architecture_of(cell)
     assert sizes == (architecture and (architecture.size, architecture.image_size, architecture.patch_size))
 
 
@@ -280,7 +287,24 @@ def test_a_run_without_an_estimate_does_not_hide_the_others(capsys):
     said = capsys.readouterr().out
     assert "g-far-s0  to do, no estimate\n" in said
     assert "4 of 4 runs to do, about" in said
-    assert "2 of them without an estimate\n" in said
+    assert said.endswith(" here without 2 of them, which have no estimate\n")
+    sweep("--dry_run", "--only", "far")
+    assert capsys.readouterr().out.endswith("2 of 2 runs to do, no estimate\n")
+
+
+@pytest.mark.parametrize("weights", ["none", "timm:convnext_atto.d2_in1k"])
+def test_a_dry_run_decodes_folders_only_as_the_run_will(weights, monkeypatch):
+    for name in ("a", "b"):
+        Path("data", name).mkdir(parents=True)
+        for number in range(10):
+            Image.new("RGB", (12, 12), (number, 0, 0)).save(f"data/{name}/{number}.png")
+    options = {"dataset": "folder", "weights": weights, "calibration_fraction": 0.1}
+    write({"options": options, "grid": [{"command": "centralized"}]})
+    measured = Speed(step=1.0, image=0.0, cached=False)
+    monkeypatch.setattr("fedtalos.experiments.estimates.measure", lambda *_: measured)
+    sweep("--dry_run")
+    kept = [path.name.partition("_")[0] for path in files() if path.suffix == ".safetensors"]
+    assert kept == (["32px"] if weights == "none" else [])
 
 
 def test_where_runs_are_made_is_the_grids_unless_a_flag_says_otherwise():
@@ -289,6 +313,8 @@ def test_where_runs_are_made_is_the_grids_unless_a_flag_says_otherwise():
     assert (cell.config.run.device, cell.config.run.precision, cell.config.federation.workers) == ("cpu", "fp32", 2)
     (cell,) = expand("g", grid, given(SweepConfig(grid="g", precision="bf16", workers=1)))
     assert (cell.config.run.device, cell.config.run.precision, cell.config.federation.workers) == ("cpu", "bf16", 1)
+    (elsewhere,) = expand("g", Grid(grid=[{"command": "federated"}]), {})
+    assert cell.recipe == elsewhere.recipe  # the same run, so that it may be resumed there
 
 
 def test_published_data_sets_are_counted_without_their_files(monkeypatch):

@@ -127,7 +127,7 @@ def count_images(data: DataOptions, image_size: int) -> Amounts:
 
 
 def architecture_of(cell: Cell) -> Architecture | None:
-    """Without a head: as the options say, else as the weights have it, by their name where they would have to be downloaded.
+    """As the options say, else as the weights have it, by their name where they would have to be downloaded; no head.
 
     None where the model is another library's, or the name does not say.
     """

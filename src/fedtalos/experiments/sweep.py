@@ -76,9 +76,9 @@ def show_plan(cells: Sequence[Cell], states: dict[str, State], console: Console)
             total, unknown = total + (seconds or 0), unknown + (seconds is None)
         console.print(line, highlight=False, markup=False, soft_wrap=True)
     left = sum(states[cell.name] != "finished" for cell in cells)
-    about = f", about {duration(total)} here" if unknown < left or not left else ""
-    but = f", without {unknown} that have no estimate" if unknown else ""
-    console.print(f"{left} of {len(cells)} runs to do{about}{but}", highlight=False)
+    about = "no estimate" if left == unknown > 0 else f"about {duration(total)} here"
+    but = f" without {unknown} of them, which have no estimate" if 0 < unknown < left else ""
+    console.print(f"{left} of {len(cells)} runs to do, {about}{but}", highlight=False, soft_wrap=True)
 
 
 def duration(seconds: float) -> str:
