@@ -8,14 +8,17 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 import yaml
 from safetensors.torch import save_file
+from sklearn.neighbors import NearestCentroid
 from torch import nn
 
 from fedtalos.checkpoint import load_checkpoint
-from fedtalos.cli import main
+from fedtalos.cli import main, parse
 from fedtalos.errors import InputError
 from fedtalos.experiments import session
+from fedtalos.experiments.preparation import prepare
 from fedtalos.masks import load_mask
 from fedtalos.models import published
 from fedtalos.models.foreign import ForeignArchitecture, ForeignModel
@@ -230,6 +233,46 @@ def test_a_resumed_run_equals_an_uninterrupted_one(monkeypatch):
     assert rows("cut") == rows("whole")
     whole, cut = (load_checkpoint(Path("checkpoints", run, "last.json")).tensors for run in ("whole", "cut"))
     assert all(torch.equal(cut[name], tensor) for name, tensor in whole.items())
+
+
+def features(command: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of the training images, as the run begins, straight through the model; and labels."""
+    _, ready = prepare(parse(command))
+    images = ready.dataset.train
+    with torch.no_grad():
+        return ready.model.features(ready.view(images.pixels)), images.labels
+
+
+def head(run: str) -> tuple[torch.Tensor, torch.Tensor]:
+    tensors = load_checkpoint(Path("checkpoints", run, "last.json")).tensors
+    return tensors["head.weight"], tensors["head.bias"]
+
+
+def test_a_head_of_nearest_means_answers_as_scikit_learns():
+    command = ["federated", *DIGITS, *ROUNDS, *shlex.split("--weights timm:net --head ncm --freeze_head")]
+    main([*command, "--run_name", "n"])
+    seen, labels = features(command)
+    expected = NearestCentroid().fit(seen.numpy(), labels.numpy()).predict(seen.numpy())
+    assert F.linear(seen, *head("n")).argmax(1).tolist() == expected.tolist()
+
+
+def test_a_linear_head_of_full_batches_is_a_plain_torch_loop():
+    options = "--weights timm:net --head linear --head_rounds 5 --freeze_head --num_epochs 1 --batch_size 300"
+    command = ["centralized", *DIGITS, *shlex.split(f"{options} --clip_norm None --precision fp32")]
+    main([*command, "--run_name", "l"])
+    seen, labels = features(command)
+    layer = nn.Linear(8, 10)
+    nn.init.zeros_(layer.weight)
+    nn.init.zeros_(layer.bias)
+    optimizer = torch.optim.SGD(layer.parameters(), lr=0.1, momentum=0.9, weight_decay=0.01)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 5)
+    for _ in range(5):
+        optimizer.zero_grad()
+        F.cross_entropy(layer(seen), labels).backward()
+        optimizer.step()
+        schedule.step()
+    for ours, expected in zip(head("l"), layer.parameters(), strict=True):
+        torch.testing.assert_close(ours, expected.detach(), rtol=1e-4, atol=1e-6)
 
 
 def test_with_the_head_alone_features_are_computed_once(monkeypatch):
