@@ -22,10 +22,10 @@ from torch import Tensor
 
 from fedtalos.devices import bf16_speedup
 from fedtalos.models.vision_transformer import Attention, VisionTransformer
-from fedtalos.parameters import Entries, Values, named_tensors
-from fedtalos.training.drift import Exchange
-from fedtalos.training.editing import eligible_entries
-from fedtalos.training.workers import Leader, serve
+from fedtalos.training.editing.talos import eligible_entries
+from fedtalos.training.federated.algorithms.drift import Exchange
+from fedtalos.training.federated.processes import Leader, serve
+from fedtalos.training.masked_parameters import Entries, Values, named_tensors
 
 CPU = torch.device("cpu")
 TINY = Setting("tiny", 32, 4)

@@ -20,13 +20,13 @@ from measure import environment, markdown_table, multiply_adds, peak_memory, sca
 from torch import Tensor
 from torch.optim import Optimizer
 
-from fedtalos.masks import Mask, load_mask
-from fedtalos.models.pretrained import Weights, load_into, read_weights
 from fedtalos.models.vision_transformer import Architecture, ModelSize, VisionTransformer
-from fedtalos.parameters import Entries
+from fedtalos.models.weights.read import Weights, load_into, read_weights
 from fedtalos.randomness import torch_generator
-from fedtalos.training.editing import eligible_entries
-from fedtalos.training.local import freeze_all_but, make_optimizer, train
+from fedtalos.training.editing.mask_file import Mask, load_mask
+from fedtalos.training.editing.talos import eligible_entries
+from fedtalos.training.loop import freeze_all_but, make_optimizer, train
+from fedtalos.training.masked_parameters import Entries
 
 CLASSES = 100
 

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from fedtalos.models.vision_transformer import VisionTransformer
-from fedtalos.parameters import Entries
 from fedtalos.randomness import torch_generator
+from fedtalos.training.masked_parameters import Entries
 
 
 @dataclass(frozen=True)

@@ -17,11 +17,11 @@ import torch
 from measure import environment, markdown_table
 from rich.console import Console
 
+from fedtalos.app.config.files import read_yaml
+from fedtalos.app.config.schema import RunConfig
+from fedtalos.app.run.folders import choose_run
 from fedtalos.cli import parse
-from fedtalos.config import RunConfig
-from fedtalos.config_files import read_yaml
 from fedtalos.experiments import centralized, editing, federated
-from fedtalos.experiments.runs import choose_run
 
 ROUNDS, CLIPS, NOISE, SEEDS = 8, (0.5, 0.1), 2.0, (0, 1, 2)
 COMMON = "--dataset digits --calibration_fraction 0.1 --model_size micro --image_size 8 --patch_size 4 --threads 1 "

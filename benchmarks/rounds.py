@@ -16,12 +16,12 @@ from fedtalos.data.batches import Augmentation, View, stacked_batches, training_
 from fedtalos.data.images import LabelledImages
 from fedtalos.metrics import Metrics
 from fedtalos.models.vision_transformer import Architecture, VisionTransformer
-from fedtalos.parameters import Entries
 from fedtalos.randomness import generator, torch_generator
-from fedtalos.training.editing import eligible_entries
-from fedtalos.training.fedavg import Round, TrainClients, fedavg, one_by_one
-from fedtalos.training.local import Batches, freeze_all_but, make_optimizer, train
-from fedtalos.training.vectorized import in_groups, together
+from fedtalos.training.editing.talos import eligible_entries
+from fedtalos.training.federated.fedavg import Round, TrainClients, fedavg, one_by_one
+from fedtalos.training.federated.stacked import in_groups, together
+from fedtalos.training.loop import Batches, freeze_all_but, make_optimizer, train
+from fedtalos.training.masked_parameters import Entries
 
 CLASSES = 100
 

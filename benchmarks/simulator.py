@@ -22,8 +22,8 @@ from rounds import Load, Rounds, Setting, Variant, each, products, random_images
 from fedtalos.data.images import LabelledImages
 from fedtalos.metrics import Metrics
 from fedtalos.randomness import torch_generator
-from fedtalos.training.activations import ActivationCache
-from fedtalos.training.fedavg import fedavg, one_by_one
+from fedtalos.training.feature_cache import ActivationCache
+from fedtalos.training.federated.fedavg import fedavg, one_by_one
 
 CPU = torch.device("cpu")
 

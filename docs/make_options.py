@@ -7,8 +7,8 @@ from typing import Any, get_args, get_origin
 import tyro
 from pydantic.fields import FieldInfo
 
-from fedtalos.config import RUN_CONFIGS, Options
-from fedtalos.config_tools import MASK_TOOLS, OTHERS, MaskConfig
+from fedtalos.app.config.schema import RUN_CONFIGS, Options
+from fedtalos.app.config.tools import MASK_TOOLS, OTHERS, MaskConfig
 
 INTRODUCTION = """# Every option
 

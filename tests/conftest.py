@@ -5,9 +5,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from fedtalos.masks import MaskFacts
 from fedtalos.models.vision_transformer import Architecture, VisionTransformer
 from fedtalos.randomness import torch_generator
+from fedtalos.training.editing.mask_file import MaskFacts
 
 
 @pytest.fixture(autouse=True)
@@ -25,7 +25,7 @@ def in_a_folder_of_its_own(tmp_path, monkeypatch) -> Path:
 @pytest.fixture
 def without_figures(monkeypatch) -> None:
     """Commands draw no figures, which take them a second a run."""
-    from fedtalos.experiments import plots  # imports everything
+    from fedtalos.app.figures import draw as plots  # imports everything
 
     for figure in ("plot_run", "plot_masks", "plot_iterations"):
         monkeypatch.setattr(plots, figure, lambda *_: [])

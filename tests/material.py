@@ -21,11 +21,11 @@ from safetensors.numpy import load as load_numpy
 from safetensors.numpy import save as save_numpy
 from safetensors.torch import load_file, save_file
 
+from fedtalos.app.figures import draw as plots
 from fedtalos.cli import main
 from fedtalos.data.image_folder import CACHE, read_image_folder
-from fedtalos.experiments import plots
 from fedtalos.files import UNSEALED, sealed
-from fedtalos.masks import load_mask, save_mask
+from fedtalos.training.editing.mask_file import load_mask, save_mask
 
 DIGITS = "--dataset digits --model_size micro --weights none --image_size 8 --patch_size 2 --device cpu "
 SMALL = DIGITS + "--train_limit 100 --eval_limit 20 "

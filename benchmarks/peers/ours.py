@@ -17,14 +17,14 @@ import tyro
 from task import Meter, Settings, client_batches, client_size, freeze, make_model, moving, normalised
 from torch import nn
 
-from fedtalos.masks import load_mask
 from fedtalos.metrics import Metrics
-from fedtalos.parameters import Entries
-from fedtalos.training.drift import Exchange
-from fedtalos.training.editing import eligible_entries
-from fedtalos.training.fedavg import TrainClients, fedavg, one_by_one
-from fedtalos.training.local import freeze_all_but, make_optimizer, train
-from fedtalos.training.workers import Leader, serve
+from fedtalos.training.editing.mask_file import load_mask
+from fedtalos.training.editing.talos import eligible_entries
+from fedtalos.training.federated.algorithms.drift import Exchange
+from fedtalos.training.federated.fedavg import TrainClients, fedavg, one_by_one
+from fedtalos.training.federated.processes import Leader, serve
+from fedtalos.training.loop import freeze_all_but, make_optimizer, train
+from fedtalos.training.masked_parameters import Entries
 
 
 @dataclass(frozen=True)

@@ -12,11 +12,10 @@ import tyro
 import yaml
 from rich.console import Console
 
-from fedtalos import interruption
-from fedtalos.config import RUN_CONFIGS, CentralizedConfig, EditingConfig, FederatedConfig, RunConfig
-from fedtalos.config_checks import check_together
-from fedtalos.config_files import from_file, from_preset, nearest, override
-from fedtalos.config_tools import (
+from fedtalos.app.config.checks import check_together
+from fedtalos.app.config.files import from_file, from_preset, nearest, override
+from fedtalos.app.config.schema import RUN_CONFIGS, CentralizedConfig, EditingConfig, FederatedConfig, RunConfig
+from fedtalos.app.config.tools import (
     MASK_TOOLS,
     OTHERS,
     DemoConfig,
@@ -26,12 +25,13 @@ from fedtalos.config_tools import (
     PlotConfig,
     SweepConfig,
 )
+from fedtalos.app.run import interruption
+from fedtalos.app.run.folders import choose_run, claimed, run_to_resume
+from fedtalos.app.run.interruption import Interrupted
+from fedtalos.app.run.recorder import require_tracker
 from fedtalos.errors import InputError
-from fedtalos.experiments.runs import choose_run, claimed, run_to_resume
-from fedtalos.interruption import Interrupted
-from fedtalos.recorder import require_tracker
-from fedtalos.training.local import TrainingError
-from fedtalos.training.memory import out_of_memory
+from fedtalos.training.loop import TrainingError
+from fedtalos.training.micro_batches import out_of_memory
 
 OUT_OF_MEMORY = (
     "the device's memory ran out (training had halved its batches as far as that goes); take a smaller --model_size or "
@@ -145,12 +145,12 @@ def dispatch(config: AnyConfig, console: Console) -> None:
 
             evaluate.run(config, console)
         case PlotConfig():
-            from fedtalos.experiments import plots
+            from fedtalos.experiments import plot
 
-            for path in plots.run(config):
+            for path in plot.run(config):
                 say(console, str(path))
         case MaskConfig():
-            from fedtalos.experiments import mask_tools
+            from fedtalos.experiments import mask as mask_tools
 
             for path in mask_tools.run(config.tool, console):
                 say(console, str(path))
@@ -171,7 +171,9 @@ def dispatch(config: AnyConfig, console: Console) -> None:
 
 def run_experiment(config: RunConfig, console: Console) -> None:
     """Train or edit, draw the figures, and say where everything is."""
-    from fedtalos.experiments import centralized, editing, federated, plots, processes
+    from fedtalos.app.figures import draw as plots
+    from fedtalos.app.run import launch as processes
+    from fedtalos.experiments import centralized, editing, federated
 
     if config.run.threads is not None:
         torch.set_num_threads(config.run.threads)

@@ -7,7 +7,7 @@ import psutil
 import torch
 
 from fedtalos.errors import InputError
-from fedtalos.training.local import Precision, autocast
+from fedtalos.training.loop import Precision, autocast
 
 
 def choose_device(name: str) -> torch.device:

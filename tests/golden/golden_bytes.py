@@ -3,7 +3,8 @@
     python tests/golden/golden_bytes.py          say which runs differ from golden_bytes.json
     python tests/golden/golden_bytes.py --write  write it anew (and say why in the commit's message)
 
-Other processors and other versions of torch add in another order, so the file also names the arithmetic it was made with.
+Other processors and other versions of torch add in another order, so the file also names the arithmetic that it was
+made with.
 """
 
 import csv
@@ -51,7 +52,8 @@ RUNS = {
     "fedadam": f"federated {ROUNDS} --algorithm fedadam",
     "scaffold": f"federated {ROUNDS} --mask masks/edit.safetensors --algorithm scaffold --optimizer sgd --num_rounds 5",
     "fednova": f"federated {ROUNDS} --partition dirichlet --local_epochs 1 --algorithm fednova --optimizer sgd",
-    "krum": f"federated {ROUNDS} --client_fraction 0.6 --aggregation krum --max_update_norm 1 --attack nan --attackers 3",
+    "krum": f"federated {ROUNDS} --client_fraction 0.6 --aggregation krum --max_update_norm 1 --attack nan "
+    "--attackers 3",
     "failures": f"federated {ROUNDS} --dropout_rate 0.3 --slowest 4 --deadline 5 --on_bad_client skip",
     "private": f"federated {ROUNDS} --max_update_norm 0.1 --dp_noise 1 --dp_delta 0.01",
     "personal": f"federated {ROUNDS} --mask masks/edit.safetensors --client_evaluation --personalise_steps 2 "

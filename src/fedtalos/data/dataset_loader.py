@@ -15,7 +15,7 @@ from fedtalos.data.cifar import CIFAR, Download, read_cifar
 from fedtalos.data.downloads import fetch_archive
 from fedtalos.data.image_folder import read_image_folder
 from fedtalos.data.images import LabelledImages
-from fedtalos.data.partition import stratified_sample
+from fedtalos.data.sampling import stratified_sample
 from fedtalos.errors import InputError
 from fedtalos.randomness import generator
 

@@ -9,21 +9,21 @@ from rich.console import Console
 from torch import Tensor
 from torch.optim import Optimizer
 
+from fedtalos.app.config.schema import CentralizedConfig
+from fedtalos.app.heads import fit_head_first
+from fedtalos.app.load import prepare
+from fedtalos.app.moving import moving_entries, optimizer_for, schedule_for
+from fedtalos.app.run.display import Display
+from fedtalos.app.run.folders import RunPaths, open_run
+from fedtalos.app.run.interruption import safe_point, until_asked
+from fedtalos.app.run.session import Progress, Session, resume
+from fedtalos.app.setup import Setup
 from fedtalos.checkpoint import optimizer_tensors, restore_optimizer
-from fedtalos.config import CentralizedConfig
 from fedtalos.data.batches import steps_per_epoch
-from fedtalos.display import Display
-from fedtalos.experiments.heads import fit_head_first
-from fedtalos.experiments.moving import moving_entries, optimizer_for, schedule_for
-from fedtalos.experiments.preparation import prepare
-from fedtalos.experiments.runs import RunPaths, open_run
-from fedtalos.experiments.session import Progress, Session, resume
-from fedtalos.experiments.setup import Setup
-from fedtalos.interruption import safe_point, until_asked
 from fedtalos.metrics import Metrics
-from fedtalos.parameters import Entries
 from fedtalos.randomness import generator
-from fedtalos.training.fedavg import Round
+from fedtalos.training.federated.fedavg import Round
+from fedtalos.training.masked_parameters import Entries
 
 
 def run(config: CentralizedConfig, paths: RunPaths, console: Console) -> dict[str, Any]:

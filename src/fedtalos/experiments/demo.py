@@ -7,11 +7,12 @@ from typing import Any, TypeVar
 from rich.console import Console
 from rich.table import Table
 
-from fedtalos.config import CentralizedConfig, EditingConfig, FederatedConfig
-from fedtalos.config_files import override, read_yaml
-from fedtalos.config_tools import DemoConfig
-from fedtalos.experiments import centralized, editing, federated, plots
-from fedtalos.experiments.runs import RunPaths, choose_run, claimed
+from fedtalos.app.config.files import override, read_yaml
+from fedtalos.app.config.schema import CentralizedConfig, EditingConfig, FederatedConfig
+from fedtalos.app.config.tools import DemoConfig
+from fedtalos.app.figures import draw as plots
+from fedtalos.app.run.folders import RunPaths, choose_run, claimed
+from fedtalos.experiments import centralized, editing, federated
 
 ConfigT = TypeVar("ConfigT", CentralizedConfig, EditingConfig, FederatedConfig)
 Summary = dict[str, Any]

@@ -11,23 +11,23 @@ from rich.console import Console
 from torch import Tensor
 
 from fedtalos import __version__
+from fedtalos.app.config.schema import LOOKS_AT_IMAGES, EditingConfig
+from fedtalos.app.heads import closed_form, fit_from_sums
+from fedtalos.app.load import prepare
+from fedtalos.app.run.display import Display, density_report
+from fedtalos.app.run.folders import RunPaths, open_run
+from fedtalos.app.run.recorder import write_csv, write_yaml
+from fedtalos.app.run.split_file import in_words, split, write_split
+from fedtalos.app.scoring import Holder, Score, chunk_that_fits, fisher_name, image_holders, scorer
+from fedtalos.app.setup import Setup
 from fedtalos.checkpoint import load_checkpoint, save_checkpoint
-from fedtalos.config import LOOKS_AT_IMAGES, EditingConfig
-from fedtalos.data.clients import Clients
-from fedtalos.display import Display, density_report
 from fedtalos.errors import InputError
-from fedtalos.experiments.clients import in_words, split, write_split
-from fedtalos.experiments.heads import closed_form, fit_from_sums
-from fedtalos.experiments.preparation import prepare
-from fedtalos.experiments.runs import RunPaths, open_run
-from fedtalos.experiments.scoring import Holder, Score, chunk_that_fits, fisher_name, image_holders, scorer
-from fedtalos.experiments.setup import Setup
-from fedtalos.head import HEADS, save_head
-from fedtalos.masks import Mask, MaskFacts, density_table, save_mask, votes_needed
-from fedtalos.parameters import Entries
-from fedtalos.recorder import write_csv, write_yaml
-from fedtalos.training.editing import Groups, Iteration, calibrate, eligible_entries, grouped
-from fedtalos.training.fisher import Scored
+from fedtalos.models.head_file import HEADS, save_head
+from fedtalos.training.editing.fisher import Scored
+from fedtalos.training.editing.mask_file import Mask, MaskFacts, density_table, save_mask, votes_needed
+from fedtalos.training.editing.talos import Groups, Iteration, calibrate, eligible_entries, grouped
+from fedtalos.training.federated.clients import Clients
+from fedtalos.training.masked_parameters import Entries
 
 Rows = list[dict[str, Any]]
 

@@ -2,12 +2,12 @@
 
 from rich.console import Console
 
+from fedtalos.app.config.files import override
+from fedtalos.app.config.schema import RUN_CONFIGS
+from fedtalos.app.config.tools import EvaluateConfig
+from fedtalos.app.load import prepare
 from fedtalos.checkpoint import find_checkpoint, load_checkpoint
-from fedtalos.config import RUN_CONFIGS
-from fedtalos.config_files import override
-from fedtalos.config_tools import EvaluateConfig
 from fedtalos.errors import InputError
-from fedtalos.experiments.preparation import prepare
 from fedtalos.metrics import Metrics
 
 

@@ -7,31 +7,31 @@ from typing import Any
 from rich.console import Console
 from torch.optim import Optimizer
 
-from fedtalos.config import FederatedConfig
-from fedtalos.data.clients import Clients
+from fedtalos.app.absence import absence_for
+from fedtalos.app.aggregation import aggregation_for, privacy, sent_updates
+from fedtalos.app.algorithms import adjust_for, local_steps, server_side
+from fedtalos.app.config.schema import FederatedConfig
+from fedtalos.app.grouping import grouped, settle_clients_at_once
+from fedtalos.app.heads import fit_head_first
+from fedtalos.app.load import prepare
+from fedtalos.app.moving import moving_entries, optimizer_for, schedule_for
+from fedtalos.app.personal import evaluate_clients
+from fedtalos.app.run.display import Display
+from fedtalos.app.run.folders import RunPaths, open_run
+from fedtalos.app.run.interruption import with_safe_points
+from fedtalos.app.run.launch import Others, agreed, others
+from fedtalos.app.run.session import Session, resume
+from fedtalos.app.run.split_file import split, write_split
+from fedtalos.app.setup import Setup
 from fedtalos.devices import choose_device
-from fedtalos.display import Display
-from fedtalos.experiments.absence import absence_for
-from fedtalos.experiments.aggregation import aggregation_for, privacy, sent_updates
-from fedtalos.experiments.algorithms import adjust_for, local_steps, server_side
-from fedtalos.experiments.clients import split, write_split
-from fedtalos.experiments.grouping import grouped, settle_clients_at_once
-from fedtalos.experiments.heads import fit_head_first
-from fedtalos.experiments.moving import moving_entries, optimizer_for, schedule_for
-from fedtalos.experiments.personal import evaluate_clients
-from fedtalos.experiments.preparation import prepare
-from fedtalos.experiments.processes import Others, agreed, others
-from fedtalos.experiments.runs import RunPaths, open_run
-from fedtalos.experiments.session import Session, resume
-from fedtalos.experiments.setup import Setup
-from fedtalos.interruption import with_safe_points
 from fedtalos.metrics import Metrics
-from fedtalos.parameters import Entries
 from fedtalos.randomness import generator
-from fedtalos.training.drift import Exchange
-from fedtalos.training.fedavg import Round, TrainClients, clients_per_round, fedavg, one_by_one
-from fedtalos.training.local import Batches
-from fedtalos.training.workers import Leader, WorkerLostError, serve
+from fedtalos.training.federated.algorithms.drift import Exchange
+from fedtalos.training.federated.clients import Clients
+from fedtalos.training.federated.fedavg import Round, TrainClients, clients_per_round, fedavg, one_by_one
+from fedtalos.training.federated.processes import Leader, WorkerLostError, serve
+from fedtalos.training.loop import Batches
+from fedtalos.training.masked_parameters import Entries
 
 Watch = Callable[[Batches, float], Batches]
 """Passes batches on; each is that share of a round."""

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from fedtalos import __version__
-from fedtalos.config_tools import InfoConfig
+from fedtalos.app.config.tools import InfoConfig
 from fedtalos.devices import bf16_speedup, choose_device, choose_precision
 
 LIBRARIES = ("torch", "numpy", "safetensors", "huggingface_hub", "timm", "tensorboard", "wandb")

@@ -8,20 +8,20 @@ from typing import Literal
 import torch
 from rich.console import Console
 
-from fedtalos.config import RunConfig
-from fedtalos.config_files import read_yaml
-from fedtalos.config_tools import SweepConfig
+from fedtalos.app.config.files import read_yaml
+from fedtalos.app.config.schema import RunConfig
+from fedtalos.app.config.tools import SweepConfig
+from fedtalos.app.run import launch as processes
+from fedtalos.app.run.folders import RunPaths
+from fedtalos.app.run.interruption import Interrupted
+from fedtalos.app.run.recorder import write_yaml
+from fedtalos.app.sweep.estimates import Estimator
+from fedtalos.app.sweep.grid import Cell, expand, read_grid, with_needs
+from fedtalos.app.sweep.plots import check_lines, plot_grid
+from fedtalos.app.sweep.tables import over_seeds, print_table, read_result, write_tables
 from fedtalos.errors import InputError
-from fedtalos.experiments import processes
-from fedtalos.experiments.estimates import Estimator
-from fedtalos.experiments.grid_plots import check_lines, plot_grid
-from fedtalos.experiments.grids import Cell, expand, read_grid, with_needs
-from fedtalos.experiments.runs import RunPaths
-from fedtalos.experiments.tables import over_seeds, print_table, read_result, write_tables
 from fedtalos.files import write_atomic
-from fedtalos.interruption import Interrupted
-from fedtalos.recorder import write_yaml
-from fedtalos.training.local import TrainingError
+from fedtalos.training.loop import TrainingError
 
 State = Literal["finished", "unfinished", "to do"]
 RunOne = Callable[[RunConfig, Console], None]

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from fedtalos.errors import InputError
 from fedtalos.models.backbone import Backbone
-from fedtalos.models.linear import Linear
+from fedtalos.models.row_sparse_linear import Linear
 
 ModelSize = Literal["micro", "tiny", "small", "base", "large"]
 

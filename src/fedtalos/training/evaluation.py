@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fedtalos.metrics import Metrics
-from fedtalos.training.local import Batches, Precision, autocast, correct_answers
+from fedtalos.training.loop import Batches, Precision, autocast, correct_answers
 
 
 def evaluate(model: nn.Module, batches: Batches, precision: Precision = "fp32") -> Metrics:

@@ -1,0 +1,153 @@
+"""From YAML files and presets to a config: flat option names in, checked config out, and back."""
+
+import difflib
+import math
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+from pydantic import BaseModel
+
+from fedtalos.app.config.schema import RUN_CONFIGS, Config, Options
+from fedtalos.errors import InputError, shown
+
+NOT_IN_FILES = {"config", "preset", "resume"}
+ConfigT = TypeVar("ConfigT", bound=Config)
+PRESETS = Path("configs/experiment_configs.yaml")
+"""Looked for in the working folder, then in the checkout that this code is in."""
+LARGEST = 100_000
+"""Of a YAML file: bytes, and values when every alias is written out."""
+
+
+def groups(config_type: type[BaseModel]) -> dict[str, str | None]:
+    """Knob -> the group that holds it (None: the command's own), for one command."""
+    found: dict[str, str | None] = {}
+    for name, field in config_type.model_fields.items():
+        if isinstance(field.default, Options):
+            found |= dict.fromkeys(type(field.default).model_fields, name)
+        else:
+            found[name] = None
+    return found
+
+
+def flatten(config: BaseModel) -> dict[str, Any]:
+    """All knobs of a config as plain YAML values by flat name."""
+    flat: dict[str, Any] = {}
+    for name, value in config.model_dump(mode="json").items():
+        flat |= value if isinstance(getattr(config, name), Options) else {name: value}
+    return flat
+
+
+def override(config: ConfigT, values: Mapping[str, Any], source: str) -> ConfigT:
+    """``config`` with ``values`` (flat names) in place of its own.
+
+    Raises InputError, naming ``source`` and the knob, for unknown knobs and values outside their limits.
+    """
+    where = groups(type(config))
+    nested: dict[str, Any] = {name: getattr(config, name) for name in type(config).model_fields}
+    nested = {name: value.model_dump() if isinstance(value, Options) else value for name, value in nested.items()}
+    for key, value in values.items():
+        if key not in where:
+            raise InputError(f"{source}: unknown option {shown(key)}{nearest(key, where)}")
+        group = where[key]
+        (nested if group is None else nested[group])[key] = value
+    try:
+        return type(config)(**nested)
+    except InputError as error:
+        raise InputError(f"{source}: {error}") from error
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """A YAML mapping; InputError where it is missing or is something else."""
+    try:
+        with path.open("rb") as file:
+            content = _parsed(file.read(LARGEST + 1))
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror}); give an existing YAML file") from error
+    except yaml.MarkedYAMLError as error:
+        line = "" if error.problem_mark is None else f", line {error.problem_mark.line + 1}"
+        raise InputError(f"{path}{line}: not valid YAML ({error.problem}); mend it") from error
+    except Exception as error:  # constructors of odd scalars raise nearly anything
+        raise InputError(f"{path}: not valid YAML ({shown(error)}); mend it") from error
+    if content is None:
+        return {}
+    if not isinstance(content, dict):
+        raise InputError(f"{path}: expected 'option: value' lines, got {type(content).__name__}")
+    for key in content:
+        if not isinstance(key, str):
+            raise InputError(f"{path}: expected options by name, got the key {shown(key)}")
+    return content
+
+
+def _parsed(content: bytes) -> object:
+    """What a YAML file says. ValueError where it is long, or short and stands for a lot: aliases of aliases double."""
+    if len(content) > LARGEST:
+        raise ValueError(f"more than {LARGEST} bytes")
+    loader = yaml.SafeLoader(content.decode())
+    node = loader.get_single_node()
+    if _values(node, {}) > LARGEST:
+        raise ValueError(f"stands for more than {LARGEST} values")
+    parsed: object = None if node is None else loader.construct_document(node)
+    return parsed
+
+
+def _values(node: yaml.Node | None, counted: dict[int, float]) -> float:
+    """How many values a node stands for; inf where it holds itself."""
+    if not isinstance(node, yaml.CollectionNode):
+        return 1
+    if id(node) not in counted:
+        counted[id(node)] = math.inf
+        pairs = node.value if isinstance(node, yaml.MappingNode) else [node.value]
+        counted[id(node)] = 1 + sum(_values(child, counted) for pair in pairs for child in pair)
+    return counted[id(node)]
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """' Did you mean ...?' or nothing."""
+    close = difflib.get_close_matches(name, list(known), n=1)
+    return f"; did you mean {close[0]!r}?" if close else ""
+
+
+def from_file(path: Path, command: str) -> dict[str, Any]:
+    """The options that a config file gives to a command.
+
+    A file may serve several commands, so options of the other commands are passed over; options of none are refused.
+    A run's own config.yaml can be given: its `made_by` section and the run's name are passed over.
+    """
+    values = read_yaml(path)
+    mine = groups(RUN_CONFIGS[command])
+    every = {key for config_type in RUN_CONFIGS.values() for key in groups(config_type)}
+    for key in values:
+        if key not in every | {"command", "made_by"}:
+            raise InputError(f"{path}: unknown option {shown(key)}{nearest(key, every)}")
+    passed_over = NOT_IN_FILES | ({"run_name"} if "made_by" in values else set())
+    return {key: value for key, value in values.items() if key in mine and key not in passed_over}
+
+
+def named_entry(what: str, name: str) -> tuple[dict[str, Any], str]:
+    """The entry ``name`` of the file of presets and grids, and how errors call it; ``what`` of both is looked for."""
+    path = PRESETS if PRESETS.exists() else Path(__file__).parents[4] / PRESETS
+    entries = read_yaml(path)
+    if name not in entries:
+        raise InputError(f"{what}: no {name!r} in {path}{nearest(name, entries) or '; it has ' + ', '.join(entries)}")
+    if not isinstance(entries[name], dict):
+        raise InputError(f"{what} {name!r} in {path}: expected 'option: value' lines, got {shown(entries[name])}")
+    return dict(entries[name]), f"{what} {name!r} in {path}"
+
+
+def from_preset(name: str, command: str) -> dict[str, Any]:
+    """The options of a named preset, which must be one for ``command``."""
+    values, source = named_entry("preset", name)
+    if "grid" in values:
+        raise InputError(f"preset {name!r} is a grid of many runs: `fedtalos sweep {name}` runs them")
+    made_for = values.pop("command", None)
+    if not isinstance(made_for, str) or made_for not in RUN_CONFIGS:
+        raise InputError(f"{source}: expected command: {' | '.join(RUN_CONFIGS)}, got {shown(made_for)}")
+    if made_for != command:
+        raise InputError(f"preset {name!r} is for `{made_for}`, not for `{command}`")
+    mine = groups(RUN_CONFIGS[command]).keys() - NOT_IN_FILES
+    for key in values:
+        if key not in mine:
+            raise InputError(f"{source}: unknown option {shown(key)}{nearest(str(key), mine)}")
+    return values

@@ -1,0 +1,235 @@
+"""Figures of runs and masks from plain data: each function draws one matplotlib Figure.
+
+Cells are one blue from light to dark. Importing this module takes up to a second: import it late.
+"""
+
+import math
+import textwrap
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+from matplotlib.axes import Axes
+from matplotlib.colors import LinearSegmentedColormap
+from matplotlib.figure import Figure
+from matplotlib.image import AxesImage
+from matplotlib.lines import Line2D
+
+from fedtalos.app.figures.style import COLOURS, MOST_LINES, look, megabyte_axis, new_figure, plain, whole_numbers
+from fedtalos.training.editing.mask_file import KINDS, DensityRow
+
+MOST_RUNS = MOST_LINES
+MOST_CLIENTS = 200  # of more, the first: they are drawn alike, and a column of five pixels can still be seen
+
+_GREY = "#555555"
+_CELLS = LinearSegmentedColormap.from_list("blue", ["#C2DBED", "#0072B2", "#00263B"])
+_FEW = 25  # a line of at most so many points marks each of them
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of a run's metrics: accuracy 0 to 1, megabytes sent both ways since the start; nan where not known."""
+
+    step: int
+    split: str
+    loss: float
+    accuracy: float
+    megabytes: float
+
+
+Quantity = Callable[[Row], float]
+
+
+@dataclass(frozen=True)
+class History:
+    """A run's metrics by ``step_name`` (round or epoch)."""
+
+    name: str
+    step_name: str
+    rows: Sequence[Row]
+
+    def series(self, split: str, x: Quantity, y: Quantity) -> tuple[list[float], list[float]]:
+        """x and y of the rows of one split, in order, without those that lack either number."""
+        pairs = [(x(row), y(row)) for row in self.rows if row.split == split]
+        known = [pair for pair in pairs if np.isfinite(pair).all()]
+        return [a for a, _ in known], [b for _, b in known]
+
+
+def _step(row: Row) -> float:
+    return row.step
+
+
+def _per_cent(row: Row) -> float:
+    return 100 * row.accuracy
+
+
+def curves(histories: Sequence[History]) -> Figure:
+    """Accuracy (%) and cross-entropy by round or epoch: train dashed, validation solid, test a marker at the end.
+
+    Of more than four runs the training lines are left out: they would hide the rest.
+    """
+    splits = ("train", "val", "test") if len(histories) <= 4 else ("val", "test")
+    steps = sorted({history.step_name for history in histories}, reverse=True)
+    figure = new_figure(3.4)
+    left, right = figure.subplots(1, 2)
+    for axes, label, y in ((left, "accuracy (%)", _per_cent), (right, "cross-entropy (nats)", lambda row: row.loss)):
+        for index, history in enumerate(histories):
+            _draw_run(axes, history, index, splits, _step, y)
+        axes.set(xlabel=" or ".join(steps), ylabel=label)
+        axes.xaxis.set_major_locator(whole_numbers(8))
+        plain(axes)
+    _legend_of_splits(right)
+    _title(figure, f"Accuracy and loss by {' or '.join(steps)}", histories)
+    return figure
+
+
+def megabytes(histories: Sequence[History]) -> Figure:
+    """Validation accuracy (%) against megabytes sent, test a marker at the end; log x where totals lie far apart."""
+    figure = new_figure(3.8)
+    axes = figure.subplots()
+    for index, history in enumerate(histories):
+        _draw_run(axes, history, index, ("val", "test"), lambda row: row.megabytes, _per_cent)
+    totals = [np.nanmax([row.megabytes for row in history.rows]) for history in histories]
+    megabyte_axis(axes, min(totals), max(totals))
+    axes.set(xlabel="sent up and down, all clients (MB)", ylabel="accuracy (%)")
+    plain(axes)
+    _legend_of_splits(axes)
+    _title(figure, "Accuracy against megabytes sent", histories)
+    return figure
+
+
+def clients(class_counts: npt.NDArray[np.int64], classes: Sequence[str], title: str) -> Figure:
+    """Images of each class at each client, from counts (K, C); classes are named where there is room."""
+    num_classes = len(classes)
+    figure = new_figure(float(np.clip(1.2 + 0.22 * num_classes, 2.8, 5.0)))
+    axes = figure.subplots()
+    counts = np.ma.masked_equal(class_counts.T, 0)
+    image = axes.imshow(counts, cmap=_CELLS, vmin=0, aspect="auto", interpolation="nearest")
+    axes.set(xlabel="client", ylabel="class")
+    axes.xaxis.set_major_locator(whole_numbers(20 if len(class_counts) <= 20 else 10))
+    if num_classes <= 20:
+        axes.set_yticks(range(num_classes), labels=classes, parse_math=False)
+    figure.colorbar(image, ax=axes, label="images (white: none)", pad=0.02)
+    axes.set_title(title)
+    return figure
+
+
+def density(rows: Sequence[DensityRow], title: str) -> Figure:
+    """Share of entries that may move per block and kind of tensor, cells in per cent."""
+    blocks = sorted({row.block for row in rows})
+    kinds = [kind for kind in KINDS if any(row.kind == kind for row in rows)]
+    shares = np.full((len(blocks), len(kinds)), np.nan)
+    for row in rows:
+        shares[blocks.index(row.block), kinds.index(row.kind)] = 100 * row.density
+    figure = new_figure(max(2.8, 1.3 + 0.3 * len(blocks)))
+    axes = figure.subplots()
+    image = axes.imshow(shares, cmap=_CELLS, vmin=0, vmax=max(1.0, np.nanmax(shares)), aspect="auto")
+    axes.set_xticks(range(len(kinds)), labels=kinds)
+    axes.set_yticks(range(len(blocks)), labels=[str(block) for block in blocks])
+    axes.set(xlabel="kind of tensor", ylabel="block")
+    _annotate(axes, image, shares, "{:.1f}")
+    figure.colorbar(image, ax=axes, label="entries that may move (%)", pad=0.02)
+    axes.set_title(title, parse_math=False)
+    return figure
+
+
+def iterations(report: Mapping[int, Sequence[DensityRow]], name: str) -> Figure:
+    """Share of entries that may move after each iteration, by kind of tensor, from the iterations' density rows."""
+    figure = new_figure(3.8)
+    axes = figure.subplots()
+    numbers = [0, *report]
+
+    def shares(*kinds: str) -> list[float]:
+        chosen = [[row for row in rows if row.kind in kinds] for rows in report.values()]
+        return [100.0, *(100 * sum(r.active for r in rows) / sum(r.entries for r in rows) for rows in chosen)]
+
+    kinds = [kind for kind in KINDS if any(row.kind == kind for rows in report.values() for row in rows)]
+    for kind, colour in zip(kinds, (*COLOURS, _GREY), strict=False):
+        axes.plot(numbers, shares(kind), color=colour, marker="o", markersize=4, label=kind)
+    axes.plot(numbers, shares(*kinds), color=_GREY, linestyle="--", linewidth=1, label="all")
+    axes.set(xlabel="iteration", ylabel="entries that may move (%)", ylim=(0, None))
+    axes.xaxis.set_major_locator(whole_numbers(10))
+    plain(axes)
+    figure.legend(loc="outside right center", frameon=False)
+    axes.set_title(f"What each iteration lets move\n{name}", parse_math=False)
+    return figure
+
+
+def overlap(names: Sequence[str], shares: npt.NDArray[np.float64]) -> Figure:
+    """Intersection over union of every two masks, from a matrix (M, M) of values 0 to 1."""
+    figure = new_figure(1.6 + 0.45 * len(names))
+    axes = figure.subplots()
+    image = axes.imshow(shares, cmap=_CELLS, vmin=0, vmax=1, aspect="auto")
+    numbers = [str(number) for number in range(1, len(names) + 1)]
+    axes.set_xticks(range(len(names)), labels=numbers)
+    labels = [textwrap.fill(f"{number}  {name}", 28) for number, name in zip(numbers, names, strict=True)]
+    axes.set_yticks(range(len(names)), labels=labels, fontsize=9, parse_math=False)
+    axes.set(xlabel="mask")
+    _annotate(axes, image, shares, "{:.2f}")
+    figure.colorbar(image, ax=axes, label="intersection over union", pad=0.02)
+    axes.set_title("Overlap of the entries that may move")
+    return figure
+
+
+def _draw_run(axes: Axes, history: History, index: int, splits: Sequence[str], x: Quantity, y: Quantity) -> None:
+    colour, marker = look(index)
+    for split in splits:
+        at, values = history.series(split, x, y)
+        if not at:
+            continue
+        line = Line2D(at, values, color=colour, label=split, markersize=4, markevery=max(1, len(at) // _FEW))
+        line.set_marker(marker if len(at) <= _FEW or index >= len(COLOURS) else "")
+        if split == "train":
+            line.set(linestyle="--", linewidth=1, alpha=0.6, markerfacecolor="white")
+        elif split == "test":
+            line.set(linestyle="", marker="D", markersize=7, markerfacecolor="none", markeredgewidth=1.5, zorder=3)
+        axes.add_line(line)
+    axes.autoscale_view()
+
+
+def _legend_of_splits(axes: Axes) -> None:
+    """What dashes, lines and diamonds mean: the first line of each split, in grey."""
+    first = {str(line.get_label()): line for line in reversed(axes.lines)}
+    signs = []
+    for split in ("train", "val", "test"):
+        if split in first:
+            sign = Line2D([], [])
+            sign.update_from(first[split])
+            sign.set(color=_GREY, label=split.replace("val", "validation"))
+            signs.append(sign)
+    axes.legend(handles=signs, frameon=False)
+
+
+def _title(figure: Figure, words: str, histories: Sequence[History]) -> None:
+    """A title, with the run's name; below the axes the runs' colours where there are several."""
+    labels = [_label(history) for history in histories]
+    if len(histories) == 1:
+        figure.suptitle(f"{words}\n{labels[0]}", parse_math=False)
+        return
+    figure.suptitle(words)
+    looks = [look(index) for index in range(len(histories))]
+    handles = [
+        Line2D([], [], color=colour, marker=marker if index >= len(COLOURS) else "")
+        for index, (colour, marker) in enumerate(looks)
+    ]
+    columns = max(1, min(len(labels), 100 // (max(map(len, labels)) + 6)))
+    figure.set_figheight(figure.get_figheight() + 0.22 * math.ceil(len(labels) / columns))
+    legend = figure.legend(handles, labels, loc="outside lower center", ncols=columns, frameon=False)
+    for text in legend.get_texts():
+        text.set_parse_math(False)
+
+
+def _label(history: History) -> str:
+    _, tests = history.series("test", _step, _per_cent)
+    return textwrap.fill(f"{history.name}: test {tests[-1]:.1f} %" if tests else history.name, 80)
+
+
+def _annotate(axes: Axes, image: AxesImage, values: npt.NDArray[np.float64], form: str) -> None:
+    """Write each cell's value in black or white, whichever stands out; a cell that is nan stays empty."""
+    for (row, column), value in np.ndenumerate(values):
+        if np.isnan(value):
+            continue
+        red, green, blue, _ = image.to_rgba(np.array([[value]]))[0, 0]
+        ink = "black" if 0.299 * red + 0.587 * green + 0.114 * blue > 0.5 else "white"
+        axes.text(column, row, form.format(value), ha="center", va="center", color=ink, fontsize=9)

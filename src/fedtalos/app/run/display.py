@@ -1,0 +1,96 @@
+"""What a run shows while it runs: a live line on a terminal, plain lines elsewhere."""
+
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from types import TracebackType
+from typing import Self, TypeVar
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from fedtalos.metrics import Metrics
+from fedtalos.training.editing.mask_file import KINDS, DensityRow
+
+T = TypeVar("T")
+
+
+class Display:
+    """Progress over ``total`` epochs, rounds or iterations, of which ``done`` were done before."""
+
+    def __init__(self, console: Console, unit: str, total: int, done: int = 0) -> None:
+        self._console, self._unit, self._total, self._first = console, unit, total, done
+        self._start, self._images = time.perf_counter(), 0
+        self._progress: Progress | None = None
+        self._task: TaskID | None = None
+
+    def __enter__(self) -> Self:
+        if self._console.is_terminal:
+            self._progress = Progress(
+                TextColumn("{task.description}"),
+                BarColumn(bar_width=24),
+                TextColumn("{task.fields[figures]}"),
+                TextColumn("ETA"),
+                TimeRemainingColumn(elapsed_when_finished=True),
+                console=self._console,
+            )
+            self._progress.start()
+            self._task = self._progress.add_task(
+                f"{self._unit} {self._first}/{self._total}", total=self._total, completed=self._first, figures=""
+            )
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        if self._progress is not None:
+            self._progress.stop()
+
+    def watch(self, items: Iterable[T], share: float) -> Iterator[T]:
+        """Pass ``items`` on; each one is ``share`` of the present epoch, round or iteration."""
+        for item in items:
+            yield item
+            if self._progress is not None and self._task is not None:
+                self._progress.advance(self._task, share)
+
+    def finished(self, number: int, train: Metrics, validation: Metrics | None) -> None:
+        """Epoch or round ``number`` is done with these figures; on a terminal only validations leave a line."""
+        self._images += train.examples
+        figures = f"train loss {train.loss:.3f}, accuracy {100 * train.accuracy:.1f} %"
+        if train.examples == 0:
+            figures = "no client's update counted"
+        if validation is not None:
+            figures += f"; val loss {validation.loss:.3f}, accuracy {100 * validation.accuracy:.1f} %"
+        figures += f"; {self._images / (time.perf_counter() - self._start):.0f} images/s"
+        self.show(number, figures, keep=validation is not None)
+
+    def note(self, text: str) -> None:
+        """Leave a line of what should not be missed."""
+        self._console.print(text, highlight=False, soft_wrap=True)
+
+    def show(self, number: int, figures: str, *, keep: bool = True) -> None:
+        """Epoch, round or iteration ``number`` is done; ``keep`` leaves a line of it on a terminal too."""
+        name = f"{self._unit} {number}/{self._total}"
+        if self._progress is not None and self._task is not None:
+            self._progress.update(self._task, completed=number, description=name, figures=figures)
+            if keep:
+                self._console.print(f"{name}: {figures}", highlight=False)
+        else:
+            seconds = time.perf_counter() - self._start
+            left = seconds / (number - self._first) * (self._total - number)
+            self._console.print(f"{name}: {figures}; ETA {left:.0f} s", highlight=False, soft_wrap=True)
+
+
+def density_report(rows: Sequence[DensityRow]) -> Table:
+    """Per cent of entries that may move, by block and kind, and over all blocks."""
+    kinds = [kind for kind in KINDS if any(row.kind == kind for row in rows)]
+    table = Table(title="Entries that may move (%)", title_justify="left")
+    table.add_column("block", justify="right")
+    for kind in kinds:
+        table.add_column(kind, justify="right")
+    for block in sorted({row.block for row in rows}):
+        by_kind = {row.kind: f"{100 * row.density:.1f}" for row in rows if row.block == block}
+        table.add_row(str(block), *(by_kind.get(kind, "") for kind in kinds))
+    table.add_section()
+    overall = [[row for row in rows if row.kind == kind] for kind in kinds]
+    shares = [100 * sum(r.active for r in same) / sum(r.entries for r in same) for same in overall]
+    table.add_row("all", *(f"{share:.1f}" for share in shares))
+    return table

@@ -1,0 +1,214 @@
+"""Grids: named entries of configs/experiment_configs.yaml that stand for many runs.
+
+A grid is a list of blocks. A block is a command, its options, and axes; every combination of one value per axis and a
+seed is a run. An option `run:NAME` of a run is what an earlier run of the grid made: a mask, a head, weights.
+"""
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import product
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import ConfigDict, Field, field_validator
+
+from fedtalos.app.config.checks import check_together
+from fedtalos.app.config.files import NOT_IN_FILES, flatten, groups, named_entry, nearest, override
+from fedtalos.app.config.schema import RUN_CONFIGS, Options, RunConfig
+from fedtalos.app.run.folders import MAY_DIFFER, RunPaths, plain_name
+from fedtalos.errors import InputError
+
+MADE_BY_THE_SWEEP = {"run_name", "output_dir", "seed"}
+REFERENCE = "run:"
+
+Axis = Annotated[dict[str, dict[str, Any]], Field(min_length=1)]
+"""The values of an axis: name -> the options that it stands for."""
+
+Seeds = Annotated[tuple[int, ...], Field(min_length=1)]
+
+
+class Block(Options):
+    """Runs of one command, over the product of its axes."""
+
+    model_config = ConfigDict(coerce_numbers_to_str=True)  # the values 4 and 0.9 are named "4" and "0.9"
+
+    command: Literal["centralized", "federated", "editing"]
+    name: str = ""
+    seeds: Seeds | None = None
+    options: dict[str, Any] = Field({})
+    axes: dict[str, Axis] = Field({})
+
+    @field_validator("axes", mode="before")
+    @classmethod
+    def _lists_as_options(cls, axes: Any) -> Any:
+        """[4, 8] is short for {4: {AXIS: 4}, 8: {AXIS: 8}}, an empty value for no options."""
+        return {axis: _named(axis, values) for axis, values in axes.items()} if isinstance(axes, dict) else axes
+
+
+def _named(axis: str, values: Any) -> Any:
+    if isinstance(values, list):
+        return {str(value): {axis: value} for value in values}
+    if isinstance(values, dict):
+        return {value: {} if options is None else options for value, options in values.items()}
+    return values
+
+
+class Grid(Options):
+    """Blocks in the order in which they run, and what they share."""
+
+    grid: tuple[Block, ...] = Field(min_length=1)
+    seeds: Seeds = (0,)
+    options: dict[str, Any] = Field({})
+
+
+@dataclass(frozen=True, eq=False)
+class Cell:
+    """One run of a grid.
+
+    ``point`` is its value on each axis, ``label`` its name without the grid's and the seed; ``asked`` are the options
+    that make it another run than the defaults would be.
+    """
+
+    label: str
+    point: dict[str, str]
+    seed: int
+    config: RunConfig
+    asked: dict[str, Any]
+    needs: tuple["Cell", ...]
+
+    @property
+    def name(self) -> str:
+        assert self.config.run.run_name is not None
+        return self.config.run.run_name
+
+    @property
+    def paths(self) -> RunPaths:
+        return RunPaths(self.config.run.output_dir, self.name)
+
+    @property
+    def recipe(self) -> dict[str, dict[str, Any]]:
+        """What it, and every run that it needs, is asked to be, by name: with the same recipe it is the same run."""
+        recipe = {self.name: self.asked}
+        for cell in self.needs:
+            recipe |= cell.recipe
+        return recipe
+
+
+def read_grid(name: str) -> Grid:
+    """The grid of that name. InputError where there is none, or it is not well formed."""
+    values, source = named_entry("grid", plain_name("grid", name))
+    if "grid" not in values:
+        command = values.get("command", "COMMAND")
+        raise InputError(f"{name!r} is a preset, of one run: `fedtalos {command} --preset {name}` runs it")
+    try:
+        return Grid(**values)
+    except InputError as error:
+        raise InputError(f"{source}: {error}") from error
+
+
+def expand(name: str, grid: Grid, given: Mapping[str, Any], seeds: Sequence[int] | None = None) -> list[Cell]:
+    """All runs of the grid, in order; ``given`` options beat the grid's, ``seeds`` those that its blocks share.
+
+    Raises InputError, naming the run, where its options are not valid.
+    """
+    every = {key for config_type in RUN_CONFIGS.values() for key in groups(config_type)}
+    _check_known(f"grid {name!r}", grid.options, every)
+    cells: list[Cell] = []
+    for block in grid.grid:
+        for seed in block.seeds or seeds or grid.seeds:
+            for chosen in product(*(axis.items() for axis in block.axes.values())):
+                point = {axis: value for axis, (value, _) in zip(block.axes, chosen, strict=True)}
+                options = _options(name, grid, block, [values for _, values in chosen], given)
+                cell = _cell(name, block, point, seed, options, cells)
+                if any(cell.name == other.name for other in cells):
+                    raise InputError(f"grid {name!r}: two runs are named {cell.name}; give one block another `name`")
+                cells.append(cell)
+    return cells
+
+
+def _check_known(where: str, options: Mapping[str, Any], known: Collection[str]) -> None:
+    for key in options:
+        if key in NOT_IN_FILES | MADE_BY_THE_SWEEP:
+            raise InputError(f"{where}: {key} is the sweep's to give; leave it out (seeds have a list of their own)")
+        if key not in known:
+            raise InputError(f"{where}: unknown option {key!r}{nearest(key, known)}")
+
+
+def _options(
+    name: str, grid: Grid, block: Block, chosen: Sequence[Mapping[str, Any]], given: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Those that the blocks share (each takes its own), the block's, its axes', and last the given ones."""
+    mine = groups(RUN_CONFIGS[block.command])
+    options = {key: value for key, value in grid.options.items() if key in mine}
+    for values in (block.options, *chosen):
+        _check_known(f"grid {name!r}, `{block.command}`", values, mine)
+        options |= values
+    from_a_run = str(options.get("weights")).startswith(REFERENCE)
+    last = {key: value for key, value in given.items() if key in mine and not (key == "weights" and from_a_run)}
+    return options | last
+
+
+def _cell(
+    grid: str, block: Block, point: dict[str, str], seed: int, options: Mapping[str, Any], before: Sequence[Cell]
+) -> Cell:
+    label = "-".join([block.name, *point.values()] if block.name else point.values())
+    name = plain_name("run", f"{grid}-{label}-s{seed}" if label else f"{grid}-s{seed}")
+    references = {key: value for key, value in options.items() if str(value).startswith(REFERENCE)}
+    needs = {key: _referred(name, value, point, seed, before) for key, value in references.items()}
+    made = {key: str(_made_by(cell, key, name)) for key, cell in needs.items()}
+    config = override(RUN_CONFIGS[block.command](), {**options, **made, "run_name": name, "seed": seed}, name)
+    try:
+        check_together(config)
+    except InputError as error:
+        raise InputError(f"{name}: {error}") from error
+    defaults = flatten(type(config)())
+    asked = {"command": block.command, **_not_default({**flatten(config), **references}, defaults)}
+    return Cell(label, point, seed, config, asked, tuple(dict.fromkeys(needs.values())))
+
+
+def _not_default(options: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
+    """What makes a run another one. An option that a later version adds is not in it, at its default."""
+    return {key: value for key, value in options.items() if key not in MAY_DIFFER and value != defaults[key]}
+
+
+def _referred(name: str, reference: str, point: Mapping[str, str], seed: int, before: Sequence[Cell]) -> Cell:
+    """The earlier run that `run:LABEL` means: of the same seed, else the only one; {AXIS} in it is this run's value."""
+    try:
+        label = reference.removeprefix(REFERENCE).format(**point)
+    except (KeyError, ValueError, IndexError, AttributeError) as error:
+        raise InputError(f"{name}: {reference}: expected axes of its block in the braces, got {error}") from error
+    same = [cell for cell in before if cell.label == label]
+    found = [cell for cell in same if cell.seed == seed] or same
+    if len(found) != 1:
+        there = "several, of other seeds" if same else f"none{nearest(label, [cell.label for cell in before])}"
+        raise InputError(f"{name}: {reference}: expected one run {label!r} before it in the grid, found {there}")
+    return found[0]
+
+
+def _made_by(cell: Cell, option: str, name: str) -> Path:
+    """The file that an option takes of what an earlier run made."""
+    edits = cell.config.command == "editing"
+    match option:
+        case "mask" if edits:
+            return cell.paths.mask
+        case "head" if edits:
+            return cell.paths.head
+        case "weights" | "checkpoint" if not edits:
+            return cell.paths.checkpoints / "last.json"
+    raise InputError(
+        f"{name}: {option}: {cell.name} is a run of `{cell.config.command}`, which makes none; "
+        "`editing` makes a mask and a head, the others weights and checkpoint"
+    )
+
+
+def with_needs(cells: Sequence[Cell], text: str) -> list[Cell]:
+    """The runs with ``text`` in their names, and those that they need, in order. InputError where there are none."""
+    wanted = [cell for cell in cells if text in cell.name]
+    if not wanted:
+        raise InputError(f"--only {text}: no run has that in its name; --dry_run lists them")
+    names: set[str] = set()
+    while wanted:
+        cell = wanted.pop()
+        names.add(cell.name)
+        wanted += cell.needs
+    return [cell for cell in cells if cell.name in names]

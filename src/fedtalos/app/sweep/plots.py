@@ -1,0 +1,81 @@
+"""Which runs of a grid are drawn in which figure: the last axis is a figure's lines, the one before it its panels."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from fedtalos.app.figures import sweeps as sweep_figures
+from fedtalos.app.figures.draw import read_history, write_figures
+from fedtalos.app.figures.runs import History
+from fedtalos.app.figures.style import MOST_LINES
+from fedtalos.app.figures.sweeps import Line
+from fedtalos.app.sweep.grid import Cell
+from fedtalos.app.sweep.tables import Result, over_seeds
+from fedtalos.errors import InputError
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a run is drawn: line, panel, and its values on the axes before those, which have figures of their own."""
+
+    method: str
+    panel: str
+    apart: frozenset[tuple[str, str]]
+
+
+def place(cell: Cell) -> Place | None:
+    """Where a run is drawn; None: nowhere, for it has no axes, or no accuracy."""
+    if not cell.point or cell.config.command == "editing":
+        return None
+    *before, method = cell.point.values()
+    panel = before[-1] if before else ""
+    return Place(method, panel, frozenset(list(cell.point.items())[:-2]))
+
+
+def check_lines(cells: Sequence[Cell]) -> None:
+    """InputError where the last axis has more values than lines can be told apart."""
+    methods = {where.method for cell in cells if (where := place(cell)) is not None}
+    if len(methods) > MOST_LINES:
+        raise InputError(
+            f"the last axes of the grid have {len(methods)} values, which are the lines of its figures; colours tell "
+            f"{MOST_LINES} apart: put another axis last"
+        )
+
+
+def plot_grid(name: str, results: Sequence[Result], plots_dir: Path) -> list[Path]:
+    """accuracy_by_round.png (or epoch), megabytes.png and final.png of the runs, straight into ``plots_dir``.
+
+    Where runs have further axes, there is one of each for every combination of their values, named by them; a run
+    that lacks an axis is in all of its figures. Returns the files; none where no run is drawn.
+    """
+    lines = _lines(results)
+    drawn = {}
+    for part, those in _by_figure(lines).items():
+        drawn[f"final{part}"] = sweep_figures.final(those, f"{name}{part}: test accuracy at the end")
+    for unit in ("round", "epoch"):
+        of_unit = [(where, line) for where, line in lines if line.histories[0].step_name == unit]
+        for part, those in _by_figure(of_unit).items():
+            drawn[f"accuracy_by_{unit}{part}"] = sweep_figures.by_step(those, f"{name}{part}: accuracy by {unit}")
+            if unit == "round":
+                drawn[f"megabytes{part}"] = sweep_figures.by_megabytes(those, f"{name}{part}: accuracy by bytes sent")
+    return write_figures(drawn, plots_dir)
+
+
+def _lines(results: Sequence[Result]) -> list[tuple[Place, Line]]:
+    lines = []
+    for row in over_seeds(results):
+        where = place(row.cell)
+        if where is None:
+            continue
+        histories: list[History] = [read_history(result.cell.paths.results) for result in row.results]
+        test = row.figures["test_percent"]
+        lines.append((where, Line(where.panel, where.method, histories, test.mean, test.std)))
+    return lines
+
+
+def _by_figure(lines: Sequence[tuple[Place, Line]]) -> dict[str, list[Line]]:
+    """The lines of each figure, by its part of the name: a figure for all values that no other's values include."""
+    every = dict.fromkeys(where.apart for where, _ in lines)
+    largest = [apart for apart in every if not any(apart < other for other in every)]
+    parts = {apart: "".join(f"-{value}" for _, value in sorted(apart)) for apart in largest}
+    return {part: [line for where, line in lines if where.apart <= apart] for apart, part in parts.items()}

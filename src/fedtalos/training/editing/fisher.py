@@ -1,0 +1,210 @@
+"""Per-example diagonal Fisher information of the weights of Linear, Conv2d and LayerNorm layers.
+
+    F_i = sum over examples x of  E_y [ (d log p(y | x) / d theta_i)^2 ],   y ~ p(. | x), the model's own prediction
+
+(Iurada, Ciccone and Tommasi, ICLR 2025, section 4.2; Kunstner et al., 2019, on why y is drawn and is not the label.)
+The square is taken example by example: a batch's gradient is a sum, and its square something else. One backward pass
+serves a chunk of examples: hooks form each example's weight gradient from a layer's input and its output's gradient.
+
+Shapes: B examples of a chunk, T tokens, I in and O out features, C classes, S labels drawn per example.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
+from torch.func import functional_call
+
+from fedtalos.training.loop import Precision, TrainingError, autocast
+
+Scores = dict[str, Tensor]
+"""Tensor name -> float32 tensor of the parameter's shape."""
+
+FisherMode = Literal["true", "exact", "empirical", "batch"]
+
+Scored = tuple[Tensor, Tensor, Tensor]
+"""Images (B, 3, H, W), their labels (B,), and uniform numbers in [0, 1) (B, S), which draw labels from the model."""
+
+
+def draw_labels(log_p: Tensor, uniforms: Tensor) -> Tensor:
+    """Labels (B,) drawn from the predictive distribution ``log_p`` (B, C), inverting it at ``uniforms`` (B,)."""
+    cumulative = log_p.detach().cpu().double().exp().cumsum(1)
+    below = (cumulative <= uniforms.double().unsqueeze(1) * cumulative[:, -1:]).sum(1)
+    return below.clamp(max=log_p.shape[1] - 1).to(log_p.device)
+
+
+def targets(mode: FisherMode, log_p: Tensor, labels: Tensor, uniforms: Tensor) -> list[tuple[Tensor, Tensor | float]]:
+    """Classes (B,) and factors, (B,) or one, of every backward pass: the squared gradients of factor x log p(class | x)
+    add up to the mode's score.
+
+    true: S drawn labels, averaged; exact: every class, weighted by its probability; empirical: the labels given, which
+    is no Fisher information; batch: drawn labels too, but its squares are taken of sums over examples.
+    """
+    match mode:
+        case "true" | "batch":
+            return [(draw_labels(log_p, u), uniforms.shape[1] ** -0.5) for u in uniforms.unbind(1)]
+        case "exact":
+            root_p = (log_p.detach() / 2).exp()
+            return [(torch.full_like(labels, c), root_p[:, c]) for c in range(log_p.shape[1])]
+        case "empirical":
+            return [(labels, 1.0)]
+
+
+def fisher_scores(
+    model: nn.Module,
+    batches: Iterable[Scored],
+    masks: Mapping[str, Tensor],
+    weights: Mapping[str, Tensor] | None = None,
+    *,
+    mode: FisherMode = "true",
+    chunk: int = 16,
+    precision: Precision = "fp32",
+) -> Scores:
+    """Sum over examples of squared gradients of log p(y | x), for the parameters that ``masks`` names.
+
+    ``masks``: bool, of the parameters' shapes; rows of a weight before the first and after the last that holds a True
+    are not scored and stay 0. ``weights`` replaces parameters by name in the forward pass (the softly masked copy); the
+    model is not changed. Forward and backward take ``chunk`` examples at a time, so memory holds their activations and
+    one layer's gradients for each of them, never all layers'; mode batch takes, and squares, whole batches.
+    A layer is to be called once in a forward pass, and what follows it not to work in place.
+    Raises TypeError for a parameter of another kind of layer, TrainingError where a score is not finite.
+    """
+    scores = {name: torch.zeros_like(model.get_parameter(name), requires_grad=False) for name in masks}
+    model.eval()
+    with _frozen(model), _squares_added_to(scores, masks, model, per_example=mode != "batch"):
+        for batch in batches:
+            size = len(batch[0]) if mode == "batch" else chunk
+            for images, labels, uniforms in zip(*(tensor.split(size) for tensor in batch), strict=True):
+                _passes(model, weights or {}, images, labels, uniforms, mode, precision)
+    bad = [name for name, score in scores.items() if not bool(score.isfinite().all())]
+    if bad:
+        raise TrainingError(f"the Fisher score of {bad[0]} is not finite: the weights or images hold NaN or infinity")
+    return scores
+
+
+def _passes(
+    model: nn.Module,
+    weights: Mapping[str, Tensor],
+    images: Tensor,
+    labels: Tensor,
+    uniforms: Tensor,
+    mode: FisherMode,
+    precision: Precision,
+) -> None:
+    """One chunk's forward and backward passes; its activations go when it returns, before the next chunk's come."""
+    with autocast(images.device, precision):
+        logits = functional_call(model, dict(weights), (images,))
+    log_p = F.log_softmax(logits.float(), dim=1)
+    passes = targets(mode, log_p, labels, uniforms)
+    for number, (classes, factors) in enumerate(passes, start=1):
+        # Examples do not meet in the forward pass, so what comes back to each is its own.
+        chosen = factors * log_p.gather(1, classes.unsqueeze(1)).squeeze(1)
+        chosen.sum().backward(retain_graph=number < len(passes))
+
+
+def activation_bytes(model: nn.Module, images: Tensor) -> int:
+    """Bytes that autograd keeps of a forward pass over ``images`` (B, 3, H, W), parameters not counted."""
+    own = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    kept: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.enable_grad(), saved_tensors_hooks(pack, lambda tensor: tensor):
+        logits = model(images)  # kept alive, or a freed activation's address would be counted once for two
+    del logits
+    return sum(size for pointer, size in kept.items() if pointer not in own)
+
+
+@contextmanager
+def _frozen(model: nn.Module) -> Iterator[None]:
+    """No parameter asks for a gradient inside: the hooks form weight gradients, autograd only carries activations."""
+    wanted = {parameter: parameter.requires_grad for parameter in model.parameters()}
+    model.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter, flag in wanted.items():
+            parameter.requires_grad_(flag)
+
+
+@contextmanager
+def _squares_added_to(
+    scores: Scores, masks: Mapping[str, Tensor], model: nn.Module, *, per_example: bool
+) -> Iterator[None]:
+    """Inside, every backward pass adds squared weight gradients to ``scores``: of each example, or of their sum."""
+    handles = []
+    for path in dict.fromkeys(name.rpartition(".")[0] for name in scores):
+        layer, weight, bias = model.get_submodule(path), scores.get(f"{path}.weight"), scores.get(f"{path}.bias")
+        rows = slice(None) if weight is None else _rows(masks[f"{path}.weight"])
+        handles.append(layer.register_forward_hook(_adder(layer, weight, bias, rows, per_example=per_example)))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _rows(mask: Tensor) -> slice:
+    """From the first to the last row of a weight that holds a True."""
+    found = mask.reshape(len(mask), -1).any(1).nonzero()
+    return slice(int(found.min()), int(found.max()) + 1) if len(found) else slice(0)
+
+
+def _adder(
+    layer: nn.Module, weight: Tensor | None, bias: Tensor | None, rows: slice, *, per_example: bool
+) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
+    """A forward hook that has the layer's squared gradients added to ``weight`` and ``bias`` in the backward pass."""
+    tokens = _token_view(layer)
+
+    def add_square(score: Tensor, gradients: Tensor) -> None:  # (B, ...)
+        gradients = gradients if per_example else gradients.sum(0, keepdim=True)
+        score.add_(gradients.square_().sum(0))
+
+    def forward_hook(_layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        # Nothing below the first scored layer asks for a gradient: the graph starts at its output.
+        if not output.requires_grad:
+            output.requires_grad_()
+        x = inputs[0].detach()
+
+        def backward_hook(gradient: Tensor) -> None:
+            xs, g = tokens(x.float(), gradient.float())  # (B, T, I), (B, T, O)
+            if bias is not None:
+                add_square(bias, g.sum(1))
+            if weight is None:
+                return
+            if isinstance(layer, nn.LayerNorm):
+                add_square(weight, (g * xs).sum(1))
+            elif per_example:
+                add_square(weight[rows].flatten(1), torch.bmm(g[..., rows].transpose(1, 2), xs))
+            else:
+                add_square(weight[rows].flatten(1), (g[..., rows].flatten(0, 1).T @ xs.flatten(0, 1)).unsqueeze(0))
+
+        output.register_hook(backward_hook)
+
+    return forward_hook
+
+
+def _token_view(layer: nn.Module) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
+    """How a layer's input and its output's gradient become (B, T, I) and (B, T, O), whose product is a gradient."""
+    match layer:
+        case nn.Linear():
+            return lambda x, g: (_flat(x), _flat(g))
+        case nn.LayerNorm(normalized_shape=(_,)):
+            return lambda x, g: (_flat(F.layer_norm(x, layer.normalized_shape, eps=layer.eps)), _flat(g))
+        case nn.Conv2d(groups=1, padding_mode="zeros", padding=tuple() as padding):
+            kernel, dilation, stride = layer.kernel_size, layer.dilation, layer.stride
+            return lambda x, g: (
+                F.unfold(x, kernel, dilation, padding, stride).transpose(1, 2),
+                g.flatten(2).transpose(1, 2),
+            )
+    raise TypeError(f"Fisher scores: expected a Linear, plain Conv2d or LayerNorm of one dimension, got {layer}")
+
+
+def _flat(x: Tensor) -> Tensor:
+    return x.reshape(len(x), -1, x.shape[-1])  # (B, ..., I) -> (B, T, I)

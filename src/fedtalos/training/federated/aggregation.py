@@ -1,0 +1,136 @@
+"""What the server makes of the values that a round's clients send: their mean, or what attackers cannot pull away.
+
+Shapes: N clients of a round, A entries that move.
+"""
+
+from collections.abc import Callable
+from typing import Literal, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from fedtalos.training.loop import BadUpdateError, TrainingError
+from fedtalos.training.masked_parameters import Entries, Values, all_finite, named_tensors
+
+Rule = Literal["median", "trimmed_mean", "krum", "multi_krum"]
+RobustRule = Callable[[Tensor, int], Tensor]
+"""(the clients' values (N, A), all finite; f, attackers among them) -> what is taken for their mean (A,)."""
+
+
+COLUMNS_AT_ONCE = 2**20  # sorting takes several times the memory of what it sorts
+
+
+class TooFewError(ValueError):
+    """A rule cannot withstand so many attackers among so few clients."""
+
+
+class Aggregation(Protocol):
+    """Takes a round's clients one by one, then leaves what they come to in the model."""
+
+    def add(self, values: list[Tensor], weight: float, /) -> None:
+        """One client's values, in theta's parts, and how much it counts; the values are good for this call only.
+
+        Raises BadUpdateError, and is as before, where it cannot take them.
+        """
+
+    def write(self, number: int, /) -> None:
+        """Put what round ``number`` comes to into the model, which holds what it began with, and start anew."""
+
+
+class WeightedMean:
+    """sum of n_k theta_k / sum of n_k, as a running mean: memory does not grow with the number of clients.
+
+    One value that is not finite would be everybody's, so it takes none.
+    """
+
+    def __init__(self, model: nn.Module, entries: Entries) -> None:
+        self._resident = entries.moving_rows(named_tensors(model))
+        self._mean, self._total = Values(self._resident), 0.0
+
+    def add(self, values: list[Tensor], weight: float) -> None:
+        if not all_finite(values):
+            raise BadUpdateError("the update is not finite; nothing of it was kept; try a lower --learning_rate")
+        self._total += weight
+        torch._foreach_lerp_(self._mean.parts, values, weight / self._total)
+
+    def write(self, _number: int) -> None:
+        torch._foreach_copy_(self._resident, self._mean.parts)
+        self._total = 0.0
+
+
+class Robust:
+    """A rule that must see all clients side by side: 4 N A bytes, of the entries that move alone.
+
+    Clients count alike. Who sends a number that is not finite is left out of the round, as one of the attackers.
+    """
+
+    def __init__(self, model: nn.Module, entries: Entries, rule: RobustRule, *, clients: int, byzantine: int) -> None:
+        """At most ``clients`` take part in a round, f = ``byzantine`` of them attackers."""
+        self._tensors, self._entries = named_tensors(model), entries
+        self._resident = entries.moving_rows(self._tensors)
+        self._rule, self._byzantine = rule, byzantine
+        self._received, self._finite = torch.empty(clients, len(entries), device=entries.device), list[bool]()
+
+    def add(self, values: list[Tensor], _weight: float) -> None:
+        torch._foreach_copy_(self._resident, values)
+        vector = self._entries.gather(self._tensors)
+        self._received[sum(self._finite)] = vector
+        self._finite.append(bool(vector.isfinite().all()))
+
+    def write(self, number: int) -> None:
+        """Raises TrainingError where the rule has too few clients left."""
+        kept, sent = sum(self._finite), len(self._finite)
+        self._finite.clear()
+        try:
+            result = self._rule(self._received[:kept], max(0, self._byzantine - (sent - kept)))
+        except TooFewError as error:
+            raise TrainingError(
+                f"round {number}: {sent - kept} of {sent} clients sent no finite numbers; {error}"
+            ) from error
+        self._entries.scatter(result, self._tensors)
+
+
+def check_enough(rule: Rule, clients: int, byzantine: int) -> None:
+    """TooFewError where a round's ``clients`` are too few for the rule to withstand f = ``byzantine`` attackers."""
+    beyond = {"median": 0, "trimmed_mean": 2 * byzantine, "krum": 2 * byzantine + 2, "multi_krum": 2 * byzantine + 2}
+    if clients <= beyond[rule]:
+        raise TooFewError(
+            f"{rule} against {byzantine} attackers needs over {beyond[rule]} clients in a round, got {clients}"
+        )
+
+
+def median(values: Tensor, _byzantine: int = 0) -> Tensor:
+    """Coordinate-wise median (Yin et al., 2018, definition 1); of an even N the mean of the middle two.
+
+    Raises TooFewError where N is 0.
+    """
+    return trimmed_mean(values, max(0, len(values) - 1) // 2)
+
+
+def trimmed_mean(values: Tensor, byzantine: int) -> Tensor:
+    """Coordinate-wise mean without the f smallest and the f largest (Yin et al., 2018, definition 2; beta = f / N).
+
+    Raises TooFewError unless N > 2 f.
+    """
+    check_enough("trimmed_mean", len(values), byzantine)
+    kept = slice(byzantine, len(values) - byzantine)
+    return torch.cat([part.sort(0).values[kept].mean(0) for part in values.split(COLUMNS_AT_ONCE, 1)])
+
+
+def krum(values: Tensor, byzantine: int, *, chosen: int = 1) -> Tensor:
+    """The mean of the ``chosen`` clients of the lowest scores (Blanchard et al., 2017, sections 4 and 5, Multi-Krum).
+
+    A client's score is the sum of squared distances to its N - f - 2 nearest others; of equals the first is taken.
+    One chosen is Krum: that client's values, to the bit. Takes N² A steps. Raises TooFewError unless N > 2 f + 2.
+    """
+    check_enough("krum", len(values), byzantine)
+    # By products (cdist's own choice for many clients) small differences of large values would be lost.
+    squares = torch.cdist(values, values, compute_mode="donot_use_mm_for_euclid_dist").square()
+    squares.fill_diagonal_(torch.inf)
+    scores = squares.sort(1).values[:, : len(values) - byzantine - 2].sum(1)
+    return values[scores.argsort(stable=True)[:chosen].sort().values].mean(0)
+
+
+def multi_krum(values: Tensor, byzantine: int) -> Tensor:
+    """Multi-Krum with m = N - f, as in its authors' experiments."""
+    return krum(values, byzantine, chosen=len(values) - byzantine)

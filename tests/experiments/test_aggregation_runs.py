@@ -1,0 +1,154 @@
+"""Attacks, robust rules, clipping and privacy through the real command line."""
+
+import csv
+import shlex
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from fedtalos.app import aggregation, setup
+from fedtalos.checkpoint import load_checkpoint
+from fedtalos.cli import main, parse
+from fedtalos.errors import InputError
+from fedtalos.models.vision_transformer import Architecture, VisionTransformer
+from fedtalos.randomness import torch_generator
+from fedtalos.training.editing.mask_file import load_mask
+
+DIGITS = shlex.split(
+    "--dataset digits --model_size micro --image_size 8 --patch_size 4 --weights none --threads 1 --device cpu "
+    "--precision fp32"
+)
+SMALL = ["federated", *DIGITS, *shlex.split("--train_limit 300 --eval_limit 40 --num_clients 6 --client_fraction 1")]
+SMALL += shlex.split("--num_rounds 3 --local_steps 1 --batch_size 8 --eval_every 2")
+PRIVATE = "--dp_noise 0.5 --max_update_norm 0.3"
+
+pytestmark = pytest.mark.usefixtures("in_a_folder_of_its_own", "without_figures")
+
+
+@pytest.fixture
+def without_the_library(monkeypatch):
+    monkeypatch.setattr(aggregation, "epsilon", lambda **known: 1.23456 * known["rounds"])
+
+
+def federate(name: str, options: str = "") -> None:
+    main([*SMALL, "--run_name", name, *shlex.split(options)])
+
+
+def tensors(run: str) -> dict[str, torch.Tensor]:
+    return load_checkpoint(Path("checkpoints", run, "last.json")).tensors
+
+
+def summary(run: str) -> dict:
+    return yaml.safe_load(Path("results", run, "summary.yaml").read_text())
+
+
+def rows(run: str) -> list[list[str]]:
+    with Path("results", run, "metrics.csv").open() as lines:
+        return [row[:-1] for row in csv.reader(lines)]
+
+
+def assert_same(first: str, second: str) -> None:
+    assert rows(first) == rows(second)
+    theirs = tensors(second)
+    assert all(torch.equal(tensor, theirs[name]) for name, tensor in tensors(first).items())
+
+
+def test_under_attack_robust_rules_keep_the_accuracy_and_the_mean_does_not():
+    learn = "--train_limit 1000 --eval_limit 200 --num_clients 7 --num_rounds 8 --local_steps 2 --batch_size 32 "
+    learn += "--eval_every 8 --learning_rate 3e-3 "
+    federate("unhurt", learn)
+    accuracy = summary("unhurt")["test_accuracy"]["last"]
+    federate("hurt", f"{learn} --attackers 2 --attack scaled --num_rounds 2")
+    assert summary("hurt")["test_accuracy"]["last"] < 0.3 < accuracy - 0.1
+    for options in (
+        "--aggregation median --attack scaled --attackers 2",
+        "--aggregation multi_krum --byzantine 2 --attack nan --attackers 2",
+        "--aggregation trimmed_mean --attack sign_flip --attackers 1",
+    ):
+        rule = options.split()[1]
+        federate(rule, f"{learn} {options}")
+        assert summary(rule)["test_accuracy"]["last"] > accuracy - 0.15, rule
+
+
+@pytest.mark.parametrize(
+    "options", ["--aggregation krum --attack scaled --attackers 2", f"{PRIVATE} --algorithm fedadam"]
+)
+def test_a_resumed_run_equals_an_uninterrupted_one(options, monkeypatch, without_the_library):
+    federate("whole", options)
+    original, seen = setup.train, []
+
+    def train(*args, **kwargs):
+        seen.append(1)
+        if len(seen) > 14:  # in the third round: the checkpoint is of the second
+            raise KeyboardInterrupt
+        return original(*args, **kwargs)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(setup, "train", train)
+        with pytest.raises(SystemExit, match="130"):
+            federate("cut", options)
+    main(["federated", "--resume", "--run_name", "cut"])
+    assert_same("whole", "cut")
+    assert summary("whole").get("privacy") == summary("cut").get("privacy")
+
+
+@pytest.mark.parametrize("options", ["--aggregation trimmed_mean --attack sign_flip --attackers 1 --max_update_norm 1"])
+def test_many_workers_equal_one_bit_for_bit(options):
+    federate("alone", options)
+    federate("many", options + " --workers 2")
+    assert_same("alone", "many")
+
+
+@pytest.mark.parametrize("options", ["--aggregation median", "--aggregation krum", PRIVATE, "--max_update_norm 0.1"])
+def test_with_a_mask_only_what_may_move_moves(options, without_the_library):
+    main(["editing", *DIGITS, *shlex.split("--criterion random --target_sparsity 0.8 --run_name m --head random")])
+    mask, _ = load_mask(Path("masks/m.safetensors"))
+    federate("run", f"--mask masks/m.safetensors --freeze_head {options}")
+    start = VisionTransformer(Architecture("micro", 8, 4, 10), torch_generator(0, "weights")).state_dict()
+    end = {name: tensor for name, tensor in tensors("run").items() if "/" not in name}
+    for name, tensor in end.items():
+        moves = mask.get(name, torch.zeros_like(tensor, dtype=torch.bool))
+        assert torch.equal(tensor[~moves], start[name][~moves]), name
+    assert any(not torch.equal(tensor, start[name]) for name, tensor in end.items())
+
+
+def test_large_norms_clip_nothing_and_small_ones_hold_the_model():
+    for name, options in {"plain": "", "loose": "--max_update_norm 1e6", "tight": "--max_update_norm 1e-9"}.items():
+        federate(name, f"--num_rounds 1 {options}")
+    assert_same("plain", "loose")
+    start = VisionTransformer(Architecture("micro", 8, 4, 10), torch_generator(0, "weights")).state_dict()
+    assert all(torch.allclose(tensor, start[name], atol=1e-8) for name, tensor in tensors("tight").items())
+
+
+def test_the_summary_says_what_privacy_was_spent():
+    pytest.importorskip("dp_accounting", reason="needs the extra privacy")
+    federate("private", f"{PRIVATE} --dp_delta 1e-4")
+    said = summary("private")["privacy"]
+    assert said.pop("epsilon") > 1
+    assert said == {"delta": 1e-4, "adjacency": "replace one client", "noise_multiplier": 0.5, "clip": 0.3}
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ("--aggregation krum --byzantine 2", "krum against 2 attackers needs over 6 clients in a round, got 6"),
+        ("--aggregation trimmed_mean --byzantine 3", "needs over 6 clients in a round, got 6"),
+        ("--aggregation median --byzantine 2", "is of trimmed_mean, krum and multi_krum"),
+        ("--aggregation median --algorithm scaffold", "scaffold is made for means"),
+        ("--aggregation median --head linear", "give a head FILE"),
+        ("--attack nan", "give both, or neither"),
+        ("--attackers 2", "give both, or neither"),
+        ("--attack nan --attackers 7", "there are only 6 clients"),
+        ("--dp_noise 1", "give --max_update_norm too"),
+        ("--dp_delta 0.01", "give --dp_noise too"),
+        (f"{PRIVATE} --aggregation median", "its account is of a mean"),
+        (f"{PRIVATE} --algorithm fednova", "uses more of a client than its clipped update"),
+        (f"{PRIVATE} --head ridge", "without noise"),
+        (f"{PRIVATE} --dp_delta 0.5", "is to be below 0.166667"),
+    ],
+)
+def test_options_that_contradict_each_other_are_refused_in_words(options, said):
+    with pytest.raises(InputError, match=said):
+        parse([*SMALL, *shlex.split(options)])

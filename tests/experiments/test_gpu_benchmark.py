@@ -1,0 +1,33 @@
+"""benchmarks/gpu.py is for machines that have only torch, numpy and this source."""
+
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+IMPORTED_AS = {"pillow": "PIL", "scikit-learn": "sklearn", "pyyaml": "yaml"}
+RUN = """
+import runpy, sys
+sys.modules |= dict.fromkeys({absent!r})
+sys.argv = ["gpu.py", "--smoke", "--at_once", "2", "--precisions", "bf16"]
+runpy.run_path("gpu.py", run_name="__main__")
+"""
+
+
+def test_it_measures_everything_with_torch_and_numpy_only():
+    stated = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["dependencies"]
+    names = [requirement.split(">")[0] for requirement in stated]
+    absent = [IMPORTED_AS.get(name, name) for name in names if name not in ("torch", "numpy")]
+    assert "pydantic" in absent
+    script = RUN.format(absent=absent)
+    path = {"PYTHONPATH": f"{ROOT / 'src'}:{ROOT / 'benchmarks'}", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", script], cwd=ROOT / "benchmarks", env=path, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    table = [line for line in done.stdout.splitlines() if line.startswith("| bf16 |")]
+    assert [line.split(" | ")[1:3] for line in table] == [
+        [moves, way] for moves in ("all", "90 % q/k") for way in ("one by one", "2 together")
+    ]
+    assert "Fisher scores:" in done.stdout

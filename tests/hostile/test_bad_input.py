@@ -1,0 +1,364 @@
+"""Bad commands, options, presets and names: exit code 2, one sentence that names it, no traceback, nothing written.
+
+What is wrong with files is in test_bad_files.py.
+"""
+
+import importlib.util
+import os
+import subprocess
+import sys
+import types
+from importlib.machinery import ModuleSpec
+from pathlib import Path
+
+import pytest
+import torch
+from material import case, everything, refused, sentence, spelled
+
+from fedtalos.app.config import files as config_files
+from fedtalos.app.config.schema import FederatedConfig
+from fedtalos.cli import parse
+from fedtalos.data import downloads
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(autouse=True)
+def here(material, monkeypatch):
+    monkeypatch.chdir(material)  # nothing is written there, which every test sees to
+
+
+@pytest.mark.parametrize(
+    ("command", "said"),
+    [
+        case("", "federated, editing, evaluate"),
+        case("fedrated", "fedrated", "federated"),
+        case("--seed 1", "--seed", "centralized, federated, editing"),
+        case("federated --num_clents 3", "--num_clents", "--num_clients INT"),
+        case("federated --learning-rte=1", "--learning-rte", "--learning_rate FLOAT"),
+        case("federated --target_sparsity 0.5", "--target_sparsity", "in fedtalos editing --help"),
+        case("plot --nam x", "--nam", "--name NAME"),
+        case("federated extra", "extra", "fedtalos --help"),
+        case("federated --num_clients", "--num_clients", "Expected 1 value"),
+        case("federated --num_clients many", "--num_clients", "'many'", "INT"),
+        case("federated --learning_rate fast", "--learning_rate", "fast", "FLOAT"),
+        case("federated --device tpu", "'tpu'", "--device", "'cuda', 'cpu'"),
+        case("federated --dataset digit", "'digit'", "--dataset", "'digits'"),
+        case("editing --criterion talos", "'talos'", "--criterion", "'least_sensitive'"),
+        case("editing --eligible head", "'head'", "--eligible", "'blocks'"),
+        case("editing --granularity column", "'column'", "--granularity", "'entry'"),
+        case("federated --config", "--config", "expected one argument"),
+        case("federated --preset", "--preset", "expected one argument"),
+        case("evaluate", "evaluate", "run name, or a file under checkpoints/"),
+        case("evaluate done --split all", "'all'", "--split", "'val'"),
+        case("mask", "show, compare, combine, random"),
+        case("mask --seed 1", "--seed", "show, compare, combine, random"),
+        case("mask show", "FILE", "fedtalos mask show --help"),
+        case("mask combine a b", "--name NAME", "fedtalos mask combine --help"),
+        case("mask combine a b --name x --rule most", "'most'", "--rule", "'majority'"),
+    ],
+)
+def test_what_tyro_refuses(command, said, capsys):
+    says = " ".join(refused(spelled(command), capsys).split())
+    assert [words for words in said if words not in says] == []
+
+
+SENTENCES = [
+    # an unknown command, with flags after it
+    case("fedrated --seed 1", "'fedrated'", "did you mean 'federated'"),
+    # config files
+    case("federated --config unknown.yaml", "unknown.yaml", "'num_clents'", "did you mean 'num_clients'"),
+    case("federated --config group.yaml", "group.yaml", "unknown option 'train'"),
+    case("federated --config list.yaml", "list.yaml", "expected 'option: value' lines, got list"),
+    case("federated --config file.txt", "file.txt", "expected 'option: value' lines, got str"),
+    case("federated --config broken.yaml", "broken.yaml", "not valid YAML"),
+    case("federated --config broken.yaml", "line 2"),
+    case("federated --config number.yaml", "number.yaml", "3"),
+    case("federated --config date.yaml", "date.yaml", "not valid YAML"),
+    case("federated --config noise.yaml", "noise.yaml", "not valid YAML"),
+    case("federated --config nowhere.yaml", "nowhere.yaml", "give an existing YAML file"),
+    case("federated --config images", "images", "Is a directory"),
+    case("federated --config null.yaml", "null.yaml: num_clients", "integer, got None"),
+    case("federated --config several.yaml", "several.yaml: num_clients", "integer, got [1, 2]"),
+    case("federated --config mapping.yaml", "mapping.yaml: learning_rate", "number, got {'peak': 1}"),
+    case("federated --config word.yaml", "word.yaml: num_clients", "got 'many'"),
+    case("federated --config half.yaml", "half.yaml: num_clients", "got 2.5"),
+    case("federated --config true.yaml", "true.yaml: num_clients"),
+    case("federated --config device.yaml", "device.yaml: device", "'cuda' or 'cpu', got 'tpu'"),
+    case("federated --config nobody.yaml", "nobody.yaml: client_fraction", "greater than 0, got 0"),
+    case("federated --config still.yaml", "still.yaml: learning_rate", "greater than 0, got 0"),
+    case("editing --config sparse.yaml", "sparse.yaml: target_sparsity", "less than 1, got 1.0"),
+    case("federated --config warm.yaml", "--warmup 150: must be below the"),
+    case("federated --config tab.yaml", "tab.yaml, line 2: not valid YAML", "mend it"),
+    case("federated --config latin.yaml", "latin.yaml: not valid YAML", "utf-8"),
+    case("federated --config code.yaml", "code.yaml, line 1: not valid YAML", "os.system"),
+    case("federated --config tag.yaml", "tag.yaml: not valid YAML", "maybe"),
+    case("federated --config laughs.yaml", "laughs.yaml: not valid YAML", "stands for more than 100000 values"),
+    case("federated --config merges.yaml", "merges.yaml: not valid YAML", "stands for more than 100000 values"),
+    case("federated --config itself.yaml", "itself.yaml: not valid YAML", "stands for more than 100000 values"),
+    case("federated --config deep.yaml", "deep.yaml: not valid YAML", "Recursion"),
+    case("federated --config long.yaml", "long.yaml: not valid YAML", "more than 100000 bytes"),
+    case("federated --config nul.yaml", "nul.yaml: data_dir: expected text without NUL characters"),
+    case("federated --config bell.yaml", "--run_name 'a\\x1b[31mb': expected a plain folder name"),
+    case("federated --config huge.yaml", "huge.yaml: num_clients: expected a number below 2**63, got a huge int"),
+    case(
+        "federated --config text.yaml",
+        "text.yaml: num_clients: expected a number below 2**63, got 99999999999999999999",
+    ),
+    case("federated --config nan.yaml", "nan.yaml: learning_rate", "finite number, got nan"),
+    # presets
+    case("federated --preset quik", "'quik'", "did you mean 'quick'"),
+    case("federated --preset zzz", "'zzz'", "it has quick, typo"),
+    case("editing --preset quick", "'quick' is for `federated`, not for `editing`"),
+    case("federated --preset typo", "'typo'", "'num_ronds'", "did you mean 'num_rounds'"),
+    case("federated --preset empty", "'empty': num_clients", "got 0"),
+    case("editing --preset sharp", "'sharp': target_sparsity", "less than 1, got 1.5"),
+    case("federated --preset number", "'number'"),
+    case("federated --preset odd", "'odd'", "3"),
+    case("federated --preset nobody", "'nobody'", "command"),
+    case("federated --preset both", "'both'", "expected command", "got ['federated', 'editing']"),
+    case("federated --preset many", "'many' is a grid of many runs", "fedtalos sweep many"),
+    case("sweep nowhere", "grid: no 'nowhere'"),
+    case("sweep quick", "'quick' is a preset", "fedtalos federated --preset quick"),
+    case("sweep many", "'many'", "grid", "at least 1 item"),
+    # flags out of range
+    case("editing --target_sparsity -0.1", "target_sparsity", "-0.1"),
+    case("editing --target_sparsity 1.0", "target_sparsity", "1.0"),
+    case("editing --target_sparsity 1.5", "target_sparsity", "1.5"),
+    case("editing --num_iterations 0", "num_iterations", "0"),
+    case("editing --soft_zero 0", "soft_zero", "0"),
+    case("federated --client_fraction 0", "client_fraction", "0"),
+    case("federated --num_clients 0", "num_clients", "0"),
+    case("federated --learning_rate 0", "learning_rate", "0"),
+    case("federated --seed -1", "seed", "-1"),
+    case("federated --seed 99999999999999999999", "seed: expected a number below 2**63"),
+    case("federated --image_size 1000000", "image_size", "less than or equal to 4096"),
+    case("federated --threads 1000000000", "threads", "less than or equal to 1024"),
+    case("federated --workers 1000000", "workers", "less than or equal to 1024"),
+    case("demo --seed -1", "seed", "-1"),
+    case("federated --prox_mu 0.1", "--prox_mu 0.1: is of --algorithm fedprox"),
+    case("federated --algorithm fedavgm --server_tau 0.1", "--server_tau 0.1", "fedadagrad or fedadam or fedyogi"),
+    case("federated --algorithm fednova --server_learning_rate 1", "--server_learning_rate 1", "fedavgm or scaffold"),
+    case("federated --algorithm fedadam --server_momentum 1", "server_momentum", "less than 1"),
+    case("federated --algorithm scaffold --clients_at_once 2", "--clients_at_once 2: scaffold adjusts gradients"),
+    case("federated --personalise_clients 2", "--personalise_clients 2", "give --personalise_steps too"),
+    case("federated --personalise_steps 1 --personalise_clients 9", "there are only 4 clients"),
+    case("federated --warmup 1", "--warmup 1: must be below the 1 epochs or rounds"),
+    case("centralized --warmup 1", "--warmup 1: must be below the 1 epochs or rounds"),
+    case("federated --learning_rate inf", "learning_rate", "inf"),
+    case("federated --weight_decay inf", "weight_decay", "inf"),
+    case("editing --target_sparsity 0.99999999", "target_sparsity"),
+    # data that cannot be split as asked
+    case("federated --num_clients 101", "--num_clients 101", "100 training examples", "choose 1 to 100"),
+    case("federated --partition label_skew --classes_per_client 11", "--classes_per_client 11", "choose 1 to 10"),
+    case("federated --partition label_skew --classes_per_client 2", "all 10 classes", "raise --num_clients to 5"),
+    case("federated --partition label_skew --num_clients 90", "the smallest class has", "--partition dirichlet"),
+    case("federated --partition dirichlet --min_client_size 200", "200 with 4 clients", "choose 1 to 25"),
+    case("federated --partition quantity --min_client_size 200", "--min_client_size 200", "choose 1 to 25"),
+    case("federated --partition dirichlet --alpha inf", "alpha: input should be a finite number"),
+    case("federated --train_skip 100000", "--train_skip 100000", "training images"),
+    case("federated --val_fraction 1e-9", "--val_fraction 1e-09", "take more or add images"),
+    case("federated --val_fraction 0.9999", "--val_fraction 0.9999", "take less, or add images"),
+    case("editing --calibration_fraction 0", "calibration split is empty", "raise --calibration_fraction"),
+    # masks and what moves
+    case("federated --mask nowhere.safetensors", "mask nowhere.safetensors: no such file", "fedtalos editing"),
+    case("federated --mask images", "mask images: no such file"),
+    case("federated --mask masks/tiny.safetensors", "(size tiny / micro;", "give the model"),
+    case("federated --mask masks/m.safetensors --patch_size 4", "not made for this: patch_size 2 / 4", "--force_mask"),
+    case("centralized --mask masks/m.safetensors --trainable head", "--trainable head and --mask", "give one"),
+    case("federated --trainable head --freeze_head", "nothing may move", "drop one"),
+    case(f"federated --mask {'a' * 300}", "aaa"),
+    case(
+        "federated --dataset cifar100 --mask nowhere.safetensors",
+        "mask nowhere.safetensors",
+    ),
+    case(
+        "federated --mask masks/foreign.safetensors",
+        "not made for this: weights others / none, seed 0",
+        "add --force_mask",
+    ),
+    case("mask shwo masks/m.safetensors", "no mask command 'shwo'", "did you mean 'show'"),
+    case("mask show nowhere.safetensors", "mask nowhere.safetensors: no such file", "fedtalos editing"),
+    case("mask show masks/m.safetensors --output_dir file.txt", "file.txt"),
+    case(
+        "mask compare masks/m.safetensors", "mask compare: expected two or more mask files, got 1", "fedtalos mask show"
+    ),
+    case("mask compare masks/m.safetensors masks/tiny.safetensors", "made for different models"),
+    case("mask compare masks/m.safetensors masks/m.safetensors", "each with its own name, got 2 named masks_m"),
+    case("mask compare masks/m.safetensors masks/rest.safetensors --name ..", "--name '..'"),
+    case("mask combine --name x", "mask combine: expected two or more mask files, got 0"),
+    case("mask combine masks/m.safetensors masks/tiny.safetensors --name x --force", "made for different models"),
+    case(
+        "mask combine masks/m.safetensors masks/foreign.safetensors --name x",
+        "weights none, seed 0",
+        "/ others",
+        "add --force",
+    ),
+    case(
+        "mask combine masks/m.safetensors masks/rest.safetensors --name x --rule intersection",
+        "no entry may move in 2 of the 2 masks",
+        "take --rule union",
+    ),
+    case("mask combine masks/m.safetensors masks/rest.safetensors --name x --quorum 0", "quorum", "greater than 0"),
+    case("mask combine masks/m.safetensors masks/rest.safetensors --name x --quorum 1.5", "quorum", "1.5"),
+    case("mask combine masks/m.safetensors masks/rest.safetensors --name kept", "masks/kept.safetensors exists"),
+    case("mask combine masks/m.safetensors masks/rest.safetensors --name a/b", "--name 'a/b': expected a plain"),
+    case("mask combine masks/m.safetensors masks/rest.safetensors --name x --output_dir file.txt", "file.txt"),
+    case("mask random nowhere.safetensors --name x", "mask nowhere.safetensors: no such file"),
+    case(
+        "mask random masks/rest.safetensors --name x",
+        "rest.safetensors: lets other entries move than its header calls eligible",
+    ),
+    case("mask random masks/m.safetensors --name kept", "masks/kept.safetensors exists", "another --name"),
+    case("mask random masks/m.safetensors --name x --seed -1", "seed", "-1"),
+    # heads, sizes, devices
+    case("federated --head nowhere", "--head nowhere: cannot be read", "random, ridge, ncm, linear or a head file"),
+    case("federated --model_size tiny --head masks/m.head.safetensors", "(10, 96)", "need (10, 192)"),
+    case("federated --head weights", "--head weights", "use random, ridge, ncm, linear or a head file"),
+    case("editing --head random", "--head random", "use --head ridge"),
+    case("editing --head linear", "--head linear", "use ridge or ncm"),
+    case("federated --head ridge --head_rounds 3", "--head_rounds", "give --head linear too"),
+    case("centralized --head_learning_rate 0.1", "--head_learning_rate", "give --head linear too"),
+    case("federated --head linear --head_rounds 0", "head_rounds", "0"),
+    case("editing --calibration federated --criterion random", "--calibration federated: random looks at no images"),
+    case("editing --merge union", "--merge union", "give --calibration federated too"),
+    case("editing --calibration federated --personal_masks", "--personal_masks", "--merge union"),
+    case("editing --calibration_clients 2", "--calibration_clients", "give --calibration federated too"),
+    case("editing --fisher exact --fisher_samples 2", "--fisher_samples 2: --fisher exact draws"),
+    case("editing --fisher_samples 0", "fisher_samples", "0"),
+    case("editing --calibration federated --fisher batch", "--fisher batch", "leave out --calibration"),
+    case("editing --calibration federated --quorum 0.9", "--quorum 0.9", "--merge vote"),
+    case(
+        "editing --calibration federated --num_clients 4 --calibration_clients 5", "--calibration_clients 5", "only 4"
+    ),
+    case("federated --force_mask", "--force_mask", "give --mask FILE too"),
+    case("federated --mask masks/m.safetensors --seed 10", "weights none, seed 0", "none, seed 10", "--force_mask"),
+    case("federated --mask masks/m.safetensors --image_size 16", "at 8 px", "at 16 px", "--force_mask"),
+    case("editing --calibration federated --num_clients 1000", "--num_clients 1000", "100 training examples"),
+    case("editing --calibration federated --quorum 0 --merge vote", "quorum", "0"),
+    case("federated --image_size 9", "image size 9 is not a multiple of patch size 2", "choose --image_size"),
+    case("federated --patch_size 16", "image size 8 is not a multiple of patch size 16"),
+    case(
+        "federated --dataset folder --data_dir images --image_size 9",
+        "not a multiple of patch size 2",
+    ),
+    # weights and checkpoints by name (what is wrong with their files: test_bad_files.py)
+    case("centralized --weights nowhere.safetensors", "--weights nowhere.safetensors: no such file", "none"),
+    case("centralized --weights hf:owner/repo/README.md", "hf:OWNER/REPO[/FILE]"),
+    case("centralized --weights pretraned", "--weights pretraned: expected none, pretrained, dino"),
+    case("centralized --weights pretrained", "--weights pretrained", "not for micro", "--model_size"),
+    case("centralized --weights weights/whole.safetensors --patch_size 4", "--patch_size 4: ", "is a ViT-micro/2"),
+    case(
+        "centralized --weights nowhere/last.json", "checkpoint nowhere/last.json", "give a run's name or its .json file"
+    ),
+    case("evaluate nowhere", "checkpoint nowhere", "give a run's name or its .json file"),
+    case("evaluate m", "m/last.json: holds no trained model"),
+    case("editing --checkpoint nowhere", "checkpoint nowhere", "give a run's name or its .json file"),
+    case("editing --checkpoint m", "checkpoints/m/last.json: holds no model", "give another"),
+    # names, resuming, places to write to
+    case("federated --run_name done", "results/done exists: add --resume", "another --run_name"),
+    case("federated --run_name orphan", "checkpoints/orphan exists, of an earlier run", "another --run_name"),
+    case("editing --run_name kept --criterion random", "masks/kept.safetensors"),
+    case("federated --run_name a/b", "--run_name 'a/b': expected a plain folder name"),
+    case("federated --run_name ..", "--run_name '..': expected a plain folder name"),
+    case(f"federated --run_name {'a' * 300}", "aaa"),
+    case("federated --output_dir file.txt", "file.txt"),
+    case("demo --output_dir file.txt", "file.txt"),
+    case("plot results/done --output_dir file.txt", "file.txt"),
+    case("centralized --resume --run_name stopped --learning_rate 0.5", "learning_rate was 0.01 in stopped, now 0.5"),
+    case("centralized --resume --run_name stopped --num_epochs 2", "num_epochs was 1 in stopped, now 2"),
+    case("centralized --resume --run_name done --num_epochs 2", "num_epochs"),
+    case("centralized --resume --run_name ..", "--run_name '..': expected a plain folder name"),
+    case("federated --resume --run_name stopped", "centralized"),
+    case("federated --resume --run_name done", "centralized"),
+    # data sets and plots by name
+    case("federated --dataset folder --data_dir nowhere", "nowhere is not a folder", "--data_dir"),
+    case("federated --dataset folder --data_dir file.txt", "file.txt is not a folder"),
+    case("federated --dataset folder --data_dir void", "void holds no class folders: expected void/CLASS/IMAGE"),
+    case("plot", "expected runs or --masks, got neither"),
+    case("plot nowhere", "run results/nowhere", "found no metrics.csv"),
+    case("plot done nowhere", "run results/nowhere", "found no metrics.csv"),
+    case("plot done done", "each with its own name, got 2 named done"),
+    case("plot --masks nowhere.safetensors", "mask nowhere.safetensors: no such file"),
+    case("plot --masks masks/m.safetensors masks/tiny.safetensors", "made for different models"),
+    case("plot done --name ..", "--name"),
+]
+
+
+@pytest.mark.parametrize(("command", "said"), SENTENCES)
+def test_one_sentence(command, said, capsys, monkeypatch):
+    without_network(monkeypatch)
+    says = sentence(spelled(command), capsys)
+    assert [words for words in said if words not in says] == []
+
+
+def without_network(monkeypatch):
+    for name in ("HTTPS_PROXY", "https_proxy", "HTTP_PROXY", "http_proxy"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")
+    for name in ("NO_PROXY", "no_proxy"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(downloads, "RETRIES", 0)  # they wait for seconds in between
+
+
+def test_no_network_for_a_download(capsys, monkeypatch):
+    without_network(monkeypatch)
+    says = refused(spelled("federated --dataset cifar100 --data_dir void"), capsys).splitlines()[-1]
+    assert says.startswith("fedtalos: cifar-100-python.tar.gz could not be fetched from https://")
+    assert "put the file into void by hand" in says
+
+
+@pytest.mark.parametrize("device", ["cuda", "mps"])
+@pytest.mark.parametrize("command", ["federated", "editing", "evaluate done", "demo"])
+def test_a_device_that_is_not_there(command, device, capsys, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    says = sentence(spelled(f"{command} --device {device}"), capsys)
+    assert f"--device {device}: not available here; available: cpu" in says
+
+
+@pytest.mark.parametrize("tracker", ["tensorboard", "wandb"])
+def test_a_tracker_that_is_not_installed(tracker, capsys, monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    says = sentence(spelled(f"federated --tracker {tracker}"), capsys)
+    assert (
+        f"--tracker {tracker}: not installed; in the checkout: pip install -c constraints.txt -e '.[{tracker}]'" in says
+    )
+
+
+def test_a_tracker_without_an_account(capsys, monkeypatch):
+    wandb = types.ModuleType("wandb")
+    wandb.login, wandb.__spec__ = lambda prompt: False, ModuleSpec("wandb", None)
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    says = sentence(spelled("federated --tracker wandb"), capsys)
+    assert "--tracker wandb: no account is set up; run `wandb login`, or set WANDB_MODE=offline" in says
+
+
+def test_no_preset_file(capsys, monkeypatch):
+    monkeypatch.setattr(config_files, "PRESETS", Path("nowhere/presets.yaml"))
+    says = sentence(spelled("federated --preset quick"), capsys)
+    assert "nowhere/presets.yaml: cannot be read" in says
+
+
+def test_a_flag_mends_what_a_file_leaves_impossible():
+    config = parse(spelled("federated --config warm.yaml --num_rounds 200"))
+    assert isinstance(config, FederatedConfig)
+    assert (config.train.warmup, config.federation.num_rounds) == (150, 200)
+
+
+@pytest.mark.parametrize(
+    ("command", "said"),
+    [
+        ("evaluate flipped", "is not what was saved (checksum)"),
+        ("centralized --model_size tiny --weights pretrained", "give --weights FILE or none"),
+    ],
+)
+def test_as_a_process(command, said):
+    before = everything()
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_HOME": "nowhere", "OMP_NUM_THREADS": "1"}
+    arguments = [sys.executable, str(ROOT / "main.py"), *spelled(command)]
+    ended = subprocess.run(arguments, capture_output=True, text=True, env=environment, check=False)
+    assert ended.returncode == 2
+    assert said in ended.stderr
+    assert "Traceback" not in ended.stderr
+    assert everything() == before
