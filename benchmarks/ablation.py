@@ -21,8 +21,9 @@ from rounds import Load, Rounds, Setting, Variant, each, products, random_images
 from torch import Tensor
 
 from fedtalos.devices import bf16_speedup
-from fedtalos.models.vision_transformer import Attention, VisionTransformer
-from fedtalos.training.editing.talos import eligible_entries
+from fedtalos.models.transformer_layers import Attention
+from fedtalos.models.vision_transformer import VisionTransformer
+from fedtalos.training.editing.eligible import eligible_entries
 from fedtalos.training.federated.algorithms.drift import Exchange
 from fedtalos.training.federated.processes import Leader, serve
 from fedtalos.training.masked_parameters import Entries, Values, named_tensors

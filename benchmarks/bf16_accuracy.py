@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fedtalos.cli import main as fedtalos
-from fedtalos.models.vision_transformer import Attention
+from fedtalos.models.transformer_layers import Attention
 
 PRODUCTS = {"mm", "addmm", "bmm", "baddbmm", "convolution", "convolution_backward", "mkldnn_convolution"}
 

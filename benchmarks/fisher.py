@@ -25,8 +25,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fedtalos.models.vision_transformer import Architecture, VisionTransformer
 from fedtalos.randomness import torch_generator
+from fedtalos.training.editing.eligible import eligible_entries
 from fedtalos.training.editing.fisher import draw_labels, fisher_scores
-from fedtalos.training.editing.talos import eligible_entries
 
 SETTINGS = {  # size, pixels, patch, images
     "96 wide x 6, 32 px, patch 4": ("micro", 32, 4, 64),

@@ -20,11 +20,14 @@ from measure import environment, markdown_table, multiply_adds, peak_memory, sca
 from torch import Tensor
 from torch.optim import Optimizer
 
+from fedtalos.models.load import load_into
 from fedtalos.models.vision_transformer import Architecture, ModelSize, VisionTransformer
-from fedtalos.models.weights.read import Weights, load_into, read_weights
+from fedtalos.models.weights import Weights
+from fedtalos.models.weights.read import load_weights
 from fedtalos.randomness import torch_generator
-from fedtalos.training.editing.mask_file import Mask, load_mask
-from fedtalos.training.editing.talos import eligible_entries
+from fedtalos.training.editing.eligible import eligible_entries
+from fedtalos.training.editing.mask_file import read_mask_file
+from fedtalos.training.entries import Mask
 from fedtalos.training.loop import freeze_all_but, make_optimizer, train
 from fedtalos.training.masked_parameters import Entries
 
@@ -79,7 +82,7 @@ def variants(model: VisionTransformer, mask_file: Path | None) -> dict[str, Mask
     }
     chosen["all kinds, scattered entries, 90 %"] = scattered(blocks, round(0.1 * len(blocks)))
     if mask_file is not None:
-        chosen[f"mask {mask_file.name}"] = load_mask(mask_file)[0]
+        chosen[f"mask {mask_file.name}"] = read_mask_file(mask_file)[0]
     return chosen
 
 
@@ -132,7 +135,7 @@ def state_bytes(optimizer: Optimizer) -> int:
 def measure(options: Options) -> str:
     """The table in Markdown, under a line on the machine and the setting."""
     torch.set_num_threads(options.threads)
-    weights = None if options.weights is None else read_weights(options.weights, options.model_size)
+    weights = None if options.weights is None else load_weights(options.weights, options.model_size)
     model = build(options, weights)
     masks = variants(model, options.mask)
     eligible = len(eligible_entries(model))

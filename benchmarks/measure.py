@@ -17,7 +17,7 @@ from torch import Tensor
 
 from fedtalos.models.vision_transformer import VisionTransformer
 from fedtalos.randomness import torch_generator
-from fedtalos.training.masked_parameters import Entries
+from fedtalos.training.entries import Entries
 
 
 @dataclass(frozen=True)

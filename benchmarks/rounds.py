@@ -3,7 +3,7 @@
 Needs only torch, numpy and what of fedtalos needs nothing else.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 
@@ -12,16 +12,16 @@ import torch
 from measure import multiply_adds, scattered
 from torch import Tensor
 
-from fedtalos.data.batches import Augmentation, View, stacked_batches, training_batches
 from fedtalos.data.images import LabelledImages
-from fedtalos.metrics import Metrics
+from fedtalos.data.view import Augmentation
 from fedtalos.models.vision_transformer import Architecture, VisionTransformer
-from fedtalos.randomness import generator, torch_generator
-from fedtalos.training.editing.talos import eligible_entries
-from fedtalos.training.federated.fedavg import Round, TrainClients, fedavg, one_by_one
-from fedtalos.training.federated.stacked import in_groups, together
-from fedtalos.training.loop import Batches, freeze_all_but, make_optimizer, train
-from fedtalos.training.masked_parameters import Entries
+from fedtalos.randomness import torch_generator
+from fedtalos.training.editing.eligible import eligible_entries
+from fedtalos.training.federated.clients import Clients
+from fedtalos.training.federated.fedavg import Engine, Round, fedavg, one_by_one
+from fedtalos.training.federated.stacked import stacked
+from fedtalos.training.local_training import LocalTraining
+from fedtalos.training.masked_parameters import MaskedParameters, head_mask
 
 CLASSES = 100
 
@@ -86,90 +86,45 @@ class Rounds:
         load: Load,
         images: LabelledImages,
         chosen: Callable[[VisionTransformer], dict[str, Tensor]] | None = None,
+        *,
+        augmentation: Augmentation = "crop_flip",
     ) -> None:
         """``chosen`` maps the model to what moves, where that is none of the variant's words."""
-        self.setting, self.variant, self.load, self.images = setting, variant, load, images
-        self.augmentation: Augmentation = "crop_flip"
-        self.forward: Callable[[Tensor], Tensor] | None = None
-        device = images.pixels.device
+        self.setting, self.variant, self.load = setting, variant, load
         architecture = Architecture(setting.size, setting.pixels, setting.patch, CLASSES)
-        self.model = VisionTransformer(architecture, torch_generator(0, "weights")).to(device)
-        self.view = View(setting.pixels, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
-        self.indices = np.split(np.arange(len(images)), load.clients)
-        self.entries = Entries(chosen(self.model) if chosen else what_moves(self.model, variant.moves))
-        self.multiply_adds = multiply_adds(self.model, self.entries.masks)
-        freeze_all_but(self.model, self.entries)
-        self.optimizer_of = partial(make_optimizer, rule="adamw", learning_rate=1e-4, momentum=0.0, weight_decay=0.01)
-        self.optimizer = self.optimizer_of(self.model, self.entries)
+        model = VisionTransformer(architecture, torch_generator(0, "weights")).to(images.pixels.device)
+        self.model = model
+        self.moving = MaskedParameters(model, chosen(model) if chosen else what_moves(model, variant.moves))
+        self.multiply_adds = multiply_adds(model, self.moving.entries.masks)
+        owner = np.repeat(np.arange(load.clients), len(images) // load.clients)
+        self.clients = Clients.of(images, owner, load.clients)
+        self.local = LocalTraining(
+            steps=load.steps,
+            batch_size=load.batch_size,
+            learning_rate=1e-4,
+            augmentation=augmentation,
+            precision="bf16" if variant.precision == "bf16" else "fp32",
+        )
+        self.engine: Engine = one_by_one if variant.at_once == 1 else partial(stacked, size=variant.at_once)
         if variant.compiled:
-            self.model.compile(mode=variant.compiled)  # in place: the parameters keep their names
+            model.compile(mode=variant.compiled)  # in place: the parameters keep their names
 
     def __iter__(self) -> Iterator[Round]:
-        return self.rounds(self.train_clients())
+        return self.rounds(self.engine)
 
-    def rounds(self, train_clients: TrainClients) -> Iterator[Round]:
+    def rounds(self, engine: Engine) -> Iterator[Round]:
         """Rounds of clients that train in that way."""
-        sizes, fraction = np.array([len(own) for own in self.indices]), self.load.per_round / self.load.clients
-        return fedavg(self.model, self.entries, train_clients, sizes, fraction=fraction, rounds=10**9, seed=0)
-
-    def train_clients(self) -> TrainClients:
-        """As the experiments make it."""
-        alone = one_by_one(self.model, self.entries, self.update_client)
-        if self.variant.at_once == 1:
-            return alone
-        stacked = together(
-            self.model,
-            self.entries,
-            self.batches_of,
-            self.optimizer_of,
-            learning_rate=lambda _: 1e-4,
-            clip_norm=1.0,
-            precision="bf16" if self.variant.precision == "bf16" else "fp32",
-        )
-        return in_groups(alone, stacked, self.variant.at_once, lambda _: None)
-
-    def update_client(self, number: int, client: int) -> Metrics:
-        """One client's training on the resident model."""
-        self.optimizer.state.clear()
-        batches = training_batches(
-            self.images,
-            self.indices[client],
-            self.view,
-            steps=self.load.steps,
-            batch_size=self.load.batch_size,
-            augmentation=self.augmentation,
-            rng=generator(0, "batches", number, client),
-        )
-        return train(
-            self.model,
-            batches,
-            self.optimizer,
-            self.entries,
-            learning_rate=lambda _: 1e-4,
-            clip_norm=1.0,
-            precision="bf16" if self.variant.precision == "bf16" else "fp32",
-            forward=self.forward,
-        )
-
-    def batches_of(self, number: int, group: Sequence[int]) -> Batches:
-        """Several clients' batches side by side."""
-        return stacked_batches(
-            self.images,
-            [self.indices[client] for client in group],
-            self.view,
-            steps=self.load.steps,
-            batch_size=self.load.batch_size,
-            augmentation=self.augmentation,
-            rngs=[generator(0, "batches", number, client) for client in group],
+        fraction = self.load.per_round / self.load.clients
+        return fedavg(
+            self.moving, self.clients, local=self.local, rounds=10**9, fraction=fraction, seed=0, engine=engine
         )
 
 
 def what_moves(model: VisionTransformer, moves: str) -> dict[str, Tensor]:
     """Everything; the head; or the head and scattered entries of q and k, a tenth of what the blocks have eligible."""
-    whole = {name: torch.ones_like(p, dtype=torch.bool, requires_grad=False) for name, p in model.named_parameters()}
     if moves == "all":
-        return whole
-    head = {name: mask for name, mask in whole.items() if name.startswith("head.")}
+        return {name: torch.ones_like(p, dtype=torch.bool, requires_grad=False) for name, p in model.named_parameters()}
+    head = head_mask(model)
     if moves == "head":
         return head
     chosen = scattered(eligible_entries(model, "qk"), round(0.1 * len(eligible_entries(model))))

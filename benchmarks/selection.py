@@ -13,7 +13,7 @@ import torch
 from measure import environment, markdown_table, peak_memory, timed_ratios
 
 from fedtalos.randomness import torch_generator
-from fedtalos.training.editing.talos import keep_lowest
+from fedtalos.training.editing.ranking import keep_lowest
 
 
 class Choice:

@@ -8,11 +8,10 @@ benchmarks/peers holds the comparison with other simulators.
 """
 
 import sys
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 import tyro
@@ -21,9 +20,15 @@ from rounds import Load, Rounds, Setting, Variant, each, products, random_images
 
 from fedtalos.data.images import LabelledImages
 from fedtalos.metrics import Metrics
-from fedtalos.randomness import torch_generator
-from fedtalos.training.feature_cache import ActivationCache
-from fedtalos.training.federated.fedavg import fedavg, one_by_one
+from fedtalos.data.batches import training_batches
+from fedtalos.data.view import View
+from fedtalos.randomness import generator, torch_generator
+from fedtalos.training.entries import Values
+from fedtalos.training.feature_cache import view_of
+from fedtalos.training.federated.clients import Clients
+from fedtalos.training.federated.fedavg import FedAvg, Lost, Update, Updates
+from fedtalos.training.local_training import LocalTraining
+from fedtalos.training.masked_parameters import MaskedParameters
 
 CPU = torch.device("cpu")
 
@@ -41,9 +46,10 @@ class Options:
 
 def bare_steps(rounds: Rounds, load: Load) -> Callable[[], object]:
     """A call that takes a round's steps with torch.optim's AdamW, on one batch that is ready, and nothing else."""
-    model = Rounds(rounds.setting, rounds.variant, load, rounds.images).model
+    stored = rounds.clients.images
+    model = Rounds(rounds.setting, rounds.variant, load, stored).model
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
-    images, labels = rounds.view(rounds.images.pixels[: load.batch_size]), rounds.images.labels[: load.batch_size]
+    images, labels = view_of(model)(stored.pixels[: load.batch_size]), stored.labels[: load.batch_size]
 
     def steps() -> None:
         for _ in range(load.per_round * load.steps):
@@ -75,6 +81,19 @@ def rounds_and_steps(options: Options) -> str:
     return title + markdown_table(("model", "what", "s", "ratio"), lines)
 
 
+def idle(
+    moving: MaskedParameters, _clients: Clients, _local: LocalTraining, _seed: int, _algorithm: FedAvg
+) -> Updates:
+    """Clients that get theta and send it back."""
+
+    def updates(_number: int, chosen: Sequence[int], theta: Values) -> Iterator[tuple[int, Update | Lost]]:
+        for client in chosen:
+            moving.load(theta)
+            yield client, Update(moving.rows, Metrics(1.0, 1, 1))
+
+    return updates
+
+
 def idle_rounds(options: Options) -> str:
     """Rounds of 10 clients that train no step: ViT-S, dense and with a mask, beside ten copies of its bytes."""
     setting, load = Setting("small", 32, 4), Load(clients=10, per_round=10, steps=1, batch_size=1)
@@ -84,9 +103,7 @@ def idle_rounds(options: Options) -> str:
     source, target = (torch.randn(sum(p.numel() for p in works["all"].model.parameters())) for _ in range(2))
     calls["ten copies of all bytes"] = lambda: [target.copy_(source) for _ in range(10)]
     for moves, work in works.items():
-        clients = one_by_one(work.model, work.entries, lambda *_: Metrics(1.0, 1, 1))
-        going = fedavg(work.model, work.entries, clients, np.ones(10), fraction=1.0, rounds=10**9, seed=0)
-        calls[{"all": "a round, dense", "qk": "a round, 90 % mask in q and k"}[moves]] = lambda going=going: next(going)
+        calls[{"all": "a round, dense", "qk": "a round, 90 % mask in q and k"}[moves]] = each(work.rounds(idle))
     found = timed_ratios(calls, 3 * options.repeats)
     lines = [(name, f"{1e3 * t.seconds:.0f}", f"{t.ratio:.2f}") for name, t in found.items()]
     return "## Rounds without a step\n\nViT-S, 10 clients, J = 0.\n\n" + markdown_table(("what", "ms", "ratio"), lines)
@@ -119,10 +136,15 @@ def batches(options: Options) -> str:
     lines = []
     for pixels in (32, 96, 224):
         setting, load = Setting("tiny", 32, 4), Load(clients=1, per_round=1, steps=16, batch_size=options.batch_size)
-        work = Rounds(setting, Variant("fp32", "head"), load, random_images(setting, load, CPU))
-        work.view = replace(work.view, image_size=pixels)
-        call = lambda work=work: [None for _ in work.batches_of(1, [0])]  # noqa: E731
-        found = timed_ratios({"": call}, options.repeats)[""]
+        clients = Rounds(setting, Variant("fp32", "head"), load, random_images(setting, load, CPU)).clients
+        view = View(pixels, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
+
+        def draw(clients: Clients = clients, view: View = view) -> None:
+            given = {"steps": 16, "batch_size": options.batch_size, "augmentation": "crop_flip"}
+            for _ in training_batches(clients.images, clients[0], view, rng=generator(0, "batches"), **given):
+                pass
+
+        found = timed_ratios({"": draw}, options.repeats)[""]
         lines.append((f"32 to {pixels} px", f"{load.images_per_round / found.seconds:,.0f}"))
     return "## Batches\n\n" + markdown_table(("", "images/s"), lines)
 
@@ -131,16 +153,8 @@ def cached_features(options: Options) -> str:
     """A head-only epoch on features that were computed once, beside one on images."""
     setting, load = Setting("tiny", 32, 4), Load(clients=1, per_round=1, steps=4, batch_size=options.batch_size)
     images = random_images(setting, load, CPU)
-    work = Rounds(setting, Variant("fp32", "head"), load, images)
-    passed = work.model.frozen_stages(work.entries.masks)
-    cache = ActivationCache(
-        work.model, passed, images, work.view, batch_size=250, precision="fp32", limit=1e9, folder=Path()
-    )
-    cache.fill(np.arange(len(images)))
-    cached = Rounds(setting, Variant("fp32", "head"), load, cache.activations)
-    cached.view, cached.augmentation = cache.to_device, "none"
-    cached.forward = lambda x: cached.model(x, passed=passed)
-    work.augmentation = "none"
+    cached, work = (Rounds(setting, Variant("fp32", "head"), load, images, augmentation="none") for _ in range(2))
+    work.moving.frozen_stages = 0
     found = timed_ratios({"on cached features": each(cached), "on images": each(work)}, options.repeats)
     lines = [(name, f"{1e3 * t.seconds:.1f}", f"{t.ratio:.0f}") for name, t in found.items()]
     return f"## A round of the head alone\n\n{setting}, 4 steps.\n\n" + markdown_table(("", "ms", "ratio"), lines)

@@ -10,6 +10,7 @@ import shutil
 import tarfile
 import zlib
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from fedtalos.app.figures import draw as plots
 from fedtalos.cli import main
 from fedtalos.data.image_folder import CACHE, read_image_folder
 from fedtalos.files import UNSEALED, sealed
-from fedtalos.training.editing.mask_file import load_mask, save_mask
+from fedtalos.training.editing.mask_file import read_mask_file, write_mask_file
 
 DIGITS = "--dataset digits --model_size micro --weights none --image_size 8 --patch_size 2 --device cpu "
 SMALL = DIGITS + "--train_limit 100 --eval_limit 20 "
@@ -121,11 +122,11 @@ def make(folder: Path) -> None:
 def break_masks_and_heads() -> None:
     """Beside the mask m: one of its frozen entries, one for other weights, and broken ones under broken/."""
     path = Path("masks/m.safetensors")
-    mask, facts = load_mask(path)
+    mask, facts = read_mask_file(path)
     rest = {name: ~tensor for name, tensor in mask.items()}
     active = sum(int(tensor.sum()) for tensor in rest.values())
-    save_mask(Path("masks/rest.safetensors"), rest, facts.model_copy(update={"active": active}))
-    save_mask(Path("masks/foreign.safetensors"), mask, facts.model_copy(update={"weights": "others"}))
+    write_mask_file(Path("masks/rest.safetensors"), rest, replace(facts, active=active))
+    write_mask_file(Path("masks/foreign.safetensors"), mask, replace(facts, weights="others"))
     content, head = path.read_bytes(), Path("masks/m.head.safetensors").read_bytes()
     first = "blocks.0.norm1.weight"
     files = {

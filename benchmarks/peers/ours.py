@@ -18,8 +18,8 @@ from task import Meter, Settings, client_batches, client_size, freeze, make_mode
 from torch import nn
 
 from fedtalos.metrics import Metrics
-from fedtalos.training.editing.mask_file import load_mask
-from fedtalos.training.editing.talos import eligible_entries
+from fedtalos.training.editing.eligible import eligible_entries
+from fedtalos.training.editing.mask_file import read_mask_file
 from fedtalos.training.federated.algorithms.drift import Exchange
 from fedtalos.training.federated.fedavg import TrainClients, fedavg, one_by_one
 from fedtalos.training.federated.processes import Leader, serve
@@ -97,7 +97,7 @@ def prepare(options: Options) -> tuple[nn.Module, Entries, TrainClients]:
 
 def moving_entries(model: nn.Module, options: Options) -> Entries:
     if options.mask is not None:
-        return Entries(load_mask(options.mask)[0])
+        return Entries(read_mask_file(options.mask)[0])
     if options.settings.moves == "qk":
         return eligible_entries(model, "qk")
     freeze(model, options.settings)

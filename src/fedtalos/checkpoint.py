@@ -1,9 +1,9 @@
 """Checkpoints: tensors as safetensors, everything else as JSON beside them.
 
-`last.json` names its tensor file and that file's sha256; the JSON is renamed into place last, so a pair is whole
-or not there, and is sealed, so that a flipped bit is noticed in either. Model tensors keep their names, so a
-checkpoint is a weights file too; optimiser state lies beside them under `optimizer/...` (no parameter name holds a
-slash).
+`last.json` names its tensor file and that file's sha256. It is renamed into place last, so that a pair is whole or not
+there, and it is sealed, so that a flipped bit is noticed in either file. Model tensors keep their names, so that a
+checkpoint is a weights file too. Optimiser state lies beside them under `optimizer/...`; no parameter's name holds a
+slash.
 """
 
 import hashlib
@@ -26,17 +26,25 @@ FORMAT = 2
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """Tensors by name, and the facts that were saved with them."""
+    """Tensors by name, and the facts that were saved with them.
+
+    >>> checkpoint = load_checkpoint(Path("checkpoints/my_run/last.json"))
+    >>> checkpoint.facts["classes"]
+    """
 
     tensors: dict[str, Tensor]
     facts: dict[str, Any]
     sha256: str
+    """Checksum of the tensor file."""
 
 
 def save_checkpoint(folder: Path, name: str, step: int, tensors: dict[str, Tensor], facts: dict[str, Any]) -> Path:
-    """Write ``folder/name.json`` and its tensor file, then drop the tensor file that it replaces."""
-    # In the tensor file too, so that it can be used as a weights file by itself; one key, for safetensors writes
-    # several in an order of its own, and files are to be the same to the byte.
+    """Write ``folder/name.json`` and its tensor file, then drop the tensor file that it replaces.
+
+    >>> path = save_checkpoint(Path("checkpoints/my_run"), "last", 3, model.state_dict(), {"classes": data.classes})
+    """
+    # Mean and std are in the tensor file too, so that it can be used as a weights file by itself. They are one key:
+    # safetensors writes several in an order of its own, and files are to be the same to the byte.
     metadata = {"pixels": json.dumps({key: facts[key] for key in ("mean", "std") if key in facts})}
     content = save_safetensors({key: t.detach().cpu().contiguous() for key, t in tensors.items()}, metadata)
     file = folder / f"{name}-{step:06d}.safetensors"
@@ -54,6 +62,8 @@ def load_checkpoint(path: Path) -> Checkpoint:
     """Read a checkpoint by its JSON file.
 
     Raises InputError where a file is missing, broken, not a checkpoint, or not the one that was saved.
+
+    >>> tensors = load_checkpoint(Path("checkpoints/my_run/last.json")).tensors
     """
     try:
         header = path.read_bytes()
@@ -76,7 +86,13 @@ def load_checkpoint(path: Path) -> Checkpoint:
 
 
 def find_checkpoint(path: Path, checkpoints: Path, which: str = "last") -> Path:
-    """The JSON file that ``path`` means: itself, a run's folder, or a run's name under ``checkpoints``."""
+    """Find the JSON file that ``path`` means: itself, or the one in a run's folder, here or under ``checkpoints``.
+
+    Raises InputError where there is none.
+
+    >>> find_checkpoint(Path("my_run"), Path("checkpoints"))
+    PosixPath('checkpoints/my_run/last.json')
+    """
     candidates = [path] if path.suffix == ".json" else [path / f"{which}.json", checkpoints / path / f"{which}.json"]
     for candidate in candidates:
         if candidate.is_file():
@@ -87,7 +103,10 @@ def find_checkpoint(path: Path, checkpoints: Path, which: str = "last") -> Path:
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """An optimiser's state as tensors by name."""
+    """Take an optimiser's state as tensors by name.
+
+    >>> tensors = {**model.state_dict(), **optimizer_tensors(optimizer)}
+    """
     state = optimizer.state_dict()["state"]
     return {
         f"optimizer/{index}/{key}": torch.as_tensor(value)
@@ -98,7 +117,10 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
 
 
 def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
-    """Put the state that ``optimizer_tensors`` took back in."""
+    """Put the state back that ``optimizer_tensors`` took; other tensors are ignored.
+
+    >>> restore_optimizer(optimizer, load_checkpoint(path).tensors)
+    """
     state: dict[int, dict[str, Tensor]] = {}
     for name, tensor in tensors.items():
         if name.startswith("optimizer/"):

@@ -1,58 +1,59 @@
 """The command line: flags over preset over file over defaults, to one experiment; bad input is one sentence, exit 2."""
 
-import argparse
+import difflib
 import os
+import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from importlib import import_module
 from pathlib import Path
-from typing import Annotated, Any, Union, cast
+from typing import Any
 
-import torch
 import tyro
-import yaml
 from rich.console import Console
 
+from fedtalos._version import __version__
 from fedtalos.app.config.checks import check_together
-from fedtalos.app.config.files import from_file, from_preset, nearest, override
-from fedtalos.app.config.schema import RUN_CONFIGS, CentralizedConfig, EditingConfig, FederatedConfig, RunConfig
-from fedtalos.app.config.tools import (
-    MASK_TOOLS,
-    OTHERS,
-    DemoConfig,
-    EvaluateConfig,
-    InfoConfig,
-    MaskConfig,
-    PlotConfig,
-    SweepConfig,
-)
+from fedtalos.app.config.files import FileError, from_file, from_preset, nearest, override
+from fedtalos.app.config.help import mask_page, option_names, overview, page
+from fedtalos.app.config.options import Options
+from fedtalos.app.config.schema import RUN_CONFIGS, RunConfig
+from fedtalos.app.config.tools import MASK_TOOLS, TOOL_CONFIGS, MaskConfig, ToolConfig
 from fedtalos.app.run import interruption
-from fedtalos.app.run.folders import choose_run, claimed, run_to_resume
+from fedtalos.app.run.display import say
+from fedtalos.app.run.folders import AlreadyFinished, run_to_resume
 from fedtalos.app.run.interruption import Interrupted
-from fedtalos.app.run.recorder import require_tracker
-from fedtalos.errors import InputError
-from fedtalos.training.loop import TrainingError
-from fedtalos.training.micro_batches import out_of_memory
+from fedtalos.devices import out_of_memory
+from fedtalos.errors import InputError, TrainingError
 
 OUT_OF_MEMORY = (
     "the device's memory ran out (training had halved its batches as far as that goes); take a smaller --model_size or "
     "--image_size, let less move, or lower --eval_batch_size, --clients_at_once or, in editing, --fisher_chunk"
 )
-
-AnyConfig = RunConfig | EvaluateConfig | PlotConfig | MaskConfig | SweepConfig | DemoConfig | InfoConfig
+HELP, HELP_ALL = {"-h", "--help"}, {"--help_all", "--help-all"}
+COMMANDS: dict[str, type[Options]] = {**RUN_CONFIGS, **TOOL_CONFIGS}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run one command; exits with 0, 2 for bad input, 1 where training failed, 141 on a closed pipe.
 
     130 on Ctrl-C and 143 on SIGTERM, when what is done has been saved.
+
+    >>> main(["federated", "--dataset", "digits", "--model_size", "micro", "--weights", "none"])
     """
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     errors = Console(stderr=True)
     try:
         with interruption.handled():
-            dispatch(parse(arguments), Console())
-    except InputError as error:
+            config = parse(arguments)
+            import_module(f"fedtalos.experiments.{config.command}").run(config, Console())
+    except AlreadyFinished as finished:
+        say(Console(), str(finished))
+    except FileError as error:
         complain(errors, str(error))
+        sys.exit(2)
+    except InputError as error:
+        complain(errors, dashed(str(error), flags_of(arguments)))
         sys.exit(2)
     except BrokenPipeError:  # `fedtalos ... | head`: nobody is left to read
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -61,7 +62,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         complain(errors, f"{error.filename or 'a file'}: {error.strerror or error}; check the path and its rights")
         sys.exit(2)
     except TrainingError as error:
-        complain(errors, str(error))
+        complain(errors, dashed(str(error), flags_of(arguments)))
         sys.exit(1)
     except RuntimeError as error:
         if not out_of_memory(error):
@@ -74,59 +75,106 @@ def main(arguments: Sequence[str] | None = None) -> None:
         sys.exit(130)
 
 
-def parse(arguments: list[str]) -> AnyConfig:
-    """The config that the arguments ask for.
+def parse(arguments: list[str]) -> RunConfig | ToolConfig:
+    """Read the config that the arguments ask for; help and version are printed, and end the program.
 
-    Raises InputError for a bad command, file, preset or value; tyro prints and exits with 2 for unknown flags.
+    Raises InputError for a bad command, flag, file, preset or value; tyro prints and exits with 2 for values that it
+    cannot read.
+
+    >>> parse(["federated", "--num_clients", "10"]).split.num_clients
+    10
     """
-    command = arguments[0] if arguments else None
-    check_known("command", arguments[:1], [*RUN_CONFIGS, *(other.command for other in OTHERS)])
-    if command == MaskConfig.command:
-        check_known("mask command", arguments[1:2], [tool.command for tool in MASK_TOOLS])
-    subcommands: list[Any] = []
-    for name, run_config in RUN_CONFIGS.items():
-        default = defaults(name, arguments[1:]) if name == command else run_config()
-        subcommands.append(Annotated[run_config, tyro.conf.subcommand(name, default=default)])
-    for other in OTHERS:
-        subcommands.append(Annotated[other, tyro.conf.subcommand(other.command)])
-    parsed = tyro.cli(
-        cast(type[AnyConfig], Union[tuple(subcommands)]),  # noqa: UP007
-        prog="fedtalos",
-        description="Sparse, task-localised federated fine-tuning of Vision Transformers.",
-        args=arguments,
+    name, options, rest = command_of(arguments)
+    if options is None:
+        say(Console(), {"version": f"fedtalos {__version__}", "mask": mask_page()}.get(name, overview()).rstrip())
+        sys.exit()
+    if asked := (HELP | HELP_ALL).intersection(rest):
+        say(Console(), page(name, options, every=bool(asked & HELP_ALL)).rstrip())
+        sys.exit()
+    check_flags(name, options, rest)
+    start: dict[str, Any] = {"default": defaults(name, rest)} if name in RUN_CONFIGS else {}
+    parsed: Any = tyro.cli(
+        options,
+        prog=f"fedtalos {name}",
+        args=rest,
         use_underscores=True,
-        config=(tyro.conf.OmitArgPrefixes, tyro.conf.OmitSubcommandPrefixes, tyro.conf.HelptextFromCommentsOff),
+        config=(tyro.conf.OmitArgPrefixes, tyro.conf.HelptextFromCommentsOff),
+        **start,
     )
     if isinstance(parsed, RunConfig):
         check_together(parsed)
-    return parsed
+    config: RunConfig | ToolConfig = MaskConfig(tool=parsed) if options in MASK_TOOLS.values() else parsed
+    return config
 
 
-def check_known(what: str, words: list[str], known: list[str]) -> None:
-    """InputError where a word that is no flag is not among the ``known``."""
+def command_of(arguments: list[str]) -> tuple[str, type[Options] | None, list[str]]:
+    """Split arguments into the command's name, its options (None: a page is asked for), and the words left.
+
+    `mask make` is another name of `editing`. Raises InputError where there is no such command.
+
+    >>> command_of(["mask", "show", "masks/mine.safetensors"])
+    ('mask show', MaskShowConfig, ['masks/mine.safetensors'])
+    """
+    first, *rest = arguments or [""]
+    if first in HELP | HELP_ALL:
+        return "overview", None, rest
+    if first == "--version":
+        return "version", None, rest
+    name = command_named("command", first, COMMANDS)
+    if name != MaskConfig.command:
+        return name, COMMANDS[name], rest
+    first, *rest = rest or [""]
+    if first in HELP | HELP_ALL:
+        return name, None, rest
+    tool = command_named("mask command", first, ["make", *MASK_TOOLS])
+    return ("editing", RUN_CONFIGS["editing"], rest) if tool == "make" else (f"mask {tool}", MASK_TOOLS[tool], rest)
+
+
+def command_named(what: str, word: str, known: Iterable[str]) -> str:
+    """``word``, if it is known; else InputError."""
+    if word not in known:
+        found = f"no {what} {word!r}{nearest(word, known)}" if word[:1] not in ("", "-") else f"expected a {what}"
+        raise InputError(f"{found}{f' before {word}' if word[:1] == '-' else ''} (there are {', '.join(known)})")
+    return word
+
+
+def check_flags(name: str, options: type[Options], words: list[str]) -> None:
+    """Refuse flags that a command does not have, with an InputError that names the nearest."""
+    fields = option_names(options)
+    known = {*fields, *(f"no_{option}" for option, field in fields.items() if field.annotation is bool)}
     for word in words:
-        if not word.startswith("-") and word not in known:
-            raise InputError(f"no {what} {word!r}{nearest(word, known)} (there are {', '.join(known)})")
+        flag = word.partition("=")[0].removeprefix("--").replace("-", "_")
+        if not word.startswith("--") or flag in known:
+            continue
+        near = nearest_option(flag, fields)
+        others = [other for other, config in RUN_CONFIGS.items() if flag in option_names(config)]
+        what = f"did you mean --{near}?" if near else f"fedtalos {name} --help_all lists what there is"
+        if others:
+            what = f"it is an option of {' and '.join(others)}"
+        raise InputError(f"{name}: no option {word.partition('=')[0]}; {what}")
 
 
-def defaults(command: str, arguments: list[str]) -> RunConfig:
+def nearest_option(name: str, known: Iterable[str]) -> str | None:
+    """Find the known option that is meant: by its initials, else by its letters.
+
+    >>> nearest_option("lr", ["num_rounds", "learning_rate"])
+    'learning_rate'
+    """
+    by_initials = [option for option in known if "".join(word[0] for word in option.split("_")) == name]
+    return next(iter(by_initials or difflib.get_close_matches(name, known, n=1)), None)
+
+
+def defaults(command: str, words: list[str]) -> RunConfig:
     """The config before the flags: that of the run to resume, then --config, then --preset."""
-    early = argparse.ArgumentParser(prog=f"fedtalos {command}", add_help=False, allow_abbrev=False)
-    early.add_argument("--config", type=Path)
-    early.add_argument("--preset")
-    early.add_argument("--resume", action="store_true")
-    early.add_argument("--run_name", "--run-name")
-    early.add_argument("--output_dir", "--output-dir")
-    chosen, _ = early.parse_known_args(arguments)
     layers: list[tuple[str, dict[str, Any]]] = []
-    if chosen.config is not None:
-        layers.append((str(chosen.config), from_file(chosen.config, command)))
-    if chosen.preset is not None:
-        layers.append((f"preset {chosen.preset!r}", from_preset(chosen.preset, command)))
-    if chosen.resume:
+    if (path := early(words, "config")) is not None:
+        layers.append((path, from_file(Path(path), command)))
+    if (preset := early(words, "preset")) is not None:
+        layers.append((f"preset {preset!r}", from_preset(preset, command)))
+    if "--resume" in words:
         said = {key: value for _, values in layers for key, value in values.items()}
-        root = Path(chosen.output_dir or said.get("output_dir", "."))
-        paths = run_to_resume(root, chosen.run_name or said.get("run_name"), command)
+        root = Path(early(words, "output_dir") or said.get("output_dir", "."))
+        paths = run_to_resume(root, early(words, "run_name") or said.get("run_name"), command)
         if paths is not None:
             layers.insert(0, (str(paths.config), {**from_file(paths.config, command), "run_name": paths.name}))
     config = RUN_CONFIGS[command]()
@@ -135,91 +183,50 @@ def defaults(command: str, arguments: list[str]) -> RunConfig:
     return config
 
 
-def dispatch(config: AnyConfig, console: Console) -> None:
-    """Run the command that the config is for."""
-    match config:
-        case CentralizedConfig() | FederatedConfig() | EditingConfig():
-            run_experiment(config, console)
-        case EvaluateConfig():
-            from fedtalos.experiments import evaluate
+def early(words: list[str], option: str) -> str | None:
+    """The last value of an option that is needed before the others are read; None where it has none.
 
-            evaluate.run(config, console)
-        case PlotConfig():
-            from fedtalos.experiments import plot
-
-            for path in plot.run(config):
-                say(console, str(path))
-        case MaskConfig():
-            from fedtalos.experiments import mask as mask_tools
-
-            for path in mask_tools.run(config.tool, console):
-                say(console, str(path))
-        case SweepConfig():
-            from fedtalos.experiments import sweep
-
-            for path in sweep.run(config, console, run_experiment):
-                say(console, str(path))
-        case DemoConfig():
-            from fedtalos.experiments import demo
-
-            demo.run(config, console)
-        case InfoConfig():
-            from fedtalos.experiments import info
-
-            info.run(config, console)
+    >>> early(["--config", "mine.yaml", "--seed", "1"], "config")
+    'mine.yaml'
+    """
+    found = None
+    for number, word in enumerate(words):
+        flag, equals, value = word.partition("=")
+        if flag.replace("-", "_") == f"__{option}":
+            following = words[number + 1 : number + 2]
+            found = value if equals else next((word for word in following if not word.startswith("--")), None)
+    return found
 
 
-def run_experiment(config: RunConfig, console: Console) -> None:
-    """Train or edit, draw the figures, and say where everything is."""
-    from fedtalos.app.figures import draw as plots
-    from fedtalos.app.run import launch as processes
-    from fedtalos.experiments import centralized, editing, federated
-
-    if config.run.threads is not None:
-        torch.set_num_threads(config.run.threads)
-    if processes.rank() and isinstance(config, FederatedConfig):
-        federated.follow(config)
-        return
-    if not isinstance(config, FederatedConfig):
-        processes.check_alone(config.command)
-    require_tracker(config.run.tracker)
-    paths = choose_run(config)
-    if paths.finished:
-        say(console, f"{paths.name} is finished already: {paths.results / 'summary.yaml'}")
-        return
-    how = "goes on" if paths.started else "begins"
-    say(console, f"{config.command}: run {paths.name} {how}")
+def flags_of(arguments: list[str]) -> list[str]:
+    """The options of the command that the arguments begin with; none where there is no such command."""
     try:
-        with claimed(paths):
-            match config:
-                case CentralizedConfig():
-                    summary = centralized.run(config, paths, console)
-                case FederatedConfig():
-                    summary = federated.run(config, paths, console)
-                case EditingConfig():
-                    summary = editing.run(config, paths, console)
-            if isinstance(config, EditingConfig):
-                drawn = plots.plot_masks([paths.mask], paths.plots) + plots.plot_iterations(paths.results, paths.plots)
-            else:
-                drawn = plots.plot_run(paths.results, paths.plots)
-    except (Interrupted, KeyboardInterrupt):
-        place = "" if paths.root == Path() else f" --output_dir {paths.root}"
-        say(console, f"stopped; fedtalos {config.command} --resume --run_name {paths.name}{place} goes on")
-        raise
-    say(console, yaml.safe_dump(summary, sort_keys=False).rstrip())
-    for path in [paths.results, paths.checkpoints, *drawn]:
-        say(console, str(path))
+        _, options, _ = command_of(arguments)
+    except InputError:
+        return []
+    return [] if options is None else list(option_names(options))
+
+
+def dashed(text: str, options: Iterable[str]) -> str:
+    """Write options as flags in a message that names arguments: the library's errors know of no command line.
+
+    Names of several words are put with dashes wherever they stand by themselves, names of one word (head, seed) only
+    where the message opens with them and their value. Quotes and paths stay as they are.
+
+    >>> dashed("image_size 9: is no multiple of patch_size 2", ["image_size", "patch_size"])
+    '--image_size 9: is no multiple of --patch_size 2'
+    """
+    several = "|".join(option for option in options if "_" in option)
+    single = "|".join(option for option in options if "_" not in option)
+    if single:
+        text = re.sub(rf"""^({single})(?=:| (?:[^\s:'"]\S*|'[^']*'|"[^"]*"):(?:\s|$))""", r"--\1", text)
+    if several:
+        quoted = r"""(?<!\w)(?:'[^']*'|"[^"]*"|`[^`]*`)(?!\w)"""
+        alone = rf"(?<![\w./\\~=-])({several})(?![\w/\\=]|[.-]\w)"
+        text = re.sub(f"{quoted}|{alone}", lambda found: f"--{found[0]}" if found[1] else found[0], text)
+    return text
 
 
 def complain(console: Console, text: str) -> None:
     """Say what is wrong, on one line."""
     say(console, "fedtalos: " + text.replace("\n", " "))
-
-
-def say(console: Console, text: str) -> None:
-    """Print ``text`` as it is: not wrapped, so that paths can be copied, not coloured, nothing in it read as markup.
-
-    What a terminal would act on, or cannot show, is spelled out: names in files may come from strangers.
-    """
-    plain = "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text)
-    console.print(plain, highlight=False, markup=False, soft_wrap=True)

@@ -1,20 +1,32 @@
-"""The one exception that is the user's to mend: the command line prints it as a sentence and exits with 2."""
+"""Errors that a user can act on: bad input, and training that cannot go on."""
 
 
 class InputError(Exception):
-    """Bad input; the message says what was expected, what came and what to do.
+    """Bad input: the message says what was expected, what came and what to do.
 
-    Not a ValueError: pydantic and tyro take those for their own.
+    The command line prints it as one sentence and exits with 2. It is no ValueError, for pydantic and tyro catch those.
+
+    >>> raise InputError("val_fraction 2.0: expected a share between 0 and 1, such as 0.1")
+    Traceback (most recent call last):
+    fedtalos.errors.InputError: val_fraction 2.0: expected a share between 0 and 1, such as 0.1
     """
 
 
+class TrainingError(RuntimeError):
+    """Training cannot go on: the message says where it stopped and what to try."""
+
+
+class BadUpdateError(TrainingError):
+    """One client's training diverged; other clients' updates remain valid."""
+
+
 def install(extra: str) -> str:
-    """The command that a message about a missing extra ends with; for now there is no release, only the checkout."""
+    """Tell how to install an extra; for now from the checkout, since there is no release yet."""
     return f"in the checkout: pip install -c constraints.txt -e '.[{extra}]'"
 
 
 def shown(value: object) -> str:
-    """``value`` as an error quotes it, cut where it is long."""
+    """Quote ``value`` for an error message, cut to 80 characters."""
     try:
         text = repr(value)
     except ValueError:  # an integer of more digits than Python writes out

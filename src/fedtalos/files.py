@@ -1,4 +1,7 @@
-"""Files appear whole or not at all: written beside, flushed, synced, renamed; sealed ones say whether they changed."""
+"""Files: written whole or not at all, and sealed, so that a reader notices a change.
+
+A file is written beside its place, flushed, synced and renamed.
+"""
 
 import hashlib
 import os
@@ -6,22 +9,33 @@ import re
 from pathlib import Path
 
 UNSEALED = f"sha256:{0:064}"
-"""What a file that is to be sealed holds once, where its checksum is to be."""
+"""Placeholder for the checksum; a file that is to be sealed holds it once."""
 
 
 def sealed(content: bytes) -> bytes:
-    """``content`` with its own checksum, of SHA-256, in place of UNSEALED."""
+    """Put the content's own SHA-256 checksum in place of UNSEALED.
+
+    >>> is_sealed(sealed(f"{UNSEALED} and more".encode()))
+    True
+    """
     return content.replace(UNSEALED.encode(), f"sha256:{hashlib.sha256(content).hexdigest()}".encode(), 1)
 
 
 def is_sealed(content: bytes) -> bool:
-    """Whether this is what ``sealed`` gave, to the bit: asked before anything else is read of it."""
+    """Tell whether the content is what ``sealed`` gave, to the bit; ask before trusting anything else in it.
+
+    >>> is_sealed(b"anything else")
+    False
+    """
     found = re.search(rb"sha256:[0-9a-f]{64}", content)
     return found is not None and sealed(content.replace(found[0], UNSEALED.encode(), 1)) == content
 
 
 def write_atomic(path: Path, content: bytes | str) -> None:
-    """Write ``content`` (text as UTF-8) to ``path``, so that a reader or a crash sees the old file or the new."""
+    """Write ``content`` (text as UTF-8) to ``path``, so that a reader or a crash sees the old file or the new.
+
+    >>> write_atomic(Path("results/notes.txt"), "all done")
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
@@ -36,13 +50,16 @@ def write_atomic(path: Path, content: bytes | str) -> None:
 
 
 def remove_leftovers(folder: Path, stem: str = "") -> None:
-    """Delete what a killed process left half-written in ``folder``, of files whose names begin with ``stem``."""
+    """Delete the half-written files that a killed process left in ``folder``, of names that begin with ``stem``.
+
+    >>> remove_leftovers(Path("results"), "notes")
+    """
     for part in folder.glob(f".{stem}*.part"):
         part.unlink(missing_ok=True)
 
 
 def _sync_folder(folder: Path) -> None:
-    """Make a renaming last through a power cut, where folders can be opened."""
+    """Make a renaming last through a power cut, on systems that can open folders."""
     if os.name == "posix":
         descriptor = os.open(folder, os.O_RDONLY)
         try:

@@ -1,14 +1,21 @@
-"""Metrics are sums and counts that add; they are divided once, where they are read."""
+"""Metrics: sums and counts that add, and are divided once, when they are read."""
 
 from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
 class Metrics:
-    """Summed cross-entropy (nats), correct answers and examples of some set of images."""
+    """Loss and accuracy over a set of images, as sums.
+
+    >>> both = Metrics(loss_sum=8.0, correct=3, examples=4) + Metrics(loss_sum=2.0, correct=3, examples=6)
+    >>> both.loss, both.accuracy
+    (1.0, 0.6)
+    """
 
     loss_sum: float = 0.0
+    """Summed cross-entropy, in nats."""
     correct: int = 0
+    """Correct answers."""
     examples: int = 0
 
     def __add__(self, other: "Metrics") -> "Metrics":

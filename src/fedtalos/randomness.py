@@ -1,9 +1,9 @@
-"""Every random draw names its source: a draw depends on the seed and on what it is for, on nothing else.
+"""Named random streams: a draw depends on the seed and on its purpose, and on nothing else.
 
     generator(seed, "batches", round, client)
 
-so a resumed run draws what an uninterrupted one would, many workers draw what one would, and a real
-deployment draws what the simulation drew.
+So a resumed run draws what an uninterrupted one would, many processes draw what one would, and a real deployment draws
+what the simulation drew.
 """
 
 import hashlib
@@ -17,10 +17,16 @@ def _entropy(seed: int, source: tuple[str | int, ...]) -> int:
 
 
 def generator(seed: int, *source: str | int) -> np.random.Generator:
-    """A fresh numpy generator for one named purpose, e.g. ``generator(0, "clients", round)``."""
+    """Make a fresh numpy generator for one named purpose.
+
+    >>> chosen = generator(0, "clients", 3).choice(100, 10, replace=False)
+    """
     return np.random.Generator(np.random.PCG64(_entropy(seed, source)))
 
 
 def torch_generator(seed: int, *source: str | int) -> torch.Generator:
-    """A fresh torch CPU generator for one named purpose; torch's CPU engine uses 32 bits of the seed."""
+    """Make a fresh torch CPU generator for one named purpose; torch's CPU engine uses 32 bits of the seed.
+
+    >>> noise = torch.randn(3, generator=torch_generator(0, "noise"))
+    """
     return torch.Generator().manual_seed(_entropy(seed, source) % 2**32)

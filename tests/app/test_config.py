@@ -1,14 +1,22 @@
+import inspect
 import subprocess
 import sys
+from importlib import import_module
 from pathlib import Path
 
 import pytest
 import yaml
+from hypothesis import given
+from hypothesis import strategies as st
 
+from fedtalos._version import __version__
 from fedtalos.app.config.files import flatten
+from fedtalos.app.config.help import is_everyday, option_names
 from fedtalos.app.config.schema import RUN_CONFIGS, CentralizedConfig, EditingConfig, FederatedConfig
+from fedtalos.app.config.tools import MASK_TOOLS, TOOL_CONFIGS, MaskConfig
+from fedtalos.app.run.folders import AlreadyFinished
 from fedtalos.app.sweep.grid import expand, read_grid
-from fedtalos.cli import parse
+from fedtalos.cli import dashed, main, parse
 from fedtalos.errors import InputError
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -81,3 +89,148 @@ def test_fisher_true_may_be_written_without_quotes(tmp_path):
     path.write_text("fisher: false\n")
     with pytest.raises(InputError, match="fisher: expected no yes or no, got false"):
         parse(["editing", "--config", str(path)])
+
+
+def test_talos_is_another_name_of_least_sensitive(tmp_path):
+    path = tmp_path / "mine.yaml"
+    path.write_text("criterion: talos\n")
+    for words in (["--criterion", "talos"], ["--config", str(path)], []):
+        assert parse(["editing", *words]).editing.criterion == "least_sensitive"
+
+
+def test_mask_make_is_editing():
+    asked = ["--target_sparsity", "0.5", "--seed", "3"]
+    assert parse(["mask", "make", *asked]) == parse(["editing", *asked])
+    shown = parse(["mask", "show", "masks/m.safetensors"])
+    assert isinstance(shown, MaskConfig)
+    assert shown.tool.mask == Path("masks/m.safetensors")
+
+
+def page(words: str, capsys) -> str:
+    """What a command prints before it ends with exit code 0."""
+    with pytest.raises(SystemExit) as stop:
+        main(words.split())
+    assert not stop.value.code
+    return capsys.readouterr().out
+
+
+@pytest.mark.parametrize("command", RUN_CONFIGS)
+def test_the_help_shows_everyday_options_and_help_all_every_one(command, capsys):
+    short, long = page(f"{command} --help", capsys), page(f"{command} --help_all", capsys)
+    assert page(f"{command} --seed 1 -h", capsys) == short
+    assert page(f"{command} --help-all --config nowhere.yaml", capsys) == long
+    options = option_names(RUN_CONFIGS[command])
+    for text, wanted in ((short, [name for name, field in options.items() if is_everyday(field)]), (long, options)):
+        assert max(map(len, text.splitlines())) <= 80
+        assert [line.split()[0] for line in text.splitlines() if line.startswith("  --")] == [f"--{n}" for n in wanted]
+    hidden = len(options) - short.count("\n  --")
+    assert short.splitlines()[-1] == f"fedtalos {command} --help_all shows {hidden} more options."
+
+
+def test_about_thirty_options_are_for_every_day():
+    everyday = {n for config in RUN_CONFIGS.values() for n, field in option_names(config).items() if is_everyday(field)}
+    assert 25 <= len(everyday) <= 35
+    assert {"num_clients", "learning_rate", "target_sparsity", "weights", "mask", "seed"} <= everyday
+
+
+def test_hidden_options_parse():
+    assert parse(["federated", "--momentum", "0.5"]).train.momentum == 0.5
+
+
+@pytest.mark.parametrize("words", ["--help", "mask --help", *(f"{c} --help" for c in TOOL_CONFIGS if c != "mask")])
+def test_every_other_help_is_80_columns_wide(words, capsys):
+    text = page(words, capsys)
+    assert max(map(len, text.splitlines())) <= 80
+    assert text.startswith("usage: fedtalos")
+
+
+def test_the_overview_names_every_command(capsys):
+    words = page("--help", capsys).split()
+    assert {*RUN_CONFIGS, *TOOL_CONFIGS} <= set(words)
+    assert {"make", *MASK_TOOLS} <= set(page("mask --help", capsys).split())
+
+
+def test_the_version(capsys):
+    assert page("--version", capsys) == f"fedtalos {__version__}\n"
+    ended = subprocess.run([sys.executable, "-m", "fedtalos", "--version"], capture_output=True, text=True, check=True)
+    assert ended.stdout == f"fedtalos {__version__}\n"
+
+
+@pytest.mark.parametrize("command", [*RUN_CONFIGS, *TOOL_CONFIGS])
+def test_every_command_is_a_module_that_main_calls_directly(command, monkeypatch):
+    called = []
+    module = import_module(f"fedtalos.experiments.{command}")
+    assert list(inspect.signature(module.run).parameters) == ["config", "console"]
+    monkeypatch.setattr(module, "run", lambda *given: called.append((given[0], inspect.stack()[1].function)))
+    needs = {"evaluate": ["done"], "sweep": ["digits"], "mask": ["show", "masks/m.safetensors"]}
+    main([command, *needs.get(command, [])])
+    ((config, caller),) = called
+    assert config.command == command
+    assert caller == "main"
+
+
+def test_a_finished_run_is_no_error(monkeypatch, capsys):
+    def finished(*_):
+        raise AlreadyFinished("mine is finished already: results/mine/summary.yaml")
+
+    monkeypatch.setattr("fedtalos.experiments.federated.run", finished)
+    main(["federated"])
+    assert capsys.readouterr().out == "mine is finished already: results/mine/summary.yaml\n"
+
+
+FEDERATED = list(option_names(FederatedConfig))
+
+
+@pytest.mark.parametrize(
+    ("text", "written"),
+    [
+        ("val_fraction 2.0: expected a share", "--val_fraction 2.0: expected a share"),
+        (
+            "image size 9 is no multiple; choose image_size and patch_size so that it is",
+            "image size 9 is no multiple; choose --image_size and --patch_size so that it is",
+        ),
+        ("lower eval_batch_size, or clients_at_once.", "lower --eval_batch_size, or --clients_at_once."),
+        ('(raise num_clients) or "num_clients"', '(raise --num_clients) or "num_clients"'),
+        # one word: only at the beginning, with a value or a colon
+        ("head nowhere: cannot be read", "--head nowhere: cannot be read"),
+        ("mask my/own.safetensors: no such file", "--mask my/own.safetensors: no such file"),
+        ("seed: expected a number", "--seed: expected a number"),
+        ("device 'tpu': not available", "--device 'tpu': not available"),
+        ("head of the weights: does not fit the data", "head of the weights: does not fit the data"),
+        ("the head and the mask do not fit: weights none", "the head and the mask do not fit: weights none"),
+        # what is written already, is quoted, or is part of a path
+        ("--num_clients 5: there are 4; lower --num_clients", "--num_clients 5: there are 4; lower --num_clients"),
+        ("unknown option 'num_clients' of the clients' own", "unknown option 'num_clients' of the clients' own"),
+        ("clients' num_clients isn't it", "clients' --num_clients isn't it"),
+        ("run `fedtalos plot num_clients`", "run `fedtalos plot num_clients`"),
+        ("data_dir/num_clients: no folder", "data_dir/num_clients: no folder"),
+        ("runs/data_dir/x and num_clients.yaml", "runs/data_dir/x and num_clients.yaml"),
+        ("my_num_clients, num_clients_2, num_clients-old", "my_num_clients, num_clients_2, num_clients-old"),
+        # other commands' options
+        ("target_sparsity 2: expected a share", "target_sparsity 2: expected a share"),
+    ],
+)
+def test_the_command_line_adds_the_dashes(text, written):
+    assert dashed(text, FEDERATED) == written
+    assert dashed(text, []) == text
+
+
+pieces = st.one_of(
+    st.sampled_from(
+        [*FEDERATED, "--", "-", "'", '"', "`", "/", "\\", ".", ": ", " ", ", ", "=", "~", "client", "9", "é"]
+    ),
+    st.text(max_size=3),
+)
+
+
+@given(st.lists(pieces, max_size=12).map("".join))
+def test_dashes_are_added_once_and_nothing_else_changes(text):
+    written = dashed(text, FEDERATED)
+    assert dashed(written, FEDERATED) == written
+    assert written.replace("--", "") == text.replace("--", "")
+
+
+@given(st.lists(st.sampled_from([*FEDERATED, "images", "a.b"]), min_size=2, max_size=5).map("/".join))
+def test_paths_stay_as_they_are(path):
+    for text in (f"{path}: cannot be read", f"no folder {path}", f"/{path} is in the way", f"./{path}, ~/{path}"):
+        assert dashed(text, FEDERATED) == text

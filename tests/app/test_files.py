@@ -1,6 +1,7 @@
 """Masks and checkpoints on disk (any bit of them: test_fuzz.py)."""
 
 import json
+from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
 
@@ -14,12 +15,14 @@ from fedtalos.checkpoint import load_checkpoint, optimizer_tensors, restore_opti
 from fedtalos.errors import InputError
 from fedtalos.files import write_atomic
 from fedtalos.randomness import generator
-from fedtalos.training.editing.mask_file import check_mask, density_table, load_mask, overlap, save_mask, votes_needed
-from fedtalos.training.editing.talos import eligible_entries
+from fedtalos.training.editing.combine import overlap, votes_needed
+from fedtalos.training.editing.describe import density_table
+from fedtalos.training.editing.eligible import eligible_entries
+from fedtalos.training.editing.mask_file import check_mask, read_mask_file, write_mask_file
 
 
 def facts(vit, mask, **changes):
-    return mask_header(mask, vit.architecture.as_dict()).model_copy(update=changes)
+    return replace(mask_header(mask, vit.architecture.as_dict()), **changes)
 
 
 @pytest.fixture
@@ -30,8 +33,8 @@ def mask(vit):
 
 def test_a_mask_comes_back_bit_for_bit_at_one_bit_an_entry(tmp_path, vit, mask):
     path = tmp_path / "m.safetensors"
-    save_mask(path, mask, facts(vit, mask))
-    loaded, loaded_facts = load_mask(path)
+    write_mask_file(path, mask, facts(vit, mask))
+    loaded, loaded_facts = read_mask_file(path)
     assert loaded.keys() == mask.keys()
     assert all(torch.equal(loaded[name], mask[name]) for name in mask)
     assert loaded_facts == facts(vit, mask)
@@ -40,16 +43,15 @@ def test_a_mask_comes_back_bit_for_bit_at_one_bit_an_entry(tmp_path, vit, mask):
     check(vit, loaded, loaded_facts)
 
 
-def check(vit, mask, facts, weights="none", force=False):
-    path, architecture = Path("m.safetensors"), vit.architecture.as_dict()
-    check_mask(path, mask, facts, vit, architecture=architecture, weights=weights, force=force)
+def check(vit, mask, facts, force=False):
+    check_mask(Path("m.safetensors"), mask, facts, vit, force=force)
 
 
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
         ({"weights": "those of yesterday"}, "m.safetensors: not made for this: weights those of yesterday / none"),
-        ({"model": {"size": "micro", "patch_size": 4}}, "not made for this: patch_size 4 / 2 .* add --force_mask"),
+        ({"model": {"size": "micro", "patch_size": 4}}, "not made for this: patch_size 4 / 2 .* add force_mask"),
     ],
 )
 def test_a_mask_made_for_something_else_is_refused_unless_forced(vit, mask, changes, says):

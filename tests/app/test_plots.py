@@ -12,10 +12,11 @@ import yaml
 from conftest import mask_header
 
 from fedtalos.app.figures import runs as figures
-from fedtalos.app.figures.draw import plot_comparison, plot_iterations, plot_masks, plot_run, plot_split
-from fedtalos.app.figures.runs import History, Row
+from fedtalos.app.figures.draw import plot_all, plot_comparison, plot_iterations, plot_masks, plot_run, plot_split
+from fedtalos.app.figures.records import History, Row
 from fedtalos.errors import InputError
-from fedtalos.training.editing.mask_file import DensityRow, save_mask
+from fedtalos.training.editing.describe import DensityRow
+from fedtalos.training.editing.mask_file import write_mask_file
 
 HEADER = "split,loss,accuracy,examples,learning_rate,bytes_down,bytes_up,seconds\n"
 
@@ -50,7 +51,7 @@ def make_mask(path: Path, active: int, width: int = 4) -> Path:
         for layer, shape in (("attn.qkv.weight", (3 * width, width)), ("norm1.weight", (width,)))
     }
     facts = mask_header(mask, {"size": "micro", "patch_size": 4})
-    save_mask(path, mask, facts)
+    write_mask_file(path, mask, facts)
     return path
 
 
@@ -148,6 +149,24 @@ def test_of_very_many_clients_the_first_are_drawn(tmp_path: Path, monkeypatch: p
     assert "the first 200 of 1,000,000 clients" in axes.get_title()
 
 
+@pytest.mark.parametrize(
+    ("partition", "words"),
+    [
+        ("iid", "IID, 2 clients"),
+        ("label_skew", "2 classes per client, 2 clients"),
+        ("dirichlet", "Dirichlet, alpha 0.3, 2 clients"),
+        ("quantity", "unequal amounts, 2 clients"),
+    ],
+)
+def test_a_split_is_called_by_its_plain_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, partition: str, words: str
+) -> None:
+    drawn = []
+    monkeypatch.setattr("fedtalos.app.figures.draw.png", lambda figure: drawn.append(figure) or b"")
+    plot_split(make_run(tmp_path / "run", partition=partition), tmp_path / "plots")
+    assert drawn[0].axes[0].get_title().splitlines()[1] == words
+
+
 def test_density_cells_say_their_per_cent() -> None:
     rows = [DensityRow(0, "q", 1, 8), DensityRow(0, "biases", 0, 3), DensityRow(1, "q", 8, 8)]
     axes = figures.density(rows, "title").axes[0]
@@ -223,6 +242,15 @@ def test_missing_nameless_and_too_many_are_refused(tmp_path: Path) -> None:
         plot_masks([*twice, twice[0]], plots)
     assert not plots.exists()
     assert [path.name for path in plot_masks(twice, plots)] == ["x_a_density.png", "y_a_density.png", "overlap.png"]
+
+
+def test_runs_masks_and_edits_together_are_drawn_all_or_not_at_all(tmp_path: Path) -> None:
+    run, mask = make_run(tmp_path / "run"), make_mask(tmp_path / "a.safetensors", 2)
+    paths = plot_all([run], [mask], [], tmp_path / "plots")
+    assert [path.name for path in paths] == ["curves.png", "megabytes.png", "clients.png", "a_density.png"]
+    with pytest.raises(InputError, match="cannot be read as an edit's report"):
+        plot_all([run], [mask], [tmp_path / "no_edit"], tmp_path / "none")
+    assert not (tmp_path / "none").exists()
 
 
 def test_an_edit_of_several_iterations_gets_a_figure_of_them(tmp_path):

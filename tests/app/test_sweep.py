@@ -6,22 +6,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 import yaml
-from PIL import Image
 
 from fedtalos.app.config.files import read_yaml
 from fedtalos.app.config.tools import SweepConfig
-from fedtalos.app.figures.runs import History, Row
+from fedtalos.app.figures.records import History, Row
 from fedtalos.app.figures.sweeps import curve
-from fedtalos.app.sweep.estimates import Estimator, architecture_of, count_images
-from fedtalos.app.sweep.grid import Grid, expand, read_grid, with_needs
-from fedtalos.app.sweep.plots import place
-from fedtalos.app.sweep.speeds import Speed
-from fedtalos.app.sweep.tables import Spread
+from fedtalos.app.sweep.estimate import duration, estimate
+from fedtalos.app.sweep.grid import Cell, Grid, expand, read_grid, with_needs
+from fedtalos.app.sweep.plots import place, plot_grid
+from fedtalos.app.sweep.tables import COLUMNS, Result, Spread
 from fedtalos.cli import main
-from fedtalos.errors import InputError
+from fedtalos.errors import InputError, TrainingError
 from fedtalos.experiments import federated
 from fedtalos.experiments.sweep import given
-from fedtalos.training.loop import TrainingError
 
 SMALL = {
     "dataset": "digits",
@@ -118,19 +115,20 @@ def test_a_run_of_the_sweep_is_the_run_of_the_single_command():
 
 
 def fail_in(monkeypatch, which: str, error: BaseException, after_rounds: int = 0):
-    original = federated.local_training
+    original = federated.transforms_of
 
-    def local_training(config, *rest):
-        train = original(config, *rest)
+    def transforms_of(config, *rest):
+        def failing(updates):
+            def fail(number, *arguments):
+                if which in config.run.run_name and number > after_rounds:
+                    raise error
+                yield from updates(number, *arguments)
 
-        def train_clients(number, *arguments):
-            if which in config.run.run_name and number > after_rounds:
-                raise error
-            yield from train(number, *arguments)
+            return fail
 
-        return train_clients
+        return [*original(config, *rest), failing]
 
-    monkeypatch.setattr(federated, "local_training", local_training)
+    monkeypatch.setattr(federated, "transforms_of", transforms_of)
 
 
 @pytest.mark.parametrize("error", [TrainingError("no"), RuntimeError("out of memory")])
@@ -167,11 +165,11 @@ def test_a_stopped_sweep_goes_on_with_the_same_command(monkeypatch, capsys):
 def test_runs_that_need_a_failed_one_are_left_out(monkeypatch, capsys):
     write()
 
-    def fail(*_):
+    def fail(*_, **__):
         raise TrainingError("no mask today")
 
     with monkeypatch.context() as patched:
-        patched.setattr("fedtalos.experiments.editing.calibrate", fail)
+        patched.setattr("fedtalos.experiments.editing.refine", fail)
         sweep(code=1)
     said = capsys.readouterr()
     assert "9 of 9 runs failed or were left out" in said.err
@@ -224,87 +222,94 @@ def test_only_takes_along_what_is_needed():
 def test_a_dry_run_lists_and_writes_nothing(capsys):
     write()
     sweep("--dry_run")
-    said = capsys.readouterr().out
-    assert [line.split("  ")[0] for line in said.splitlines()[:-1]] == ["g-talos-s0", *RUNS]
-    assert all("to do, about" in line for line in said.splitlines()[:-1])
-    assert "9 of 9 runs to do, about" in said
+    said = capsys.readouterr().out.splitlines()
+    assert said[:-1] == [f"{name}  to do" for name in ("g-talos-s0", *RUNS)]
+    assert said[-1] == "9 of 9 runs to do; an estimate comes once a run like them is finished"
     assert files() == {}
-    sweep("--only", "g-iid-head-s0")
+
+
+def test_a_dry_run_estimates_by_what_is_finished(capsys):
+    write()
+    sweep("--only", "g-talos-s0")
     capsys.readouterr()
     sweep("--dry_run")
-    assert "g-iid-head-s0  finished\n" in capsys.readouterr().out
+    assert "8 of 9 runs to do; an estimate comes" in capsys.readouterr().out
+    sweep("--only", "g-iid-head-s0")
+    before = files()
+    capsys.readouterr()
+    sweep("--dry_run")
+    said = capsys.readouterr().out
+    assert "g-iid-head-s0  finished\n" in said
+    assert said.count("  to do, about ") == 7
+    assert "7 of 9 runs to do, about" in said
+    assert files() == before
+    write({**GRID, "grid": [*GRID["grid"], {"name": "central", "command": "centralized"}]})
+    sweep("--dry_run")
+    said = capsys.readouterr().out
+    assert "g-central-s0  to do\n" in said
+    assert said.endswith(" without 2 of them, which are like no finished run\n")
 
 
-def test_estimates_multiply_what_was_measured(monkeypatch):
-    asked = []
+def cells_of(command: str, **axes: object) -> list[Cell]:
+    return expand("g", Grid(grid=[{"command": command, "axes": axes}], options={**SMALL, **FEDERATION}), {})
 
-    def measure(config, *_):
-        asked.append(config.run.run_name)
-        return Speed(step=1.0, image=0.0, cached=False)
 
-    monkeypatch.setattr("fedtalos.app.sweep.estimates.measure", measure)
-    write()
-    estimator = Estimator()
-    seconds = {cell.name: estimator.seconds(cell) for cell in expand("g", read_grid("g"), {})}
-    assert asked == ["g-talos-s0", "g-iid-head-s0", "g-iid-mask-s0"]  # other splits and seeds compute the same
-    assert seconds["g-iid-mask-s1"] == 2 * 2 * 1  # rounds, clients, steps
-    centralized = {"command": "centralized", "options": {"num_epochs": 3}}
-    (cell,) = expand("c", Grid(grid=[centralized], options=SMALL), {})
-    assert estimator.seconds(cell) == 3 * 8  # of 120 images, 16 at once
+def took(cell: Cell, seconds: float) -> Result:
+    return Result(cell, {"seconds": seconds}, "commit")
+
+
+def test_an_estimate_scales_the_time_of_a_finished_run():
+    first, more_rounds, more_clients, larger_batches, more_steps = cells_of(
+        "federated",
+        work={
+            "as_is": {},
+            "rounds": {"num_rounds": 6},
+            "clients": {"num_clients": 8},
+            "batches": {"batch_size": 32},
+            "steps": {"local_steps": 4},
+        },
+    )
+    finished = [took(first, 10.0)]
+    assert estimate(first, finished) == 10
+    assert estimate(more_rounds, finished) == 30
+    assert estimate(more_clients, finished) == estimate(larger_batches, finished) == 20
+    assert estimate(more_steps, finished) == 40
+    once, thrice = cells_of("centralized", num_epochs=[1, 3])
+    assert estimate(thrice, [*finished, took(once, 4.0)]) == 12
+    one, four = cells_of("editing", num_iterations=[1, 4])
+    assert estimate(four, [took(one, 4.0)]) == 16
+    few, many = cells_of("federated", local_epochs=[2, 3])
+    assert estimate(many, [took(few, 4.0)]) == 6
+
+
+def test_an_estimate_takes_the_finished_run_that_has_most_in_common():
+    method = {"head": {"trainable": "head"}, "dense": {}}
+    head, dense, longer_head, longer_dense = cells_of("federated", num_rounds=[2, 4], method=method)
+    for finished in ([took(head, 1.0), took(dense, 5.0)], [took(dense, 5.0), took(head, 1.0)]):
+        assert (estimate(longer_head, finished), estimate(longer_dense, finished)) == (2, 10)
 
 
 @pytest.mark.parametrize(
-    ("weights", "sizes"),
+    "other",
     [
-        ("pretrained", ("small", 224, 16)),
-        ("dino", ("small", 224, 16)),
-        ("vit_tiny_patch16_224.augreg_in21k_ft_in1k", ("tiny", 224, 16)),
-        ("vit_small_patch8_224.dino", ("small", 224, 8)),
-        ("vit_small_patch14_dinov2.lvd142m", ("small", 518, 14)),
-        ("vit_small_patch14_reg4_dinov2.lvd142m", ("small", 518, 14)),
-        ("vit_base_patch14_dinov2.lvd142m", ("base", 518, 14)),
-        ("vit_large_patch14_reg4_dinov2.lvd142m", ("large", 518, 14)),
-        ("deit3_small_patch16_224.fb_in1k", ("small", 224, 16)),
-        ("deit3_base_patch16_384.fb_in1k", ("base", 384, 16)),
-        ("hf:google/vit-base-patch16-224-in21k", ("base", 224, 16)),
-        ("hf:facebook/dinov2-large", ("large", 518, 14)),
-        ("hf:owner/cells", None),
-        ("timm:convnext_atto.d2_in1k", None),
-        ("torch:convnext_tiny", None),
+        {"image_size": 16},
+        {"train_limit": 60},
+        {"weights": "hf:owner/cells"},
+        {"model_size": "tiny"},
+        {"local_epochs": 1},
     ],
 )
-def test_a_name_says_which_model_is_estimated(weights, sizes):
-    options = {"weights": weights, "output_dir": Path()}
-    (cell,) = expand("c", Grid(grid=[{"command": "centralized"}]), options)
-    architecture = architecture_of(cell)
-    assert sizes == (architecture and (architecture.size, architecture.image_size, architecture.patch_size))
+def test_there_is_no_estimate_by_a_run_of_another_kind(other):
+    first, second = cells_of("federated", kind={"first": {}, "second": other})
+    assert estimate(second, [took(first, 1.0)]) is None
+    assert estimate(second, []) is None
+    (central,) = cells_of("centralized")
+    assert estimate(central, [took(first, 1.0)]) is None
 
 
-def test_a_run_without_an_estimate_does_not_hide_the_others(capsys):
-    models = {"micro": {}, "far": {"weights": "hf:owner/cells"}}
-    write({**GRID, "grid": [{"command": "centralized", "axes": {"model": models}}]})
-    sweep("--dry_run")
-    said = capsys.readouterr().out
-    assert "g-far-s0  to do, no estimate\n" in said
-    assert "4 of 4 runs to do, about" in said
-    assert said.endswith(" here without 2 of them, which have no estimate\n")
-    sweep("--dry_run", "--only", "far")
-    assert capsys.readouterr().out.endswith("2 of 2 runs to do, no estimate\n")
-
-
-@pytest.mark.parametrize("weights", ["none", "timm:convnext_atto.d2_in1k"])
-def test_a_dry_run_decodes_folders_only_as_the_run_will(weights, monkeypatch):
-    for name in ("a", "b"):
-        Path("data", name).mkdir(parents=True)
-        for number in range(10):
-            Image.new("RGB", (12, 12), (number, 0, 0)).save(f"data/{name}/{number}.png")
-    options = {"dataset": "folder", "weights": weights, "calibration_fraction": 0.1}
-    write({"options": options, "grid": [{"command": "centralized"}]})
-    measured = Speed(step=1.0, image=0.0, cached=False)
-    monkeypatch.setattr("fedtalos.app.sweep.estimates.measure", lambda *_: measured)
-    sweep("--dry_run")
-    kept = [path.name.partition("_")[0] for path in files() if path.suffix == ".safetensors"]
-    assert kept == (["32px"] if weights == "none" else [])
+@pytest.mark.parametrize(("seconds", "words"), [(3.14, "3.1 s"), (90, "90 s"), (150, "2.5 min"), (9000, "2.5 h")])
+def test_a_duration_is_in_the_unit_that_fits(seconds, words):
+    assert duration(seconds) == words
 
 
 def test_where_runs_are_made_is_the_grids_unless_a_flag_says_otherwise():
@@ -315,13 +320,6 @@ def test_where_runs_are_made_is_the_grids_unless_a_flag_says_otherwise():
     assert (cell.config.run.device, cell.config.run.precision, cell.config.federation.workers) == ("cpu", "bf16", 1)
     (elsewhere,) = expand("g", Grid(grid=[{"command": "federated"}]), {})
     assert cell.recipe == elsewhere.recipe  # the same run, so that it may be resumed there
-
-
-def test_published_data_sets_are_counted_without_their_files(monkeypatch):
-    write()
-    (cell,) = expand("c", Grid(grid=[{"command": "centralized"}]), {})
-    amounts = count_images(cell.config.data, 224)
-    assert (amounts.train, amounts.calibration, amounts.val, amounts.test) == (44_100, 900, 5_000, 10_000)
 
 
 def test_the_published_grids_are_whole():
@@ -355,6 +353,27 @@ def test_values_in_braces_and_lists_stand_for_axes():
     assert place(cells[0]) is None
 
 
+@pytest.mark.parametrize(
+    ("axes", "panels"),
+    [
+        ({"split": BLOCK["axes"]["split"]}, ["IID", "5 classes per client"]),
+        ({"split": {"a": {}, "b": {"local_steps": 8}}}, ["a", "b"]),  # both IID
+        ({"density": {"0.5": {}, "0.9": {}}, "split": BLOCK["axes"]["split"]}, ["0.5", "0.9"]),
+    ],
+)
+def test_panels_that_are_splits_have_plain_names(axes, panels, monkeypatch):
+    titles = []
+    monkeypatch.setattr("fedtalos.app.sweep.plots.write_figures", lambda drawn, _: [*drawn])
+    monkeypatch.setattr(
+        "fedtalos.app.sweep.plots.read_history", lambda _: History("h", "round", [Row(1, "val", 1, 1, 1)])
+    )
+    monkeypatch.setattr("fedtalos.app.figures.sweeps.Axes.set_title", lambda _, title, **__: titles.append(title))
+    method = {} if len(axes) == 2 else {"method": {"head": {"trainable": "head"}, "dense": {}}}
+    cells = expand("g", Grid(grid=[{"command": "federated", "options": FEDERATION, "axes": {**axes, **method}}]), {})
+    plot_grid("g", [Result(cell, dict.fromkeys(COLUMNS, 1.0), "commit") for cell in cells], Path("plots"))
+    assert titles == [*panels, *panels]  # by round, by megabytes
+
+
 def test_given_weights_are_for_runs_that_do_not_start_from_another():
     start = {"name": "start", "command": "centralized", "seeds": [0]}
     more = {"command": "federated", "options": {"weights": "run:start"}}
@@ -375,7 +394,7 @@ def test_given_weights_are_for_runs_that_do_not_start_from_another():
         ({**GRID, "grid": [{"command": "federated", "axes": {"split": {}}}]}, ["split", "at least 1"]),
         ({**GRID, "grid": [{"command": "federated", "axes": {"local_stps": [4]}}]}, ["did you mean 'local_steps'"]),
         ({**GRID, "options": {"num_ronds": 3}}, ["unknown option 'num_ronds'", "did you mean 'num_rounds'"]),
-        ({**GRID, "options": {"run_name": "x"}}, ["run_name is the sweep's to give"]),
+        ({**GRID, "options": {"run_name": "x"}}, ["run_name is set by the sweep"]),
         ({**GRID, "grid": [{"command": "editing", "options": {"num_rounds": 3}}]}, ["unknown option 'num_rounds'"]),
         ({**GRID, "grid": [EDIT, EDIT]}, ["two runs are named g-talos-s0"]),
         ({**GRID, "grid": [BLOCK]}, ["g-iid-head-s0: run:talos", "found none"]),

@@ -3,8 +3,9 @@ from itertools import islice
 import numpy as np
 import torch
 
-from fedtalos.data.batches import View, augment, batch_positions, evaluation_batches, steps_per_epoch, training_batches
+from fedtalos.data.batches import batch_positions, evaluation_batches, steps_per_epoch, training_batches
 from fedtalos.data.images import LabelledImages
+from fedtalos.data.view import View, augment
 from fedtalos.randomness import generator
 
 VIEW = View(8, (0.0, 0.0, 0.0), (1.0, 1.0, 1.0))

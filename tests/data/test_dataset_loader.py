@@ -7,6 +7,7 @@ import pickle
 import tarfile
 import threading
 import warnings
+from contextlib import contextmanager
 from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -104,10 +105,10 @@ def test_cifar_pixels_are_channel_planes_and_labels_fine(cifar):
 
 
 def test_files_archive_and_download_give_the_same(cifar, tmp_path_factory):
-    def no_download(name, folder):
+    def no_download(name, folder, bar):
         raise AssertionError("files that are there are used")
 
-    def fake_download(name, folder):
+    def fake_download(name, folder, bar):
         (folder / name).write_bytes(archive_of(cifar100_files()))
         return folder / name
 
@@ -281,9 +282,22 @@ def test_calibration_does_not_move_validation(cifar):
     assert rows(with_it.train) | rows(with_it.calibration) == rows(without.train)
 
 
+def test_a_name_alone_is_enough_and_an_unknown_one_lists_the_known():
+    dataset = load_dataset("digits")
+    assert [len(getattr(dataset, name)) for name in SPLITS] == [1268, 26, 144, 359]
+    with pytest.raises(InputError, match="name 'cifar': expected one of cifar100, cifar10, digits, folder"):
+        load_dataset("cifar")
+
+
+@pytest.mark.parametrize("fraction", [1.0, -0.1, float("nan")])
+def test_calibration_fraction_lies_between_0_and_1(fraction):
+    with pytest.raises(InputError, match="calibration_fraction"):
+        load("digits", calibration_fraction=fraction)
+
+
 @pytest.mark.parametrize("fraction", [0.0, 1.0, -0.1, 2.0, float("nan")])
 def test_val_fraction_lies_between_0_and_1(fraction):
-    with pytest.raises(InputError, match="--val_fraction"):
+    with pytest.raises(InputError, match="val_fraction"):
         load("digits", val_fraction=fraction)
 
 
@@ -291,7 +305,7 @@ def test_splits_that_leave_nothing_are_refused(tmp_path):
     write(tmp_path, cifar100_files(per_class=2))
     with pytest.raises(InputError, match="is none"):
         load("cifar100", tmp_path, val_fraction=0.05)
-    with pytest.raises(InputError, match=r"--val_fraction 0\.9 leaves class"):
+    with pytest.raises(InputError, match=r"val_fraction 0\.9 leaves class"):
         load("cifar100", tmp_path, val_fraction=0.9)
 
 
@@ -360,6 +374,22 @@ def fetch(server, folder):
     return fetch_archive("a.tar.gz", folder, base_url=server.url, checksums=CHECKSUMS)
 
 
+class Bars:
+    """A bar that keeps what it is told: title, total, unit, and the sum of its advances."""
+
+    def __init__(self) -> None:
+        self.seen: list[list] = []
+
+    @contextmanager
+    def __call__(self, title, total, unit):
+        self.seen.append([title, total, unit, 0])
+
+        def advance(count):
+            self.seen[-1][3] += count
+
+        yield advance
+
+
 def only_file(folder: Path) -> bytes:
     (file,) = folder.iterdir()
     assert file.name == "a.tar.gz"
@@ -379,6 +409,13 @@ def test_a_cut_download_resumes_by_itself(server, tmp_path):
     fetch(server, tmp_path)
     assert only_file(tmp_path) == CONTENT
     assert server.ranges == [None, f"bytes={len(CONTENT) // 2}-"]
+
+
+def test_a_bar_counts_bytes_with_those_of_an_earlier_download(server, tmp_path):
+    bars, size = Bars(), len(CONTENT)
+    server.plan = ["cut", "no length"]
+    fetch_archive("a.tar.gz", tmp_path, bars, base_url=server.url, checksums=CHECKSUMS)
+    assert bars.seen == [["a.tar.gz", size, "bytes", size // 2], ["a.tar.gz", None, "bytes", size]]
 
 
 def test_the_next_run_resumes_too(server, tmp_path):
@@ -414,7 +451,7 @@ def test_whatever_part_lies_there(server, tmp_path, part, requests):
 
 def test_a_wrong_checksum_is_refused_and_nothing_stays(server, tmp_path):
     server.content = b"another file"
-    with pytest.raises(InputError, match=r"a\.tar\.gz could not be fetched .*checksum.*--data_dir"):
+    with pytest.raises(InputError, match=r"a\.tar\.gz could not be fetched .*checksum.*data_dir"):
         fetch(server, tmp_path)
     assert list(tmp_path.iterdir()) == []
 
@@ -479,6 +516,13 @@ def test_the_cache_is_read_until_a_file_changes(folder, monkeypatch):
     assert len(cached(folder)) == 3
 
 
+def test_a_bar_counts_the_images_that_are_decoded(folder):
+    bars = Bars()
+    for _ in range(2):
+        load("folder", str(folder), bar=bars)
+    assert bars.seen == [["decoding train images", 20, "images", 20]]
+
+
 def test_a_broken_cache_says_so(folder):
     load("folder", folder)
     (cache,) = cached(folder)
@@ -500,19 +544,20 @@ def test_train_and_test_folders_are_used_as_they_are(tmp_path):
 
 
 def test_other_files_and_hidden_ones_are_ignored(folder):
-    before = read_image_folder(folder, 8)[1]
+    _, before, _ = read_image_folder(folder, 8)
     write(folder / "red", {"notes.txt": b"x", ".hidden.png": b"broken", "Thumbs.db": b"y"})
     write(folder / ".git", {"a.png": b"broken"})
     write(folder, {"README.md": b"z", "loose.png": b"broken"})
-    after = read_image_folder(folder, 8)[1]
-    assert all(torch.equal(before[name], after[name]) for name in before)
+    _, after, _ = read_image_folder(folder, 8)
+    assert_same(before, after)
     assert len(cached(folder)) == 1
 
 
 def read_one(tmp_path: Path, image: Image.Image, suffix: str = "png", size: int = 4, **save) -> torch.Tensor:
     (tmp_path / "only").mkdir(exist_ok=True)
     image.save(tmp_path / "only" / f"a.{suffix}", **save)
-    return read_image_folder(tmp_path, size)[1]["train_pixels"][0]
+    _, train, _ = read_image_folder(tmp_path, size)
+    return train.pixels[0]
 
 
 def test_the_middle_square_is_kept(tmp_path):
@@ -597,7 +642,7 @@ def test_folders_that_do_not_fit_are_named(tmp_path):
     write(tmp_path / "empty", {"a.txt": b""})
     with pytest.raises(InputError, match="empty holds no images"):
         load("folder", tmp_path)
-    with pytest.raises(InputError, match="--image_size 0"):
+    with pytest.raises(InputError, match="image_size 0"):
         load("folder", tmp_path, image_size=0)
 
 

@@ -43,7 +43,7 @@ def imported() -> dict[str, set[str]]:
 
 def test_torch_files_are_read_as_tensors_only():
     loads = [(file, option(call, "weights_only")) for file, name, call in calls() if name == "torch.load"]
-    assert loads == [("fedtalos/models/state_dicts.py", "True")]
+    assert loads == [("fedtalos/models/weights/state_dicts.py", "True")]
 
 
 def test_pickle_is_used_by_the_restricted_reader_only():
@@ -60,8 +60,8 @@ def test_nothing_that_is_read_is_run():
     run = {"eval", "exec", "compile", "os.system", "os.popen", "yaml.load", "yaml.unsafe_load", "yaml.full_load"}
     assert [(file, name) for file, name, _ in calls() if name in run] == []
     assert not [file for file, _, call in calls() if option(call, "shell") or option(call, "trust_remote_code")]
-    # git, for the commit; this program itself, for workers
-    assert imported()["subprocess"] == {"fedtalos/recorder.py", "fedtalos/experiments/processes.py"}
+    # git, for the commit; workers are started by torch (app/run/launch.py)
+    assert imported()["subprocess"] == {"fedtalos/app/run/recorder.py"}
     loaders = {name for _, name, _ in calls() if name.startswith("yaml.") and "Loader" in name}
     assert loaders == {"yaml.SafeLoader"}
 
@@ -87,8 +87,11 @@ def test_every_download_is_checked():
         ("fedtalos/data/downloads.py", "pooch.get_logger"),
         ("fedtalos/data/downloads.py", "requests.get"),  # pooch's downloader
         ("fedtalos/data/downloads.py", "requests.ConnectionError"),
-        ("fedtalos/models/hub.py", "hf_hub_download"),  # the hub's own, whose sha256 goes into the run's config.yaml
-        ("fedtalos/models/published.py", "torch.hub.download_url_to_file"),
+        (
+            "fedtalos/models/weights/hub.py",
+            "hf_hub_download",
+        ),  # the hub's own, whose sha256 goes into the run's config.yaml
+        ("fedtalos/models/weights/library.py", "torch.hub.download_url_to_file"),
     }
     registries = [option(call, "registry") for _, name, call in calls() if name == "pooch.create"]
     assert registries == ["dict(checksums)"]
@@ -116,7 +119,7 @@ def test_what_is_imported_is_declared_and_pinned():
 
 @pytest.mark.parametrize("page", ["docs/promises.md", "SECURITY.md"])
 def test_the_tests_that_a_promise_names_are_there(page):
-    named = re.findall(r"`(tests/\w+\.py)(?:::(\w+))?`", (ROOT / page).read_text("utf-8"))
+    named = re.findall(r"`(tests/[\w/]+\.py)(?:::(\w+))?`", (ROOT / page).read_text("utf-8"))
     assert named
     for file, test in named:
         assert f"def {test}(" in (ROOT / file).read_text("utf-8") if test else (ROOT / file).exists()

@@ -1,4 +1,4 @@
-"""Masks whose images stay with clients: equal to pooled images, joined by votes, counted in bytes."""
+"""Masks by the real command: of images that stay with clients, equal to pooled images, counted in bytes."""
 
 import csv
 import shlex
@@ -11,14 +11,18 @@ import yaml
 
 from fedtalos.app.config.files import override
 from fedtalos.app.config.schema import EditingConfig
-from fedtalos.app.load import prepare
-from fedtalos.app.run.split_file import read_split, split
-from fedtalos.app.scoring import image_holders, scorer
+from fedtalos.app.load import load
+from fedtalos.app.run.split_file import read_split
 from fedtalos.checkpoint import load_checkpoint
 from fedtalos.cli import main
 from fedtalos.experiments import editing
-from fedtalos.training.editing.mask_file import load_mask, overlap
-from fedtalos.training.editing.talos import eligible_entries, keep_lowest
+from fedtalos.models.heads import read_head, set_head
+from fedtalos.training.editing.combine import overlap
+from fedtalos.training.editing.mask_file import read_mask_file
+from fedtalos.training.editing.ranking import keep_lowest
+from fedtalos.training.editing.sensitivity import Holder
+from fedtalos.training.editing.talos import talos_mask
+from fedtalos.training.federated.partition import split_clients
 
 SCRATCH = "--dataset digits --model_size micro --weights none --image_size 8 --patch_size 4 --eval_limit 40"
 FEDERATED = shlex.split(f"editing {SCRATCH} --train_limit 90 --num_iterations 3 --calibration federated")
@@ -39,12 +43,10 @@ pytestmark = pytest.mark.usefixtures("in_a_folder_of_its_own", "without_figures"
 
 
 def scores_of(**options):
-    config, setup = prepare(override(EditingConfig(), OPTIONS | options, "test"))
-    eligible = eligible_entries(setup.model)
-    holders = image_holders(setup, config, split(setup, config.split, config.run.seed))
-    assert sum(len(holder.ids) for holder in holders) == 60
-    score = scorer(setup, eligible, None, config, lambda batches, _: batches)
-    return score(holders, 1, torch.ones(len(eligible), dtype=torch.bool))
+    edit = editing.prepare(load(override(EditingConfig(), OPTIONS | options, "test")))
+    assert sum(len(holder.ids) for holder in edit.holders) == 60
+    score = editing.score_of(edit, lambda batches, _share: batches)
+    return score(1, torch.ones(len(edit.eligible), dtype=torch.bool))
 
 
 @pytest.mark.parametrize(
@@ -68,7 +70,7 @@ def test_the_sum_over_clients_is_the_score_of_the_pooled_images(shared_out):
 
 def made(name: str, *flags: str):
     main([*FEDERATED, "--run_name", name, *flags])
-    return load_mask(Path("masks", f"{name}.safetensors"))
+    return read_mask_file(Path("masks", f"{name}.safetensors"))
 
 
 def rows(run: str, file: str) -> list[dict[str, str]]:
@@ -112,49 +114,63 @@ def test_clients_send_a_score_per_group():
     assert int(first["bytes_down"]) == 2 * (970 * 4 + -(-tensors // 8))
 
 
-def test_joined_masks_are_votes_over_personal_ones():
-    options = ["--num_clients", "3", "--personal_masks"]
-    union, facts = made("u", *options, "--merge", "union")
-    intersection, _ = made("i", *options, "--merge", "intersection")
-    majority, _ = made("m", *options, "--merge", "majority")
-    vote, _ = made("v", *options, "--merge", "vote", "--quorum", "0.5")
-    own = [load_mask(path)[0] for path in sorted(Path("masks/u").glob("client_*.safetensors"))]
-    assert len(own) == 3
-    for name in union:
-        votes = sum(mask[name].int() for mask in own)
-        assert torch.equal(union[name], votes >= 1)
-        assert torch.equal(intersection[name], votes == 3)
-        assert torch.equal(majority[name], votes >= 2)
-        assert torch.equal(vote[name], votes >= 2)
-    assert facts.calibration == "federated, iid, union of masks"
-    assert [row["images"] for row in rows("u", "clients.csv")] == ["30"] * 3
-
-
-@pytest.mark.parametrize("merge", ["scores", "union"])
-def test_a_resumed_federated_edit_equals_an_uninterrupted_one(merge, monkeypatch):
-    options = ["--num_clients", "3", "--merge", merge]
+def test_a_resumed_federated_edit_equals_an_uninterrupted_one(monkeypatch):
+    options = ["--num_clients", "3"]
     made("whole", *options)
-    save, seen = editing.Edit._save, []
+    save, seen = editing.Books.save, []
 
-    def save_once(self, *args):
-        save(self, *args)
+    def save_once(self):
+        save(self)
         seen.append(1)
         if len(seen) == 1:
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
-        patched.setattr(editing.Edit, "_save", save_once)
+        patched.setattr(editing.Books, "save", save_once)
         with pytest.raises(SystemExit):
             made("cut", *options)
     assert load_checkpoint(Path("checkpoints/cut/last.json")).facts["rows"]
     made("cut", "--resume", *options)
     assert Path("masks/whole.safetensors").read_bytes() == Path("masks/cut.safetensors").read_bytes()
     assert rows("whole", "report.csv") == rows("cut", "report.csv")
+    plain = [[{**row, "seconds": ""} for row in rows(run, "iterations.csv")] for run in ("whole", "cut")]
+    assert plain[0] == plain[1]
 
 
 def test_only_some_clients_may_score():
     _, facts = made("some", "--num_clients", "6", "--calibration_clients", "2", "--calibration_images", "20")
     assert (facts.clients, facts.calibration_images) == (2, 20)
-    made("own", "--num_clients", "6", "--calibration_clients", "2", "--merge", "union", "--personal_masks")
-    numbers = [row["client"] for row in rows("own", "clients.csv")]
-    assert sorted(path.stem for path in Path("masks/own").glob("*")) == [f"client_{int(n):03d}" for n in numbers]
+
+
+def test_a_client_may_make_a_mask_of_its_own():
+    masks = {}
+    for client in ("1", "3"):
+        masks[client], facts = made(f"of_{client}", "--num_clients", "6", "--calibration_client", client)
+        assert (facts.clients, facts.calibration_images) == (1, 15)
+        assert facts.calibration == f"federated, iid, client {client} alone"
+        assert {row["bytes_down"] for row in rows(f"of_{client}", "iterations.csv")} == {str(6 * 970 * 4)}  # the head
+    assert overlap(masks["1"], masks["3"]) < 0.9
+    with pytest.raises(SystemExit):
+        made("of_6", "--num_clients", "6", "--calibration_client", "6")
+
+
+def loaded_with_the_head_of(run: str, **options):
+    loaded = load(override(EditingConfig(), OPTIONS | {"train_limit": 90} | options, "test"))
+    set_head(loaded.model, *read_head(Path("masks", f"{run}.head.safetensors"), loaded.model))
+    return loaded.model, loaded.data
+
+
+def test_a_notebook_makes_the_commands_masks():
+    options = ["--seed", "4", "--calibration_images", "25", "--granularity", "row", "--target_sparsity", "0.8"]
+    central, facts = made("central", "--calibration", "central", *options)
+    assert (facts.calibration, facts.calibration_images) == ("central", 25)
+    shared = {"density": 1 - 0.8, "iterations": 3, "granularity": "row", "seed": 4}
+    model, data = loaded_with_the_head_of("central", seed=4)
+    found = talos_mask(model, data.calibration, max_images=25, **shared)
+    assert all(torch.equal(found[name], central[name]) for name in central)
+    federated, _ = made("federated", "--num_clients", "5", *options)
+    model, data = loaded_with_the_head_of("federated", seed=4)
+    clients = split_clients(data.train, 5, seed=4)
+    holders = [Holder(number, ids, data.train) for number, ids in enumerate(clients)]
+    found = talos_mask(model, holders, max_images=25, **shared)
+    assert all(torch.equal(found[name], federated[name]) for name in federated)

@@ -2,16 +2,19 @@
 
 import weakref
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.func import functional_call
 
+from fedtalos.data.images import LabelledImages
+from fedtalos.errors import TrainingError
 from fedtalos.randomness import generator, torch_generator
-from fedtalos.training.editing.fisher import activation_bytes, draw_labels, fisher_scores
-from fedtalos.training.editing.talos import eligible_entries, soften
-from fedtalos.training.loop import TrainingError
+from fedtalos.training.editing.eligible import eligible_entries
+from fedtalos.training.editing.fisher import activation_bytes, draw_labels, fisher_scores, scored_batches
+from fedtalos.training.editing.sensitivity import soften
 
 MODES = ("true", "exact", "empirical", "batch")
 
@@ -206,3 +209,21 @@ def test_activation_bytes_grow_with_the_images(vit):
     one, six = (activation_bytes(vit, images[:n]) for n in (1, 6))
     assert six == pytest.approx(6 * one, rel=0.02)
     assert one > 6 * 17 * 4 * 96 * 4  # at least what each block's fc1 gives: tokens, outputs, bytes
+
+
+def test_labels_are_drawn_by_the_images_id_whoever_holds_it(vit, labels):
+    pixels = torch.arange(12 * 3 * 64).view(12, 3, 8, 8).remainder(256).to(torch.uint8)
+    images = LabelledImages(pixels, labels)
+    (x, y, all_uniforms), *others = scored_batches(vit, images, samples=2, seed=3, number=4)
+    assert not others
+    assert (x.shape, x.dtype) == ((12, 3, 8, 8), torch.float32)
+    assert torch.equal(y, labels)
+    for id_ in range(12):
+        assert all_uniforms[id_].tolist() == generator(3, "labels", 4, id_).random(2).tolist()
+    some = list(scored_batches(vit, images, np.array([7, 2, 9]), samples=2, seed=3, number=4, batch_size=2))
+    assert [len(batch[1]) for batch in some] == [2, 1]
+    chosen = torch.tensor([7, 2, 9])
+    for found, whole in zip(map(torch.cat, zip(*some, strict=True)), (x, y, all_uniforms), strict=True):
+        assert torch.equal(found, whole[chosen])
+    again = next(scored_batches(vit, images, samples=2, seed=3, number=5))[2]
+    assert not torch.equal(again, all_uniforms)

@@ -1,6 +1,7 @@
-"""`fedtalos mask` through the real command line: what joining, drawing and comparing must keep."""
+"""`fedtalos mask` through the real command line, and mask files in a notebook: what joining and comparing must keep."""
 
 import shutil
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -9,12 +10,13 @@ import torch
 
 from fedtalos.app.figures import draw as plots
 from fedtalos.cli import main
-from fedtalos.experiments import mask as mask_tools
-from fedtalos.models.vision_transformer import Architecture, VisionTransformer, parts
-from fedtalos.randomness import torch_generator
-from fedtalos.training.editing.describe import SEVERAL
-from fedtalos.training.editing.mask_file import fingerprint, load_mask
-from fedtalos.training.editing.talos import eligible_entries
+from fedtalos.errors import InputError
+from fedtalos.models.load import build_model
+from fedtalos.models.vision_transformer import Architecture
+from fedtalos.training.editing.combine import combine_masks, overlap
+from fedtalos.training.editing.controls import magnitude_mask, random_mask
+from fedtalos.training.editing.describe import describe_facts
+from fedtalos.training.editing.mask_file import SEVERAL, fingerprint, load_mask, read_mask_file, save_mask
 
 SCRATCH = "editing --dataset digits --model_size micro --image_size 8 --patch_size 4 --eval_limit 40 --weights none"
 MADE = {
@@ -49,11 +51,11 @@ def here(made, tmp_path, monkeypatch):
 
 @pytest.fixture
 def undrawn(monkeypatch):
-    monkeypatch.setattr(mask_tools, "plot_masks", lambda *_: [])
+    monkeypatch.setattr(plots, "plot_masks", lambda *_: [])
 
 
 def load(name: str):
-    return load_mask(Path("masks", f"{name}.safetensors"))
+    return read_mask_file(Path("masks", f"{name}.safetensors"))
 
 
 def combine(name: str, files: list[str], *options: str):
@@ -76,8 +78,8 @@ def test_joined_with_itself_a_mask_is_itself(rule):
     joined, facts = combine("joined", ["masks/low.safetensors"] * 3, "--rule", rule)
     mask, before = load("low")
     assert same(joined, mask)
-    changed = {"criterion", "made_from"}
-    assert facts.model_dump(exclude=changed) == before.model_dump(exclude=changed)
+    changed = {"criterion": None, "made_from": None}
+    assert asdict(facts) | changed == asdict(before) | changed
     assert facts.criterion.endswith("of 3 masks (lowest_magnitude)")
     assert facts.made_from == (fingerprint(mask),) * 3
 
@@ -107,47 +109,6 @@ def test_a_header_says_in_what_the_joined_masks_differ(capsys, undrawn):
     words = dict(line.split(None, 1) for line in capsys.readouterr().out.splitlines() if len(line.split()) > 1)
     assert words["seed"].split() == words["weights"].split() == [SEVERAL]
     assert words["criterion"].strip() == "union of 2 masks (random)"
-
-
-def assert_near(count: int, expected: float):
-    assert abs(count - expected) <= 5 * expected**0.5
-
-
-def all_parts(mask):
-    return [part for name in sorted(mask) for part in parts(name, mask[name]).values()]
-
-
-@pytest.mark.parametrize("like", ["low", "qk"])
-def test_a_random_mask_is_as_dense_over_eligible_entries_only(like):
-    mask, facts = load(like)
-    for scope in ("tensor", "global"):
-        main(["mask", "random", f"masks/{like}.safetensors", "--scope", scope, "--name", scope])
-    per_tensor, drawn_facts = load("tensor")
-    anywhere, _ = load("global")
-    vit = VisionTransformer(Architecture("micro", 8, 4, 10), torch_generator(0))
-    eligible = eligible_entries(vit, facts.eligible_in).masks
-    assert within(per_tensor, eligible)
-    assert within(anywhere, eligible)
-    counts = {name: int(tensor.sum()) for name, tensor in mask.items()}
-    assert [int(part.sum()) for part in all_parts(per_tensor)] == [int(part.sum()) for part in all_parts(mask)]
-    assert {name: int(tensor.sum()) for name, tensor in anywhere.items()} != counts
-    assert sum(int(tensor.sum()) for tensor in anywhere.values()) == facts.active
-    for name, tensor in anywhere.items():
-        entries = int(eligible[name].sum())
-        assert_near(int(tensor.sum()), facts.density * entries)
-    for drawn, like_it, place in zip(*map(all_parts, (per_tensor, mask, eligible)), strict=True):
-        by_chance = int(like_it.sum()) ** 2 / max(1, int(place.sum()))
-        assert_near(int((drawn & like_it).sum()), by_chance)
-    assert (drawn_facts.density, drawn_facts.weights) == (facts.density, facts.weights)
-    assert (drawn_facts.criterion, drawn_facts.made_from) == ("random, per tensor", (fingerprint(mask),))
-
-
-@pytest.mark.parametrize("scope", ["tensor", "global"])
-def test_a_seed_fixes_the_random_mask(scope):
-    for name, seed in (("a", "0"), ("b", "0"), ("c", "1")):
-        main(["mask", "random", "masks/low.safetensors", "--scope", scope, "--seed", seed, "--name", name])
-    assert Path("masks/a.safetensors").read_bytes() == Path("masks/b.safetensors").read_bytes()
-    assert not same(load("a")[0], load("c")[0])
 
 
 def overlaps(out: str) -> np.ndarray:
@@ -214,3 +175,69 @@ def test_a_joined_mask_trains_and_one_of_several_weights_wants_force(capsys):
         main([*train.split(), "--mask", "masks/mixed.safetensors", "--run_name", "mixed"])
     assert stop.value.code == 2
     assert "not made for this: weights several / none, seed 0" in capsys.readouterr().err
+
+
+def model_of(seed: int = 0, patch_size: int = 4):
+    return build_model(Architecture("micro", 8, patch_size, 10), seed)
+
+
+def test_a_mask_saved_with_its_model_comes_back_for_that_model_only():
+    model = model_of()
+    mask = random_mask(model, 0.3)
+    save_mask("mine.safetensors", mask, model, criterion="by chance")
+    assert same(load_mask("mine.safetensors", model), mask)
+    with pytest.raises(InputError, match=r"not made for this: weights none, seed 0.* / none, seed 1"):
+        load_mask("mine.safetensors", model_of(seed=1))
+    assert same(load_mask("mine.safetensors", model_of(seed=1), force_mask=True), mask)
+    with pytest.raises(InputError, match="not made for this: patch_size 4 / 2"):
+        load_mask("mine.safetensors", model_of(patch_size=2))
+    with pytest.raises(InputError, match="no such file"):
+        load_mask("nowhere.safetensors", model)
+    words = describe_facts(read_mask_file(Path("mine.safetensors"))[1])
+    assert (words["criterion"], words["density"], words["seed"]) == ("by chance", "30 %", "unknown")
+
+
+@pytest.mark.parametrize("which", ["blocks", "attention", "qk", "biases"])
+def test_a_saved_mask_says_what_it_chose_from(which):
+    model = model_of()
+    mask = random_mask(model, 0.5, eligible=which)
+    save_mask("mine.safetensors", mask, model)
+    facts = read_mask_file(Path("mine.safetensors"))[1]
+    assert facts.eligible_in == which
+    assert facts.density == pytest.approx(0.5, abs=1e-3)
+
+
+def test_what_is_no_mask_of_the_model_is_not_saved():
+    model = model_of()
+    mask = random_mask(model, 0.5)
+    name = "blocks.0.mlp.fc1.weight"
+    wrong = [
+        mask | {"head.weight": torch.ones(10, 96, dtype=torch.bool)},
+        mask | {name: mask[name].T},
+        {name: torch.ones_like(tensor) for name, tensor in mask.items()},  # the key biases too
+        {name: torch.zeros_like(mask[name])},
+    ]
+    for other in wrong:
+        with pytest.raises(InputError, match=r"^mask: "):
+            save_mask("mine.safetensors", other, model)
+    with pytest.raises(InputError, match="plain words"):
+        save_mask("mine.safetensors", mask, model, criterion="\x1b[31m")
+    assert not Path("mine.safetensors").exists()
+    save_mask("mine.safetensors", {name: mask[name]}, model)  # less than all tensors is a mask
+    assert load_mask("mine.safetensors", model).keys() == {name}
+
+
+def test_masks_are_combined_in_a_notebook():
+    model = model_of()
+    one, two = magnitude_mask(model, 0.3), magnitude_mask(model, 0.7, largest=False)
+    union = combine_masks([one, two])
+    assert overlap(union, one) == pytest.approx(0.3, abs=1e-3)
+    with pytest.raises(InputError, match="no entry may move in 2 of the 2 masks; take rule union"):
+        combine_masks([one, two], "intersection")
+    for rule, says in (("all", "rule 'all': expected one of union"), ("vote", "quorum 2")):
+        with pytest.raises(InputError, match=says):
+            combine_masks([one, two], rule, 2)
+    with pytest.raises(InputError, match="different models"):
+        combine_masks([one, random_mask(model, 0.3, eligible="qk")])
+    with pytest.raises(InputError, match="at least one"):
+        combine_masks([])

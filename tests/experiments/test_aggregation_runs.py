@@ -14,7 +14,7 @@ from fedtalos.cli import main, parse
 from fedtalos.errors import InputError
 from fedtalos.models.vision_transformer import Architecture, VisionTransformer
 from fedtalos.randomness import torch_generator
-from fedtalos.training.editing.mask_file import load_mask
+from fedtalos.training.editing.mask_file import read_mask_file
 
 DIGITS = shlex.split(
     "--dataset digits --model_size micro --image_size 8 --patch_size 4 --weights none --threads 1 --device cpu "
@@ -104,7 +104,7 @@ def test_many_workers_equal_one_bit_for_bit(options):
 @pytest.mark.parametrize("options", ["--aggregation median", "--aggregation krum", PRIVATE, "--max_update_norm 0.1"])
 def test_with_a_mask_only_what_may_move_moves(options, without_the_library):
     main(["editing", *DIGITS, *shlex.split("--criterion random --target_sparsity 0.8 --run_name m --head random")])
-    mask, _ = load_mask(Path("masks/m.safetensors"))
+    mask, _ = read_mask_file(Path("masks/m.safetensors"))
     federate("run", f"--mask masks/m.safetensors --freeze_head {options}")
     start = VisionTransformer(Architecture("micro", 8, 4, 10), torch_generator(0, "weights")).state_dict()
     end = {name: tensor for name, tensor in tensors("run").items() if "/" not in name}

@@ -15,7 +15,7 @@ from fedtalos.checkpoint import load_checkpoint
 from fedtalos.cli import main
 from fedtalos.models.vision_transformer import Architecture, VisionTransformer
 from fedtalos.randomness import torch_generator
-from fedtalos.training.editing.mask_file import load_mask
+from fedtalos.training.editing.mask_file import read_mask_file
 from fedtalos.training.federated.clients import Clients
 
 DIGITS = shlex.split(
@@ -60,7 +60,7 @@ def same(first: str, second: str) -> bool:
 
 def test_each_algorithm_with_a_mask_moves_only_what_may_move_and_all_differ():
     edit("m")
-    mask, _ = load_mask(Path("masks/m.safetensors"))
+    mask, _ = read_mask_file(Path("masks/m.safetensors"))
     start = VisionTransformer(Architecture("micro", 8, 4, 10), torch_generator(0, "weights")).state_dict()
     found = {}
     for name in ALGORITHMS:

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -20,7 +21,7 @@ from fedtalos.checkpoint import load_checkpoint
 from fedtalos.cli import main
 from fedtalos.models.vision_transformer import Architecture, VisionTransformer
 from fedtalos.randomness import torch_generator
-from fedtalos.training.editing.mask_file import load_mask, save_mask
+from fedtalos.training.editing.mask_file import read_mask_file, write_mask_file
 
 ROOT = Path(__file__).parents[2]
 DIGITS = shlex.split("--dataset digits --model_size micro --image_size 8 --patch_size 4 --eval_limit 40")
@@ -197,10 +198,10 @@ def edited(name: str = "m", *flags: str) -> Path:
 
 
 def test_an_all_true_mask_equals_no_mask():
-    mask, facts = load_mask(edited())
+    mask, facts = read_mask_file(edited())
     everything = {name: torch.ones_like(tensor) for name, tensor in mask.items()}
     count = sum(tensor.numel() for tensor in everything.values())
-    save_mask(Path("masks/all.safetensors"), everything, facts.model_copy(update={"active": count, "eligible": count}))
+    write_mask_file(Path("masks/all.safetensors"), everything, replace(facts, active=count, eligible=count))
     rate = ["--learning_rate", "1e-3"]
     main([*FEDERATED, *rate, "--mask", "masks/all.safetensors", "--run_name", "masked"])
     main([*FEDERATED, *rate, "--trainable", "blocks", "--run_name", "dense"])
@@ -215,7 +216,7 @@ def test_frozen_entries_keep_their_bits_and_only_active_values_are_sent(rule, co
     path = edited()
     flags = ["--optimizer", rule, "--weight_decay", "0.1", "--learning_rate", "1e-2"]
     main([*command, *flags, "--mask", str(path), "--run_name", "run"])
-    mask, facts = load_mask(path)
+    mask, facts = read_mask_file(path)
     before = VisionTransformer(Architecture("micro", 8, 4, 10), torch_generator(0, "weights")).state_dict()
     after, moved = tensors("run"), 0
     for name, value in after.items():
@@ -262,7 +263,7 @@ def test_a_head_on_cached_features_learns_as_on_images(command, monkeypatch):
 def test_pruned_entries_are_zero():
     path = edited("m", "--criterion", "highest_magnitude", "--target_sparsity", "0.5")
     main([*CENTRALIZED, "--mask", str(path), "--mask_mode", "prune", "--run_name", "p"])
-    mask, _ = load_mask(path)
+    mask, _ = read_mask_file(path)
     for name, keep in mask.items():
         assert not tensors("p")[name][~keep].any(), name
 
@@ -270,7 +271,7 @@ def test_pruned_entries_are_zero():
 def test_entries_that_were_not_eligible_are_not_pruned():
     path = edited("m", "--eligible", "qk", "--target_sparsity", "0.5")
     main([*CENTRALIZED, "--mask", str(path), "--mask_mode", "prune", "--run_name", "p"])
-    mask, _ = load_mask(path)
+    mask, _ = read_mask_file(path)
     for name, after in tensors("p").items():
         if name.endswith("attn.qkv.weight"):
             assert not after[: 2 * 96][~mask[name][: 2 * 96]].any()
@@ -278,7 +279,7 @@ def test_entries_that_were_not_eligible_are_not_pruned():
 
 
 def test_editing_leaves_a_head_a_report_and_an_exact_mask():
-    mask, facts = load_mask(edited("m", "--target_sparsity", "0.8"))
+    mask, facts = read_mask_file(edited("m", "--target_sparsity", "0.8"))
     assert facts.active == sum(int(tensor.sum()) for tensor in mask.values()) == round(0.2 * facts.eligible)
     assert load_file("masks/m.head.safetensors").keys() == {"head.weight", "head.bias"}
     report = [row for row in rows("m", "report.csv") if row["iteration"] == "3"]
@@ -290,7 +291,7 @@ def test_editing_leaves_a_head_a_report_and_an_exact_mask():
 
 @pytest.mark.parametrize("criterion", ["most_sensitive", "lowest_magnitude", "random"])
 def test_other_criteria_reach_the_same_density(criterion):
-    _, facts = load_mask(edited("m", "--criterion", criterion))
+    _, facts = read_mask_file(edited("m", "--criterion", criterion))
     assert facts.active == round(0.1 * facts.eligible)
     assert facts.criterion == criterion
 
@@ -337,7 +338,7 @@ def test_a_vit_with_registers_and_layer_scale_goes_through_every_command(capsys)
     save_file(VisionTransformer(architecture, torch_generator(0, "theirs")).state_dict(), "vit.safetensors")
     shared = shlex.split("--dataset digits --eval_limit 40 --weights vit.safetensors --image_size 16")
     main([*EDITING[:1], *shared, *EDITING[-4:], "--run_name", "m"])
-    mask, facts = load_mask(Path("masks/m.safetensors"))
+    mask, facts = read_mask_file(Path("masks/m.safetensors"))
     assert not any(name.endswith(".gamma") for name in mask)
     assert (facts.model["registers"], bool(facts.model["layer_scale"])) == (2, True)
     train = [*FEDERATED[:1], *shared, *FEDERATED[len(SCRATCH) + 1 :], "--run_name", "f"]

@@ -1,30 +1,33 @@
 """Rules against their published definitions in plain numpy, and against attackers, on vectors and quadratics."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import nn
+from points import Formula, Point, clients_of
 
+from fedtalos.errors import BadUpdateError, TrainingError
 from fedtalos.metrics import Metrics
+from fedtalos.training.entries import Values
 from fedtalos.training.federated import aggregation
 from fedtalos.training.federated.aggregation import (
-    Robust,
+    RULES,
     TooFewError,
     WeightedMean,
     krum,
     median,
     multi_krum,
+    robust,
     trimmed_mean,
 )
-from fedtalos.training.federated.fedavg import fedavg, one_by_one
+from fedtalos.training.federated.fedavg import FedAvg, Update, fedavg
 from fedtalos.training.federated.transforms import FACTORS, attacked, clipped
-from fedtalos.training.loop import BadUpdateError, TrainingError
-from fedtalos.training.masked_parameters import Entries, Values
+from fedtalos.training.masked_parameters import MaskedParameters
 
 N, F, P = 9, 3, 8
-RULES = {"median": median, "trimmed_mean": trimmed_mean, "krum": krum, "multi_krum": multi_krum}
 MASK = torch.tensor([True, False, True, True, False, False, True, False])
 
 
@@ -105,29 +108,33 @@ def test_small_differences_of_large_values_count():
     assert chosen <= {float(values[1, 0]), float(values[2, 0])}
 
 
-class Clients:
+class Pulling:
     """Client k pulls x half-way to its own minimum; minima lie close together, the start far off."""
 
     def __init__(self, attack=None, *, clip=None, rule=None, mask=MASK):
         draw = torch.Generator().manual_seed(0)
         self.minima = 0.1 * torch.randn(N, P, generator=draw)
-        self.model = nn.Module()
-        self.model.x = nn.Parameter(torch.full((P,), 5.0))
-        self.entries, self.mask = Entries({"x": mask}), mask
-        clients = one_by_one(self.model, self.entries, self.update)
-        if attack is not None:
-            clients = attacked(clients, attack, range(N - F, N))
-        self.train_clients = clients if clip is None else clipped(clients, clip)
-        self.rule = None if rule is None else Robust(self.model, self.entries, RULES[rule], clients=N, byzantine=F)
+        self.model, self.mask = Point(torch.full((P,), 5.0)), mask
+        self.through = [] if attack is None else [attacked(attack, range(N - F, N))]
+        self.through += [] if clip is None else [clipped(clip)]
+        self.aggregation = WeightedMean if rule is None else robust(RULES.get(rule, rule), byzantine=F)
 
-    def update(self, _number, client):
+    def update(self, client, _adjust):
         x = self.model.x.detach()
         x[self.mask] += 0.5 * (self.minima[client] - x)[self.mask]
-        return Metrics(1.0, 1, 1)
 
     def after(self, rounds=20):
-        options = {"fraction": 1.0, "rounds": rounds, "seed": 0, "aggregation": self.rule}
-        for _ in fedavg(self.model, self.entries, self.train_clients, np.ones(N), **options):
+        going = fedavg(
+            self.model,
+            clients_of([1] * N),
+            {"x": self.mask},
+            local=Formula(self.update),
+            rounds=rounds,
+            fraction=1.0,
+            algorithm=FedAvg(aggregation=self.aggregation),
+            through=self.through,
+        )
+        for _ in going:
             assert torch.equal(self.model.x.detach()[~self.mask], torch.full((P,), 5.0)[~self.mask])
         return self.model.x.detach()
 
@@ -141,38 +148,30 @@ class Clients:
 @pytest.mark.parametrize("attack", FACTORS)
 @pytest.mark.parametrize("rule", RULES)
 def test_with_f_attackers_every_rule_stays_among_the_honest(attack, rule):
-    assert Clients(attack, rule=rule).distance() < 1
+    assert Pulling(attack, rule=rule).distance() < 1
 
 
 def test_with_f_attackers_the_mean_does_not():
-    assert Clients("scaled").distance(3) > 1000
+    assert Pulling("scaled").distance(3) > 1000
     with pytest.raises(BadUpdateError, match="the update is not finite"):
-        Clients("nan", mask=torch.ones(P, dtype=torch.bool)).after(1)
+        Pulling("nan", mask=torch.ones(P, dtype=torch.bool)).after(1)
 
 
 @pytest.mark.parametrize("rule", RULES)
 def test_without_attackers_every_rule_comes_close_to_the_mean(rule):
-    assert Clients(rule=rule).distance() < 1
-    assert Clients().distance() < 1
+    assert Pulling(rule=rule).distance() < 1
+    assert Pulling().distance() < 1
 
 
 def test_clipping_bounds_what_attackers_can_do_in_a_round():
     before = torch.full((P,), 5.0)
-    moved = (Clients("scaled", clip=0.5).after(1) - before).norm()
+    moved = (Pulling("scaled", clip=0.5).after(1) - before).norm()
     assert moved <= 0.5 + 1e-5
 
 
 def test_rules_see_a_row_of_what_moves_for_every_client():
     seen = []
-    clients = Clients()
-    watch = Robust(
-        clients.model,
-        clients.entries,
-        lambda values, f: seen.append(values.clone()) or values[0],
-        clients=N,
-        byzantine=F,
-    )
-    clients.rule = watch
+    clients = Pulling(rule=lambda values, f: seen.append(values.clone()) or values[0])
     clients.after(1)
     start = torch.full((N, P), 5.0)
     torch.testing.assert_close(seen[0], (start + 0.5 * (clients.minima - start))[:, MASK])
@@ -181,20 +180,22 @@ def test_rules_see_a_row_of_what_moves_for_every_client():
 def test_clipped_updates_keep_their_direction_and_short_ones_their_bits():
     theta = Values([torch.arange(6.0).view(2, 3), torch.ones(2)])
     draw = torch.Generator().manual_seed(0)
-    updates = [0.3 * k * torch.randn(8, generator=draw) for k in range(5)]
+    sent = [theta.vector + 0.3 * k * torch.randn(8, generator=draw) for k in range(5)]
 
-    def train(_number, clients, theta):
+    def updates(_number, clients, theta):
         for client in clients:
-            sent = theta.vector + updates[client]
-            yield Metrics(), [sent[:6].view(2, 3).clone(), sent[6:].clone()]
+            yield client, Update([sent[client][:6].view(2, 3).clone(), sent[client][6:].clone()], Metrics())
 
     norms = []
-    plain, short = train(1, range(5), theta), clipped(train, 1.0)(1, range(5), theta)
-    for (_, before), (_, after) in zip(plain, short, strict=True):
-        u, v = (torch.cat([(p - t).flatten() for p, t in zip(x, theta.parts, strict=True)]) for x in (before, after))
+    plain, short = updates(1, range(5), theta), clipped(1.0)(updates)(1, range(5), theta)
+    for (client, before), (same_client, after) in zip(plain, short, strict=True):
+        assert client == same_client
+        u, v = (
+            torch.cat([(p - t).flatten() for p, t in zip(x.values, theta.parts, strict=True)]) for x in (before, after)
+        )
         norms.append(float(u.norm()))
         if norms[-1] <= 1:
-            assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+            assert all(torch.equal(a, b) for a, b in zip(before.values, after.values, strict=True))
         else:
             assert float(v.norm()) == pytest.approx(1, abs=1e-5)
             torch.testing.assert_close(v, u / u.norm(), rtol=1e-4, atol=1e-5)
@@ -206,17 +207,24 @@ def test_clipped_updates_keep_their_direction_and_short_ones_their_bits():
     "wrong", [lambda p: [p[0][:-1]], lambda p: [p[0][:1]], lambda p: [*p, p[0]], lambda p: [], lambda p: [p[0][None]]]
 )
 def test_values_of_another_length_end_the_round_and_leave_theta(wrong, rule):
-    clients = Clients(rule=rule, mask=torch.ones(P, dtype=torch.bool))
-    right = clients.train_clients
-    clients.train_clients = lambda *args: ((m, wrong(v) if c == 4 else v) for c, (m, v) in enumerate(right(*args)))
+    clients = Pulling(rule=rule, mask=torch.ones(P, dtype=torch.bool))
+
+    def misshapen(updates):
+        def changed(*arguments):
+            for client, update in updates(*arguments):
+                yield client, replace(update, values=wrong(update.values)) if client == 4 else update
+
+        return changed
+
+    clients.through = [misshapen]
     with pytest.raises(TrainingError, match="round 1, client 4: expected 8 values in 1 tensors"):
         clients.after(1)
     assert torch.equal(clients.model.x.detach(), torch.full((P,), 5.0))
 
 
 def test_too_few_finite_clients_end_the_round_and_leave_theta():
-    clients = Clients("nan", rule="krum")
-    clients.train_clients = attacked(clients.train_clients, "nan", range(4))
+    clients = Pulling("nan", rule="krum")
+    clients.through += [attacked("nan", range(4))]
     expected = "round 1: 7 of 9 clients sent no finite numbers; krum against 0 attackers needs over 2 clients"
     with pytest.raises(TrainingError, match=expected):
         clients.after(1)
@@ -224,9 +232,8 @@ def test_too_few_finite_clients_end_the_round_and_leave_theta():
 
 
 def test_the_mean_is_weighted_and_starts_anew_each_round():
-    model = nn.Module()
-    model.x = nn.Parameter(torch.zeros(2))
-    mean = WeightedMean(model, Entries({"x": torch.ones(2, dtype=torch.bool)}))
+    model = Point(torch.zeros(2))
+    mean = WeightedMean(MaskedParameters(model), 2)
     for _ in range(2):
         mean.add([torch.tensor([1.0, 2.0])], 1)
         mean.add([torch.tensor([5.0, 6.0])], 3)

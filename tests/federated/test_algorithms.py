@@ -1,18 +1,37 @@
 """Server rules, SCAFFOLD and FedNova against published formulas written as plain loops, on quadratics."""
 
-from functools import partial
-
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from points import Formula, Point, clients_of
 from torch import nn
 
+from fedtalos.data.images import LabelledImages
 from fedtalos.metrics import Metrics
-from fedtalos.training.federated.algorithms.drift import Exchange, Scaffold, proximal
-from fedtalos.training.federated.algorithms.server import NormalisedAveraging, ServerAdaptive, ServerSGD, local_progress
-from fedtalos.training.federated.fedavg import fedavg, one_by_one, sample_clients
-from fedtalos.training.loop import freeze_all_but, make_optimizer, train
-from fedtalos.training.masked_parameters import Entries, named_tensors
+from fedtalos.models.vision_transformer import Architecture, VisionTransformer
+from fedtalos.randomness import torch_generator
+from fedtalos.training.federated.aggregation import robust, trimmed_mean
+from fedtalos.training.federated.algorithms import (
+    ALGORITHMS,
+    FedAdagrad,
+    FedAdam,
+    FedAvg,
+    FedAvgM,
+    FedNova,
+    FedProx,
+    FedYogi,
+    Scaffold,
+)
+from fedtalos.training.federated.algorithms.fednova import local_progress
+from fedtalos.training.federated.clients import Clients
+from fedtalos.training.federated.fedavg import Lost, Update, fedavg, one_by_one, sample_clients
+from fedtalos.training.federated.privacy import noisy_mean
+from fedtalos.training.local_training import LocalTraining
+from fedtalos.training.loop import train
+from fedtalos.training.masked_parameters import MaskedParameters
+from fedtalos.training.sparse_optimizer import make_optimizer
 
 K, P = 6, 8
 MASKS = {
@@ -37,10 +56,8 @@ class Quadratics:
         self.curvatures = torch.tensor(draw.uniform(0.5, 2, (K, P)), dtype=torch.float32)
         if same_curvature:
             self.curvatures[:] = 1
-        self.model = nn.Module()
-        self.model.x = nn.Parameter(torch.tensor(draw.normal(size=P), dtype=torch.float32))
+        self.model = Point(torch.tensor(draw.normal(size=P), dtype=torch.float32))
         self.start = self.x.clone()
-        self.entries = Entries({"x": mask})
 
     @property
     def x(self):
@@ -55,57 +72,62 @@ class Quadratics:
     def gradient(self, client, x):
         return self.curvatures[client] * (x - self.minima[client])
 
-    def update(self, adjust, _number, client):
-        adjust_gradient = adjust(client)
+    def update(self, client, adjust):
         for _ in range(self.steps[client]):
-            gradient = self.gradient(client, self.x)[self.mask]
-            self.x[self.mask] -= self.rate * adjust_gradient(gradient)
+            self.x[self.mask] -= self.rate * adjust(self.gradient(client, self.x)[self.mask])
         return Metrics(1.0, 1, 1)
 
-    def rounds(self, rounds, *, fraction=1.0, adjust=lambda _: lambda gradient: gradient, wrap=lambda c: c, **options):
-        clients = wrap(one_by_one(self.model, self.entries, partial(self.update, adjust)))
-        weights = options.pop("weights", self.sizes)
-        going = fedavg(self.model, self.entries, clients, weights, fraction=fraction, rounds=rounds, seed=0, **options)
+    def engine(self, moving, clients, _local, seed, algorithm):
+        """One by one, each client with its own number of steps, whatever its number of images."""
+
+        def updates(number, chosen, theta):
+            for client in chosen:
+                local = Formula(self.update, lambda _examples, client=client: int(self.steps[client]))
+                yield from one_by_one(moving, clients, local, seed, algorithm)(number, [client], theta)
+
+        return updates
+
+    def rounds(self, rounds, algorithm=None, *, fraction=1.0, **options):
+        by_size = dict(zip(self.sizes.tolist(), self.steps.tolist(), strict=True))
+        going = fedavg(
+            self.model,
+            clients_of(self.sizes),
+            {"x": self.mask},
+            local=Formula(self.update, by_size.__getitem__),
+            rounds=rounds,
+            fraction=fraction,
+            algorithm=algorithm,
+            engine=self.engine,
+            **options,
+        )
         for _ in going:
             assert torch.equal(self.x[~self.mask], self.start[~self.mask])
             yield self.x.clone()
 
-    def scaffold(self, rounds, fraction=1.0):
-        exchange, state = Exchange(), {}
-        scaffold = Scaffold(exchange, self.sizes, state)
-        found = self.rounds(
-            rounds,
-            fraction=fraction,
-            adjust=lambda client: exchange.adjust(client, int(self.steps[client])),
-            wrap=partial(scaffold.controlled, self.entries),
-        )
-        for x in found:
-            yield x, state
 
-
-def pseudo_gradients(mask, server, rounds=8):
+def pseudo_gradients(mask, algorithm, rounds=8):
     """(theta before, mean) of every round that the server saw, and theta after it: (A,) each."""
-    seen = []
+    seen, step = [], algorithm.step
 
-    def watched(clients, theta, mean):
-        new = server(clients, theta.clone(), mean.clone())
+    def watched(theta, mean):
+        new = step(theta.clone(), mean.clone())
         seen.append((theta, mean, new))
         return new
 
-    list(Quadratics(mask, steps=3).rounds(rounds, fraction=0.5, server=watched))
+    algorithm.step = watched
+    list(Quadratics(mask, steps=3).rounds(rounds, algorithm, fraction=0.5))
     return seen
 
 
-def test_server_sgd_of_rate_1_without_momentum_is_fedavg_to_the_bit(mask):
-    server = ServerSGD({}, learning_rate=1.0, momentum=0.0)
-    ours = Quadratics(mask, steps=3, sizes=(1, 2, 3, 4, 5, 7)).rounds(5, fraction=0.5, server=server)
-    plain = Quadratics(mask, steps=3, sizes=(1, 2, 3, 4, 5, 7)).rounds(5, fraction=0.5)
+def test_fedavgm_of_rate_1_without_momentum_is_fedavg_to_the_bit(mask):
+    ours = Quadratics(mask, steps=3, sizes=(1, 2, 3, 4, 5, 7)).rounds(5, FedAvgM(1.0, 0.0), fraction=0.5)
+    plain = Quadratics(mask, steps=3, sizes=(1, 2, 3, 4, 5, 7)).rounds(5, FedAvg(), fraction=0.5)
     assert all(torch.equal(a, b) for a, b in zip(ours, plain, strict=True))
 
 
 @pytest.mark.parametrize(("rate", "momentum"), [(1.0, 0.9), (0.3, 0.5), (2.0, 0.0)])
 def test_fedavgm_is_torch_sgd_on_pseudo_gradients(mask, rate, momentum):
-    seen = pseudo_gradients(mask, ServerSGD({}, learning_rate=rate, momentum=momentum))
+    seen = pseudo_gradients(mask, FedAvgM(rate, momentum))
     parameter = nn.Parameter(seen[0][0].clone())
     optimizer = torch.optim.SGD([parameter], lr=rate, momentum=momentum)
     for before, mean, after in seen:
@@ -114,14 +136,19 @@ def test_fedavgm_is_torch_sgd_on_pseudo_gradients(mask, rate, momentum):
         torch.testing.assert_close(after, parameter.detach(), rtol=1e-5, atol=1e-6)
 
 
+def adaptive(rule, learning_rate, beta1, beta2, tau):
+    if rule == "fedadagrad":
+        return FedAdagrad(learning_rate, beta1, tau)
+    return {"fedadam": FedAdam, "fedyogi": FedYogi}[rule](learning_rate, beta1, beta2, tau)
+
+
 @pytest.mark.parametrize("rule", ["fedadagrad", "fedadam", "fedyogi"])
 def test_adaptive_rules_are_algorithm_2_of_reddi_et_al(mask, rule):
     eta, beta1, beta2, tau = 0.1, 0.8, 0.95, 1e-2
-    state: dict[str, torch.Tensor] = {}
-    server = ServerAdaptive(rule, state, learning_rate=eta, beta1=beta1, beta2=beta2, tau=tau)
-    seen = pseudo_gradients(mask, server)
+    algorithm = adaptive(rule, eta, beta1, beta2, tau)
+    seen = pseudo_gradients(mask, algorithm)
     count = int(mask.sum())
-    assert {name: tensor.shape for name, tensor in state.items()} == {"m": (count,), "v": (count,)}
+    assert {name: tensor.shape for name, tensor in algorithm.state.items()} == {"m": (count,), "v": (count,)}
     x = seen[0][0].double().tolist()
     m, v = [0.0] * count, [tau**2] * count
     for before, mean, after in seen:
@@ -142,8 +169,7 @@ def test_adaptive_rules_are_algorithm_2_of_reddi_et_al(mask, rule):
 def test_adaptive_rules_find_the_minimum(mask, rule):
     task = Quadratics(mask, steps=1)
     rate = 0.5 if rule == "fedadagrad" else 0.05  # its steps shrink for good
-    server = ServerAdaptive(rule, {}, learning_rate=rate, beta1=0.5, beta2=0.9, tau=1e-2)
-    *_, x = task.rounds(400, server=server)
+    *_, x = task.rounds(400, adaptive(rule, rate, beta1=0.5, beta2=0.9, tau=1e-2))
     torch.testing.assert_close(x, task.optimum, rtol=0, atol=0.02)
 
 
@@ -170,13 +196,13 @@ def published_scaffold(task, rounds, fraction):
 def test_scaffold_is_the_published_algorithm_with_option_2(mask, fraction):
     task = Quadratics(mask, steps=[4, 3, 5, 4, 2, 6])
     expected = published_scaffold(task, 20, fraction)
-    for (found, _), wanted in zip(task.scaffold(20, fraction), expected, strict=True):
+    for found, wanted in zip(task.rounds(20, Scaffold(), fraction=fraction), expected, strict=True):
         torch.testing.assert_close(found.double(), wanted, rtol=1e-4, atol=1e-5)
 
 
 def test_scaffold_finds_the_optimum_where_fedavg_with_several_steps_does_not(mask):
     task, plain = (Quadratics(mask, steps=10, sizes=(3, 5, 7, 9, 11, 13)) for _ in range(2))
-    *_, (x, _) = task.scaffold(200)
+    *_, x = task.rounds(200, Scaffold())
     torch.testing.assert_close(x, task.optimum, rtol=0, atol=1e-5)
     *_, drifted = plain.rounds(200)
     assert (drifted - plain.optimum).abs().max() > 0.02
@@ -185,7 +211,9 @@ def test_scaffold_finds_the_optimum_where_fedavg_with_several_steps_does_not(mas
 @pytest.mark.parametrize("fraction", [1.0, 0.5])
 def test_c_is_the_mean_of_all_clients_control_variates(mask, fraction):
     task = Quadratics(mask, steps=4, sizes=(3, 5, 7, 9, 11, 13))
-    for number, (_, state) in enumerate(task.scaffold(12, fraction), 1):
+    algorithm = Scaffold()
+    state = algorithm.state
+    for number, _ in enumerate(task.rounds(12, algorithm, fraction=fraction), 1):
         met = {client for n in range(1, number + 1) for client in sample_clients(K, fraction, 0, n)}
         assert state.keys() == {"c"} | {f"c_{client}" for client in met}
         mean = sum(state[f"c_{client}"] * float(task.sizes[client] / task.sizes.sum()) for client in met)
@@ -193,8 +221,7 @@ def test_c_is_the_mean_of_all_clients_control_variates(mask, fraction):
 
 
 def test_the_first_round_of_scaffold_is_fedavg_to_the_bit(mask):
-    (first, _), *_ = Quadratics(mask, steps=4).scaffold(1)
-    assert torch.equal(first, next(Quadratics(mask, steps=4).rounds(1)))
+    assert torch.equal(next(Quadratics(mask, steps=4).rounds(1, Scaffold())), next(Quadratics(mask, steps=4).rounds(1)))
 
 
 @pytest.mark.parametrize("momentum", [0.0, 0.5, 0.9])
@@ -208,14 +235,9 @@ def test_local_progress_is_how_far_torch_sgd_goes_on_gradients_of_1(momentum, st
     assert local_progress(steps, momentum) == pytest.approx(parameter.item())
 
 
-def nova(task, rounds, fraction=1.0):
-    server = NormalisedAveraging(task.sizes, np.array([local_progress(int(n), 0.0) for n in task.steps]))
-    return task.rounds(rounds, fraction=fraction, server=server, weights=server.weights)
-
-
 def test_fednova_with_equal_steps_is_fedavg_to_the_bit(mask):
     sizes = (3, 5, 7, 9, 11, 13)
-    ours = nova(Quadratics(mask, steps=3, sizes=sizes), 5, fraction=0.5)
+    ours = Quadratics(mask, steps=3, sizes=sizes).rounds(5, FedNova(), fraction=0.5)
     plain = Quadratics(mask, steps=3, sizes=sizes).rounds(5, fraction=0.5)
     assert all(torch.equal(a, b) for a, b in zip(ours, plain, strict=True))
 
@@ -223,7 +245,7 @@ def test_fednova_with_equal_steps_is_fedavg_to_the_bit(mask):
 def test_fednova_is_the_published_update(mask):
     task = Quadratics(mask, steps=[1, 9, 2, 3, 4, 7], sizes=(3, 5, 7, 9, 11, 13))
     x = task.start.double()
-    for number, found in enumerate(nova(task, 10, fraction=0.5), 1):
+    for number, found in enumerate(task.rounds(10, FedNova(), fraction=0.5), 1):
         chosen = list(sample_clients(K, 0.5, 0, number))
         shares, steps = task.sizes[chosen] / task.sizes[chosen].sum(), task.steps[chosen]
         directions = []
@@ -239,7 +261,7 @@ def test_fednova_is_the_published_update(mask):
 def test_fednova_is_not_drawn_to_clients_that_take_more_steps_as_fedavg_is(mask):
     options = {"steps": [1, 40, 2, 3, 5, 8], "rate": 2e-3, "sizes": (3, 5, 7, 9, 11, 13), "same_curvature": True}
     task, plain = (Quadratics(mask, **options) for _ in range(2))
-    *_, x = nova(task, 1500)
+    *_, x = task.rounds(1500, FedNova())
     torch.testing.assert_close(x, task.optimum, rtol=0, atol=0.03)
     *_, biased = plain.rounds(1500)
     counts = torch.tensor(plain.sizes * plain.steps)[:, None]
@@ -263,22 +285,22 @@ def half(vit):
 @pytest.mark.parametrize("masked", [False, True])
 def test_fedprox_trains_on_the_loss_with_its_proximal_term(vit, images, labels, masked):
     masks = half(vit) if masked else {name: torch.ones_like(p, dtype=torch.bool) for name, p in vit.named_parameters()}
-    entries, mu = Entries(masks), 3.0
+    mu = 3.0
     theta = {name: p.detach().clone() for name, p in vit.named_parameters()}
     batches = [(images[:6], labels[:6]), (images[6:], labels[6:])]
     for x, y in batches:
         loss = nn.functional.cross_entropy(vit(x), y)
-        moving = [(p, theta[name], masks[name]) for name, p in vit.named_parameters() if name in masks]
-        loss = loss + mu / 2 * sum(((p - t)[m] ** 2).sum() for p, t, m in moving)
-        for (p, _, m), gradient in zip(moving, torch.autograd.grad(loss, [p for p, *_ in moving]), strict=True):
+        terms = [(p, theta[name], masks[name]) for name, p in vit.named_parameters() if name in masks]
+        loss = loss + mu / 2 * sum(((p - t)[m] ** 2).sum() for p, t, m in terms)
+        for (p, _, m), gradient in zip(terms, torch.autograd.grad(loss, [p for p, *_ in terms]), strict=True):
             p.data -= 0.1 * gradient * m
-    expected = entries.gather(named_tensors(vit))
+    moving = MaskedParameters(vit, masks)
+    expected = moving.vector()
     vit.load_state_dict(theta)
-    freeze_all_but(vit, entries)
-    optimizer = make_optimizer(vit, entries, rule="sgd", learning_rate=0.1, momentum=0.0, weight_decay=0.0)
-    adjust = proximal(vit, entries, mu)
-    train(vit, batches, optimizer, entries, learning_rate=lambda _: 0.1, clip_norm=None, adjust=adjust)
-    torch.testing.assert_close(entries.gather(named_tensors(vit)), expected, rtol=1e-4, atol=1e-6)
+    optimizer = make_optimizer(moving.parameters, moving.entries, rule="sgd", learning_rate=0.1, momentum=0.0)
+    adjust = FedProx(mu).client_side(moving, None, len(batches))
+    train(moving, batches, optimizer, learning_rate=lambda _: 0.1, adjust=adjust)
+    torch.testing.assert_close(moving.vector(), expected, rtol=1e-4, atol=1e-6)
     for name, tensor in vit.named_parameters():
         frozen = ~masks[name] if name in masks else torch.ones_like(tensor, dtype=torch.bool)
         assert torch.equal(tensor[frozen], theta[name][frozen])
@@ -287,8 +309,7 @@ def test_fedprox_trains_on_the_loss_with_its_proximal_term(vit, images, labels, 
 def test_fedprox_is_the_published_update(mask):
     task, mu = Quadratics(mask, steps=[1, 9, 2, 3, 4, 7], sizes=(3, 5, 7, 9, 11, 13)), 0.7
     x = task.start.double()
-    found = task.rounds(10, fraction=0.5, adjust=lambda _: proximal(task.model, task.entries, mu))
-    for number, theirs in enumerate(found, 1):
+    for number, theirs in enumerate(task.rounds(10, FedProx(mu), fraction=0.5), 1):
         chosen = list(sample_clients(K, 0.5, 0, number))
         ends = []
         for i in chosen:
@@ -301,11 +322,81 @@ def test_fedprox_is_the_published_update(mask):
         torch.testing.assert_close(theirs.double(), x, rtol=1e-4, atol=1e-5)
 
 
-def test_gradients_are_adjusted_before_they_are_clipped(vit, images, labels):
-    entries = Entries(half(vit))
-    freeze_all_but(vit, entries)
-    optimizer = make_optimizer(vit, entries, rule="sgd", learning_rate=1.0, momentum=0.0, weight_decay=0.0)
-    before = entries.gather(named_tensors(vit))
-    options = {"learning_rate": lambda _: 1.0, "clip_norm": 0.25, "adjust": lambda gradient: gradient + 100}
-    train(vit, [(images, labels)], optimizer, entries, **options)
-    assert (entries.gather(named_tensors(vit)) - before).norm() == pytest.approx(0.25, rel=1e-4)
+def test_every_algorithm_has_its_name():
+    assert {name: algorithm.__name__.lower() for name, algorithm in ALGORITHMS.items()} == {n: n for n in ALGORITHMS}
+
+
+HOW_LOST = {
+    "silent": lambda update: Lost("dropped out"),
+    "sent": lambda update: Lost("the loss became nan", sent=True),
+    "not finite": lambda update: Update([part * torch.nan for part in update.values], update.metrics, update.reply),
+    "cut": lambda update: Update([part[:-1] for part in update.values], update.metrics, update.reply),
+}
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    name=st.sampled_from(sorted(ALGORITHMS)),
+    which=st.sampled_from(sorted(MASKS)),
+    how=st.sampled_from(sorted(HOW_LOST)),
+    fraction=st.sampled_from([0.2, 0.5, 1.0]),
+    seed=st.integers(0, 3),
+    lost=st.sets(st.integers(1, 6), min_size=1, max_size=4),
+)
+def test_a_round_in_which_every_update_was_lost_leaves_no_trace(name, which, how, fraction, seed, lost):
+    def losing(updates):
+        def changed(number, chosen, theta):
+            for client, update in updates(number, chosen, theta):
+                yield client, HOW_LOST[how](update) if number in lost else update
+
+        return changed
+
+    algorithm = ALGORITHMS[name]()
+    task = Quadratics(MASKS[which], steps=[4, 3, 5, 4, 2, 6], sizes=(3, 5, 7, 9, 11, 13))
+    x, state = task.x.clone(), {}
+    going = task.rounds(6, algorithm, fraction=fraction, seed=seed, through=[losing], on_bad_client="skip")
+    for number, after in enumerate(going, 1):
+        if number in lost:
+            assert torch.equal(after, x)
+            assert algorithm.state.keys() == state.keys()
+            assert all(torch.equal(tensor, state[key]) for key, tensor in algorithm.state.items())
+        else:
+            assert not torch.equal(after, x)
+        x, state = after, {key: tensor.clone() for key, tensor in algorithm.state.items()}
+
+
+MADE = {
+    **ALGORITHMS,
+    "fedadam, trimmed": lambda: FedAdam(aggregation=robust(trimmed_mean, 1)),
+    "fedavg, private": lambda: FedAvg(aggregation=noisy_mean(1.0, clip=0.5)),
+}
+
+
+@pytest.mark.parametrize("name", MADE)
+@pytest.mark.parametrize("masked", [False, True])
+def test_resumed_with_its_state_is_uninterrupted_bit_for_bit(name, masked):
+    """On real training, of which every client has another number of images, and so of steps."""
+    pixels = torch.randint(0, 256, (26, 3, 8, 8), dtype=torch.uint8, generator=torch_generator(0, "pixels"))
+    owner = np.repeat(np.arange(4), [3, 5, 7, 11])
+    clients = Clients.of(LabelledImages(pixels, torch.arange(26) % 5), owner, 4)
+    local = LocalTraining(epochs=1, batch_size=4, optimizer="sgd", learning_rate=0.05)
+    model = VisionTransformer(Architecture("micro", 8, 4, 5), torch_generator(0, "test"))
+    moving = MaskedParameters(model, half(model) if masked else None)
+    theta, saved, straight = moving.copy(), {}, MADE[name]()
+
+    def rounds(algorithm, done):
+        return fedavg(moving, clients, local=local, rounds=4, fraction=0.75, algorithm=algorithm, done=done)
+
+    for round_ in rounds(straight, 0):
+        state = {key: tensor.clone() for key, tensor in straight.state.items()}
+        saved[round_.number] = (moving.copy(), state)
+    assert not torch.equal(moving.copy().vector, theta.vector)
+    for done in (1, 3):
+        resumed = MADE[name]()
+        values, state = saved[done]
+        moving.load(values)
+        resumed.state |= {key: tensor.clone() for key, tensor in state.items()}
+        assert [round_.number for round_ in rounds(resumed, done)] == list(range(done + 1, 5))
+        assert torch.equal(moving.copy().vector, saved[4][0].vector)
+        assert resumed.state.keys() == straight.state.keys()
+        assert all(torch.equal(tensor, straight.state[key]) for key, tensor in resumed.state.items())

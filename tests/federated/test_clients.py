@@ -4,15 +4,26 @@ import tracemalloc
 
 import numpy as np
 import pytest
+import torch
 
+from fedtalos.data.images import LabelledImages
 from fedtalos.training.federated.clients import Clients, class_counts
-from fedtalos.training.federated.partition import partition
+from fedtalos.training.federated.partition import split_clients
 
 MILLION = 1_000_000
 
 
+def images_of(labels):
+    pixels = torch.zeros(1, 3, 1, 1, dtype=torch.uint8).expand(len(labels), 3, 1, 1)
+    return LabelledImages(pixels, torch.as_tensor(labels))
+
+
+def held_by(owner, num_clients, labels=None):
+    return Clients.of(images_of(np.zeros(len(owner), np.int64) if labels is None else labels), owner, num_clients)
+
+
 def test_clients_are_the_ids_of_each_in_order():
-    clients = Clients.of(np.array([2, 0, 2, 3, 0, 2]), 5)
+    clients = held_by(np.array([2, 0, 2, 3, 0, 2]), 5)
     held = [[1, 4], [], [0, 2, 5], [3], []]
     assert [ids.tolist() for ids in clients] == held
     assert len(clients) == 5
@@ -28,13 +39,14 @@ def test_clients_are_the_ids_of_each_in_order():
 @pytest.mark.parametrize(("num_clients", "dtype"), [(1, "uint8"), (256, "uint8"), (257, "uint16"), (70_000, "uint32")])
 def test_owner_is_of_the_smallest_type(num_clients, dtype):
     owner = np.arange(2 * num_clients) % num_clients
-    assert Clients.of(owner, num_clients).owner.dtype == dtype
-    np.testing.assert_array_equal(Clients.of(owner, num_clients).owner, owner)
+    clients = held_by(owner, num_clients)
+    assert clients.owner.dtype == dtype
+    np.testing.assert_array_equal(clients.owner, owner)
 
 
 def test_class_counts_equal_counting():
     labels = np.array([0, 2, 2, 0, 1, 2, 0])
-    clients = Clients.of(np.array([0, 1, 1, 3, 0, 2, 0]), 4)
+    clients = held_by(np.array([0, 1, 1, 3, 0, 2, 0]), 4, labels)
     expected = [[int((labels[ids] == c).sum()) for c in range(3)] for ids in clients]
     assert class_counts(clients.owner, labels, 4, 3).tolist() == expected
     assert class_counts(clients.owner, labels, 2, 3).tolist() == expected[:2]
@@ -42,12 +54,10 @@ def test_class_counts_equal_counting():
 
 @pytest.mark.parametrize("scheme", ["iid", "dirichlet", "quantity"])
 def test_a_million_clients_are_split_in_a_second_and_held_in_few_bytes(scheme):
-    labels = np.arange(MILLION) % 2
+    images = images_of(np.arange(MILLION) % 2)
     tracemalloc.start()
     try:
-        clients = partition(
-            labels, scheme=scheme, num_clients=MILLION, seed=0, classes_per_client=1, alpha=1.0, min_size=1
-        )
+        clients = split_clients(images, MILLION, scheme, alpha=1.0, min_client_size=1)
         sizes = clients.sizes
         held, peak = tracemalloc.get_traced_memory()
     finally:

@@ -1,18 +1,22 @@
 import tracemalloc
 
 import numpy as np
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from points import Formula, Point, clients_of
 
+from fedtalos.data.images import LabelledImages
+from fedtalos.errors import BadUpdateError, InputError
 from fedtalos.metrics import Metrics
-from fedtalos.training.federated.fedavg import clients_per_round, fedavg, one_by_one, sample_clients
-from fedtalos.training.loop import freeze_all_but, make_optimizer, train
-from fedtalos.training.masked_parameters import Entries, named_tensors
-
-
-def dense(vit):
-    return Entries({name: torch.ones_like(p, dtype=torch.bool) for name, p in vit.named_parameters()})
+from fedtalos.randomness import torch_generator
+from fedtalos.training.federated.clients import Clients
+from fedtalos.training.federated.fedavg import FedAvg, Lost, clients_per_round, fedavg, sample_clients
+from fedtalos.training.federated.traffic import Traffic
+from fedtalos.training.federated.transforms import dropouts, stragglers
+from fedtalos.training.local_training import LocalTraining
+from fedtalos.training.masked_parameters import MaskedParameters
 
 
 @settings(max_examples=50, deadline=None)
@@ -32,13 +36,11 @@ def test_sampling_is_uniform():
 
 
 def test_a_thousand_of_a_million_clients_take_no_more_memory_than_ten():
-    model = torch.nn.Linear(2, 1)
-    entries = dense(model)
-    sizes = np.ones(1_000_000, np.int32)
+    clients = clients_of(np.ones(1_000_000, np.int64))
+    model = Point(torch.zeros(2, 1))
 
     def peak(fraction):
-        clients = one_by_one(model, entries, lambda *_: Metrics(1.0, 1, 1))
-        rounds = fedavg(model, entries, clients, sizes, fraction=fraction, rounds=1, seed=0)
+        rounds = fedavg(model, clients, local=Formula(lambda *_: None), rounds=1, fraction=fraction)
         tracemalloc.start()
         try:
             result = next(rounds)
@@ -49,70 +51,151 @@ def test_a_thousand_of_a_million_clients_take_no_more_memory_than_ten():
     few, many = peak(1e-5), peak(1e-3)
     assert (few[0], many[0]) == (10, 1000)
     assert many[1] - few[1] < 1000 * 300  # the numbers of the sampled; a list of all would be 8 MB
-    assert many[1] < 2_000_000  # a byte for each of the registered
+    assert many[1] < 5_000_000  # the sizes, four bytes for each of the registered
 
 
 def test_mean_is_weighted_by_examples_and_bytes_are_counted(vit):
-    entries, tensors = dense(vit), named_tensors(vit)
-    start = entries.gather(tensors)
-    sizes = np.array([10, 30, 60])
+    moving, clients = MaskedParameters(vit), clients_of([10, 30, 60])
+    start = moving.vector()
 
-    def update(number, client):
-        assert torch.equal(entries.gather(tensors), start)  # every client starts from the global values
-        entries.scatter(start + client + 1, tensors)
-        return Metrics(1.0, 1, int(sizes[client]))
+    def update(client, _adjust):
+        assert torch.equal(moving.vector(), start)  # every client starts from the global values
+        moving.write(start + client + 1)
+        return Metrics(1.0, 1, int(clients.sizes[client]))
 
-    rounds = fedavg(
-        vit, entries, one_by_one(vit, entries, update), sizes, fraction=1.0, rounds=1, seed=0, first_contact_bytes=7
-    )
-    result = next(rounds)
+    traffic = Traffic(moving, FedAvg(), len(clients), first_contact=7)
+    (result,) = fedavg(moving, clients, local=Formula(update), rounds=1, fraction=1.0)
     expected = start + (10 * 1 + 30 * 2 + 60 * 3) / 100
-    torch.testing.assert_close(entries.gather(tensors), expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(moving.vector(), expected, rtol=1e-5, atol=1e-5)
     assert result.train.examples == 100
-    assert result.bytes_up == 3 * 4 * len(entries)
-    assert result.bytes_down == result.bytes_up + 3 * 7
+    down, up = traffic.count(result)
+    assert up == 3 * 4 * len(moving)
+    assert down == up + 3 * 7
 
 
-def test_one_sgd_step_per_client_equals_one_central_step_on_the_union(vit, images, labels):
-    start = {name: p.detach().clone() for name, p in vit.named_parameters()}
-    entries = dense(vit)
-    options = {"rule": "sgd", "learning_rate": 0.1, "momentum": 0.0, "weight_decay": 0.0}
-
-    def step(chosen):
-        optimizer = make_optimizer(vit, entries, **options)
-        batches = [(images[chosen], labels[chosen])]
-        return train(vit, batches, optimizer, entries, learning_rate=lambda _: 0.1, clip_norm=None)
-
-    freeze_all_but(vit, entries)
-    step(slice(0, 12))
-    central = entries.gather(named_tensors(vit))
-    vit.load_state_dict(start)
-    parts = [slice(0, 2), slice(2, 7), slice(7, 12)]
-    sizes = np.array([2, 5, 5])
-    clients = one_by_one(vit, entries, lambda _, client: step(parts[client]))
-    list(fedavg(vit, entries, clients, sizes, fraction=1.0, rounds=1, seed=0))
-    torch.testing.assert_close(entries.gather(named_tensors(vit)), central, rtol=1e-4, atol=1e-6)
+def some_images():
+    pixels = torch.randint(0, 256, (12, 3, 8, 8), dtype=torch.uint8, generator=torch_generator(0, "pixels"))
+    return LabelledImages(pixels, torch.arange(12) % 5)
 
 
-def test_resumed_rounds_count_first_contacts_as_uninterrupted_ones_do(vit):
-    entries = dense(vit)
+def test_one_sgd_step_per_client_equals_one_central_step_on_the_union(vit):
+    images, moving = some_images(), MaskedParameters(vit)
+    theta = moving.copy()
+    local = LocalTraining(
+        steps=1, batch_size=12, optimizer="sgd", learning_rate=0.1, momentum=0.0, weight_decay=0.0, clip_norm=None
+    )
+    local.run(moving, images, np.arange(12), np.random.default_rng(0))
+    central = moving.vector()
+    moving.load(theta)
+    clients = Clients.of(images, np.repeat([0, 1, 2], [2, 5, 5]), 3)
+    list(fedavg(moving, clients, local=local, rounds=1, fraction=1.0))
+    torch.testing.assert_close(moving.vector(), central, rtol=1e-4, atol=1e-6)
+
+
+def test_resumed_rounds_count_first_contacts_as_uninterrupted_ones_do():
+    clients, model = clients_of([1] * 10), Point(torch.zeros(2))
 
     def bytes_down(done):
-        def update(number, client):
-            return Metrics()
-
-        sizes = np.ones(10, np.int32)
-        rounds = fedavg(
-            vit,
-            entries,
-            one_by_one(vit, entries, update),
-            sizes,
-            fraction=0.3,
-            rounds=6,
-            seed=0,
-            done=done,
-            first_contact_bytes=1000,
-        )
-        return [r.bytes_down for r in rounds]
+        traffic = Traffic(MaskedParameters(model), FedAvg(), len(clients), first_contact=1000)
+        traffic.skip(done, 0.3, 0)
+        local = Formula(lambda *_: None)
+        return [traffic.count(r)[0] for r in fedavg(model, clients, local=local, rounds=6, fraction=0.3, done=done)]
 
     assert bytes_down(0)[3:] == bytes_down(3)
+
+
+def test_the_mask_holds_and_is_given_once(vit):
+    images = some_images()
+    mask = {"blocks.2.attn.qkv.weight": torch.zeros_like(vit.blocks[2].attn.qkv.weight, dtype=torch.bool)}
+    mask["blocks.2.attn.qkv.weight"][5:40:3, ::2] = True
+    before = {name: p.detach().clone() for name, p in vit.named_parameters()}
+    clients = Clients.of(images, np.arange(12) % 3, 3)
+    list(fedavg(vit, clients, mask, local=LocalTraining(steps=2), rounds=2, fraction=0.7))
+    for name, p in vit.named_parameters():
+        chosen = mask.get(name, torch.zeros_like(p, dtype=torch.bool))
+        assert torch.equal(p[~chosen], before[name][~chosen])
+        assert not chosen.any() or bool((p[chosen] != before[name][chosen]).all())
+    with pytest.raises(ValueError, match="mask: given with MaskedParameters"):
+        next(fedavg(MaskedParameters(vit, mask), clients, mask, local=LocalTraining(), rounds=1))
+
+
+@pytest.mark.parametrize("fraction", [0, -0.1, 1.1, float("nan")])
+def test_a_fraction_that_is_no_share_is_refused(fraction):
+    with pytest.raises(InputError, match=r"fraction .*: expected a share of clients above 0 and at most 1"):
+        next(fedavg(Point(torch.zeros(2)), clients_of([1]), local=LocalTraining(), rounds=1, fraction=fraction))
+
+
+class Diverging:
+    """Clients add 1, but that some diverge."""
+
+    def __init__(self, *diverging):
+        self.model, self.diverging = Point(torch.zeros(3)), diverging
+
+    def update(self, client, _adjust):
+        self.model.x.detach().add_(1)
+        if client in self.diverging:
+            raise BadUpdateError("the loss became nan")
+
+    def rounds(self, rounds=1, through=(), on_bad_client="stop"):
+        return fedavg(
+            self.model,
+            clients_of([1, 2, 3, 4]),
+            local=Formula(self.update),
+            rounds=rounds,
+            fraction=1.0,
+            through=through,
+            on_bad_client=on_bad_client,
+        )
+
+
+def test_a_client_that_diverges_ends_the_round_and_leaves_theta():
+    clients = Diverging(2)
+    with pytest.raises(BadUpdateError, match=r"^round 1, client 2: the loss became nan$"):
+        list(clients.rounds())
+    assert clients.model.x.tolist() == [0, 0, 0]
+
+
+def test_or_the_round_goes_on_without_it():
+    clients = Diverging(2)
+    first, second = clients.rounds(2, on_bad_client="skip")
+    assert first.lost == second.lost == {2: Lost("the loss became nan", sent=True)}
+    assert first.train.examples == 3
+    assert clients.model.x.tolist() == [2, 2, 2]
+
+
+def test_a_round_without_any_update_leaves_theta_and_goes_on():
+    clients = Diverging(0, 1, 2, 3)
+    first, second = clients.rounds(2, on_bad_client="skip")
+    assert set(first.lost) == set(second.lost) == {0, 1, 2, 3}
+    assert first.train.examples == 0
+    assert clients.model.x.tolist() == [0, 0, 0]
+
+
+def test_a_client_without_images_sends_nothing_and_is_no_reason_to_stop():
+    clients = Diverging()
+    local = Formula(clients.update)
+    (round_,) = fedavg(clients.model, clients_of([2, 0, 1]), local=local, rounds=1, fraction=1.0)
+    assert round_.lost == {1: Lost("no images")}
+    assert clients.model.x.tolist() == [1, 1, 1]
+
+
+def test_dropouts_send_nothing_and_are_drawn_by_round_and_client():
+    clients = Diverging()
+    rounds = list(clients.rounds(300, through=[dropouts(0.25, seed=0)]))
+    assert all(lost == Lost("dropped out") for r in rounds for lost in r.lost.values())
+    assert sum(len(r.lost) for r in rounds) / (4 * 300) == pytest.approx(0.25, abs=0.04)
+    assert [r.lost for r in clients.rounds(300, through=[dropouts(0.25, seed=0)])] == [r.lost for r in rounds]
+    assert [r.lost for r in clients.rounds(300, through=[dropouts(0.25, seed=1)])] != [r.lost for r in rounds]
+    silent = Traffic(MaskedParameters(clients.model), FedAvg(), 4)
+    assert [silent.count(r)[1] for r in rounds] == [12 * (4 - len(r.lost)) for r in rounds]
+
+
+def test_stragglers_are_the_same_in_every_round_and_more_of_them_the_shorter_the_deadline():
+    late = {}
+    for deadline in (1.0, 4.0, 16.0, 100.0):
+        rounds = list(Diverging().rounds(3, through=[stragglers(deadline, slowest=10.0, seed=0, steps_of=lambda _: 4)]))
+        assert rounds[0].lost == rounds[1].lost == rounds[2].lost
+        assert all(lost == Lost("late") for lost in rounds[0].lost.values())
+        late[deadline] = set(rounds[0].lost)
+    assert late[1.0] == {0, 1, 2, 3} >= late[4.0] >= late[16.0] >= late[100.0] == set()
+    assert 0 < len(late[16.0]) < 4

@@ -5,14 +5,16 @@ import time
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
+from fedtalos.data.images import LabelledImages
 from fedtalos.data.sampling import largest_remainder, stratified_sample
 from fedtalos.errors import InputError
 from fedtalos.randomness import generator
 from fedtalos.training.federated.clients import class_counts
-from fedtalos.training.federated.partition import partition, raise_to_min_size
+from fedtalos.training.federated.partition import raise_to_min_size, split_clients
 
 SCHEMES = ("iid", "label_skew", "dirichlet", "quantity")
 few_examples = settings(max_examples=60, deadline=None)
@@ -24,15 +26,19 @@ def labels_of(sizes, seed=0):
 
 
 def split(labels, scheme, num_clients, *, seed=0, classes_per_client=1, alpha=0.3, min_size=1):
-    return partition(
-        labels,
-        scheme=scheme,
-        num_clients=num_clients,
+    pixels = torch.zeros(1, 3, 1, 1, dtype=torch.uint8).expand(len(labels), 3, 1, 1)
+    images = LabelledImages(pixels, torch.from_numpy(labels))
+    clients = split_clients(
+        images,
+        num_clients,
+        scheme,
         seed=seed,
         classes_per_client=classes_per_client,
         alpha=alpha,
-        min_size=min_size,
+        min_client_size=min_size,
     )
+    assert clients.images is images
+    return clients
 
 
 def assert_partition(clients, num_examples):
@@ -179,13 +185,14 @@ def test_stratified_sample_takes_each_class_its_share():
         ("iid", 61, {}, "choose 1 to 60"),
         ("label_skew", 4, {"classes_per_client": 7}, "choose 1 to 6"),
         ("label_skew", 4, {"classes_per_client": 0}, "choose 1 to 6"),
-        ("label_skew", 2, {"classes_per_client": 2}, "--num_clients to 3 or --classes_per_client to 3"),
+        ("label_skew", 2, {"classes_per_client": 2}, "raise num_clients to 3 or classes_per_client to 3"),
         ("label_skew", 40, {"classes_per_client": 2}, "at or below 60"),
         ("dirichlet", 4, {"alpha": 0.0}, "above 0"),
         ("dirichlet", 4, {"alpha": float("nan")}, "above 0"),
         ("quantity", 4, {"alpha": float("inf")}, "at most"),
         ("quantity", 4, {"min_size": 16}, "choose 1 to 15"),
         ("dirichlet", 4, {"min_size": 0}, "choose 1 to 15"),
+        ("label skew", 4, {}, "scheme 'label skew': expected iid, label_skew, dirichlet, quantity"),
     ],
 )
 def test_impossible_splits_say_what_would_work(scheme, num_clients, options, says):

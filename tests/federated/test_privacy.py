@@ -6,21 +6,20 @@ import sys
 import numpy as np
 import pytest
 import torch
-from torch import nn
+from points import Point
 
 from fedtalos.errors import InputError
-from fedtalos.training.federated.privacy import NoisyMean, epsilon
-from fedtalos.training.masked_parameters import Entries
+from fedtalos.training.federated.privacy import epsilon, noisy_mean
+from fedtalos.training.masked_parameters import MaskedParameters
 
 P = 20000
 
 
 def noisy(seed=0, number=1, clients=4, mask=None):
-    """What NoisyMean makes of clients whose mean is 2 everywhere, with z = 3 and S = 0.5."""
-    model = nn.Module()
-    model.x = nn.Parameter(torch.full((P // 10, 10), 2.0))
+    """What the noisy mean makes of clients whose mean is 2 everywhere, with z = 3 and S = 0.5."""
     mask = torch.ones(P // 10, 10, dtype=torch.bool) if mask is None else mask
-    mean = NoisyMean(model, Entries({"x": mask}), noise_multiplier=3, clip=0.5, seed=seed)
+    model = Point(torch.full((P // 10, 10), 2.0))
+    mean = noisy_mean(3, clip=0.5, seed=seed)(MaskedParameters(model, {"x": mask}), clients)
     for client in range(clients):
         values = torch.where(mask, 2.0 + (1 if client % 2 else -1), 2.0)
         mean.add([values], 1.0 + 5 * client)
@@ -53,7 +52,7 @@ def test_what_does_not_move_gets_no_noise():
 
 def test_without_the_library_the_error_names_the_extra(monkeypatch):
     monkeypatch.setitem(sys.modules, "dp_accounting", None)
-    with pytest.raises(InputError, match=r"--dp_noise: .* pip install .*'\.\[privacy\]'"):
+    with pytest.raises(InputError, match=r"dp-accounting cannot be imported .* pip install .*'\.\[privacy\]'"):
         epsilon(noise_multiplier=1, delta=1e-5, clients=10, sampled=2, rounds=1)
 
 

@@ -23,7 +23,7 @@ from safetensors.torch import save_file
 
 from fedtalos.app.config.files import from_file, groups, override, read_yaml
 from fedtalos.app.config.schema import RUN_CONFIGS
-from fedtalos.app.figures.draw import read_history
+from fedtalos.app.figures.records import read_history
 from fedtalos.app.run.recorder import COLUMNS, Recorder
 from fedtalos.app.run.split_file import read_split
 from fedtalos.checkpoint import load_checkpoint, save_checkpoint
@@ -34,10 +34,11 @@ from fedtalos.errors import InputError
 from fedtalos.files import UNSEALED, is_sealed, sealed
 from fedtalos.models.head_file import read_head, save_head
 from fedtalos.models.vision_transformer import Architecture, VisionTransformer
-from fedtalos.models.weights.read import read_weights
+from fedtalos.models.weights.read import load_weights
 from fedtalos.randomness import torch_generator
-from fedtalos.training.editing.mask_file import density_table, load_mask, save_mask
-from fedtalos.training.editing.talos import eligible_entries
+from fedtalos.training.editing.describe import density_table
+from fedtalos.training.editing.eligible import eligible_entries
+from fedtalos.training.editing.mask_file import read_mask_file, write_mask_file
 
 SECONDS = 10  # far more than any of them takes
 
@@ -116,7 +117,7 @@ def masked(tmp_path_factory) -> Path:
     rng = np.random.default_rng(0)
     mask = {name: torch.from_numpy(rng.random(t.shape) < 0.3) for name, t in eligible_entries(model).masks.items()}
     path = tmp_path_factory.mktemp("masked") / "m.safetensors"
-    save_mask(path, mask, mask_header(mask, model.architecture.as_dict()))
+    write_mask_file(path, mask, mask_header(mask, model.architecture.as_dict()))
     save_head(path.with_name("head.safetensors"), model)
     return path
 
@@ -124,7 +125,7 @@ def masked(tmp_path_factory) -> Path:
 @few
 @given(data=st.data())
 def test_any_bits_of_a_mask_or_head_count(masked, vit, tmp_path, data):
-    for name, read in (("m", load_mask), ("head", lambda path: read_head(path, vit))):
+    for name, read in (("m", read_mask_file), ("head", lambda path: read_head(path, vit))):
         content = masked.with_name(f"{name}.safetensors").read_bytes()
         places = st.tuples(st.integers(0, len(content) - 1), st.integers(0, 7))
         chosen = data.draw(st.lists(places, min_size=1, max_size=4, unique=True))
@@ -144,9 +145,9 @@ def test_any_bytes(kind, content, tmp_path, vit):
     path.write_bytes(content)
     readers = {
         "last.json": load_checkpoint,
-        "m.safetensors": lambda path: (load_mask(path), read_head(path, vit)),
-        "weights.safetensors": lambda path: read_weights(str(path), "micro"),
-        "weights.pth": lambda path: read_weights(str(path), "micro"),
+        "m.safetensors": lambda path: (read_mask_file(path), read_head(path, vit)),
+        "weights.safetensors": lambda path: load_weights(str(path), "micro"),
+        "weights.pth": lambda path: load_weights(str(path), "micro"),
     }
     with pytest.raises(InputError):
         readers[kind](path)
@@ -195,7 +196,7 @@ def test_masks_of_other_facts_sealed_anew(masked, facts, tmp_path):
         return
     (tmp_path / "m").write_bytes(content)
     with only_input_errors():
-        mask, header = load_mask(tmp_path / "m")
+        mask, header = read_mask_file(tmp_path / "m")
         density_table(mask, header.eligible_in)
 
 
@@ -211,7 +212,7 @@ def test_masks_of_other_shapes_sealed_anew(masked, shape, name, tmp_path):
 
     (tmp_path / "m").write_bytes(changed_mask(masked.read_bytes(), change))
     with only_input_errors():
-        mask, header = load_mask(tmp_path / "m")
+        mask, header = read_mask_file(tmp_path / "m")
         density_table(mask, header.eligible_in)
 
 
@@ -340,7 +341,7 @@ def test_weights_of_any_names_and_shapes(shapes, suffix, tmp_path):
     state, path = {name: torch.zeros(shape) for name, shape in shapes.items()}, tmp_path / f"w{suffix}"
     save_file(state, path) if suffix == ".safetensors" else torch.save(state, path)
     with only_input_errors():
-        read_weights(str(path), "micro")
+        load_weights(str(path), "micro")
 
 
 @pytest.mark.parametrize("suffix", [".safetensors", ".pth"])
@@ -354,4 +355,4 @@ def test_damaged_weights(suffix, data, tmp_path):
         torch.save(state, path)
     path.write_bytes(data.draw(damaged(path.read_bytes())))
     with only_input_errors():
-        read_weights(str(path), "micro")
+        load_weights(str(path), "micro")

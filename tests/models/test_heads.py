@@ -14,14 +14,14 @@ from hypothesis import strategies as st
 from sklearn.linear_model import Ridge
 from sklearn.neighbors import NearestCentroid
 
-from fedtalos.app import heads, setup
-from fedtalos.app.load import prepare
-from fedtalos.app.moving import moving_entries
+from fedtalos.app.load import load, moving_parameters
 from fedtalos.checkpoint import load_checkpoint
 from fedtalos.cli import main, parse
-from fedtalos.models.head_file import read_head
-from fedtalos.models.heads import SCALES, best_scale, fit_head, head_sums, nearest_mean_head, ridge_head
+from fedtalos.experiments import federated
+from fedtalos.models.heads import SCALES, best_head, best_scale, head_sums, nearest_mean_head, read_head, ridge_head
 from fedtalos.randomness import generator
+from fedtalos.training import local_training
+from fedtalos.training.feature_cache import FeatureCache, FeatureStore
 
 KINDS = ("ridge", "ncm")
 DIGITS = shlex.split(
@@ -101,7 +101,7 @@ def test_sums_give_the_pooled_head_whatever_the_split(owner):
         pooled = head_sums(kind, features, labels, 5)
         summed = reduce(add, [head_sums(kind, features[mine], labels[mine], 5) for mine in parts])
         for ours, expected in zip(
-            fit_head(kind, summed, features, labels), fit_head(kind, pooled, features, labels), strict=True
+            best_head(kind, summed, features, labels), best_head(kind, pooled, features, labels), strict=True
         ):
             torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-5)
 
@@ -118,7 +118,7 @@ def test_a_class_without_images_is_finite_and_never_chosen(kind, missing):
     features, labels = data()
     there = ~torch.isin(labels, torch.tensor(missing))
     sums = head_sums(kind, features[there], labels[there], 5)
-    weight, bias = fit_head(kind, sums, features[there], labels[there])
+    weight, bias = best_head(kind, sums, features[there], labels[there])
     new = torch.from_numpy(generator(1, "new").normal(size=(2000, 12)) * 20).float()
     outputs = F.linear(new, weight, bias)
     assert bool(outputs.isfinite().all())
@@ -129,7 +129,7 @@ def test_a_class_without_images_is_finite_and_never_chosen(kind, missing):
 def test_temperature_lowers_the_loss_and_keeps_the_answers(kind):
     features, labels = data()
     sums, held_out = head_sums(kind, features[:100], labels[:100], 5), (features[100:], labels[100:])
-    weight, bias = fit_head(kind, sums, *held_out, penalties=(0.1,))
+    weight, bias = best_head(kind, sums, *held_out, penalties=(0.1,))
     plain = F.linear(held_out[0], *(ridge_head(sums, 0.1) if kind == "ridge" else nearest_mean_head(sums)))
     scaled = F.linear(held_out[0], weight, bias)
     assert torch.equal(plain.argmax(1), scaled.argmax(1))
@@ -150,19 +150,29 @@ def test_the_best_scale_is_the_best_of_all(size, seed):
 # --- of runs ---
 
 
+def features_of(loaded, split):
+    """Features and labels of a split, val as far as ``eval_limit`` goes."""
+    images = loaded.limited("val") if split == "val" else getattr(loaded.data, split)
+    return loaded.features.features(loaded.model, images)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("command", [CENTRALIZED, FEDERATED])
 def test_the_head_of_a_run_is_the_pooled_one_and_looks_at_no_test_image(kind, command, folder, monkeypatch):
     looked_at = []
-    original = setup.Setup.features
-    monkeypatch.setattr(
-        setup.Setup, "features", lambda self, split, *ids: looked_at.append(split) or original(self, split, *ids)
-    )
-    main([*command, "--head", kind, "--freeze_head", "--run_name", "a"])
-    assert set(looked_at) == {"train", "val"}
-    _, ready = prepare(parse([*command, "--head", kind]))
-    sums = head_sums(kind, *original(ready, "train"), 10)
-    weight, bias = fit_head(kind, sums, *original(ready, "val"))
+    original = FeatureStore.features
+    with monkeypatch.context() as patched:
+        patched.setattr(
+            FeatureStore, "features", lambda self, *given: looked_at.append(given[1]) or original(self, *given)
+        )
+        main([*command, "--head", kind, "--freeze_head", "--run_name", "a"])
+    loaded = load(parse([*command, "--head", kind]))
+    splits = {"train": loaded.data.train, "val": loaded.limited("val"), "test": loaded.data.test}
+    named = [next(name for name, split in splits.items() if len(split) == len(images)) for images in looked_at]
+    assert set(named) == {"train", "val"}
+    assert all(torch.equal(images.pixels, splits[name].pixels) for name, images in zip(named, looked_at, strict=True))
+    sums = head_sums(kind, *features_of(loaded, "train"), 10)
+    weight, bias = best_head(kind, sums, *features_of(loaded, "val"))
     torch.testing.assert_close(tensors("a", "last")["head.weight"], weight, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(tensors("a", "last")["head.bias"], bias, rtol=1e-5, atol=1e-5)
     sent = 6 * sums.wire_bytes if command is FEDERATED else 0
@@ -187,10 +197,10 @@ def test_every_head_beats_chance_and_trains_on_or_stays(head, folder):
 def test_editing_fits_either_and_writes_it(kind, folder):
     command = ["editing", *DIGITS, *shlex.split("--calibration_fraction 0.1 --num_iterations 1")]
     main([*command, "--head", kind, "--run_name", "m"])
-    _, ready = prepare(parse([*command, "--head", kind]))
-    weight, bias = read_head(Path("masks/m.head.safetensors"), ready.model)
-    sums = head_sums(kind, *ready.features("calibration"), 10)
-    expected = fit_head(kind, sums, *ready.features("val"))
+    loaded = load(parse([*command, "--head", kind]))
+    weight, bias = read_head(Path("masks/m.head.safetensors"), loaded.model)
+    sums = head_sums(kind, *features_of(loaded, "calibration"), 10)
+    expected = best_head(kind, sums, *features_of(loaded, "val"))
     assert torch.equal(weight, expected[0])
     assert torch.equal(bias, expected[1])
     main([*command, "--head", kind, "--calibration", "federated", "--num_clients", "4", "--run_name", "f"])
@@ -204,8 +214,7 @@ def test_a_linear_head_of_one_client_is_a_plain_torch_loop(folder):
     one = shlex.split("--num_clients 1 --client_fraction 1 --local_steps 1 --num_rounds 1 --batch_size 300")
     options = shlex.split("--head linear --head_rounds 6 --head_learning_rate 0.03 --freeze_head --clip_norm 0.5")
     main([*FEDERATED, *one, *options, "--run_name", "a"])
-    _, ready = prepare(parse([*FEDERATED, *one, *options]))
-    features, labels = ready.features("train")
+    features, labels = features_of(load(parse([*FEDERATED, *one, *options])), "train")
     layer = torch.nn.Linear(features.shape[1], 10)
     torch.nn.init.zeros_(layer.weight)
     torch.nn.init.zeros_(layer.bias)
@@ -235,16 +244,22 @@ def test_a_linear_head_that_diverges_says_which_rate_to_lower(folder, capsys):
     assert "fitting the linear head, whose rate is --head_learning_rate: round" in capsys.readouterr().err
 
 
-def test_a_linear_head_leaves_the_backbone_and_the_draws_of_the_run_alone(folder):
+def test_a_linear_head_leaves_the_backbone_and_the_draws_of_the_run_alone(folder, monkeypatch):
+    seeds, original = [], federated.rounds_of_the_head
+
+    def rounds_of_the_head(loaded, clients, head, seed, watch):
+        seeds.append(seed)
+        return original(loaded, clients, head, seed, watch)
+
+    monkeypatch.setattr(federated, "rounds_of_the_head", rounds_of_the_head)
     main([*FEDERATED, *LINEAR, "--trainable", "head", "--run_name", "a"])
     main([*FEDERATED, "--head", "random", "--trainable", "head", "--run_name", "b"])
     for name, tensor in tensors("b", "last").items():
         if not name.startswith("head."):
             assert torch.equal(tensors("a", "last")[name], tensor)
-    config = parse([*FEDERATED, *LINEAR])
-    own = heads.linear_config(config)
-    assert own.run.seed != config.run.seed
-    assert own.run.seed == heads.linear_config(config).run.seed
+    main([*FEDERATED, *LINEAR, "--trainable", "head", "--run_name", "c"])
+    first, second = seeds  # none for a random head
+    assert first == second != parse([*FEDERATED, *LINEAR]).run.seed
 
 
 def test_a_linear_head_on_kept_features_is_that_on_images(folder, monkeypatch):
@@ -265,7 +280,7 @@ def test_a_run_stopped_at_its_head_or_after_it_resumes_to_the_same_bits(command,
         command = [*command, "--num_epochs", "3"]
         calls = {5: 5, 26: 9, 1: 1}[calls]
     main([*command, *head, "--trainable", "head", "--run_name", "whole"])
-    original, seen = setup.train, []
+    original, seen = local_training.train, []
 
     def train(*args, **kwargs):
         seen.append(1)
@@ -274,7 +289,7 @@ def test_a_run_stopped_at_its_head_or_after_it_resumes_to_the_same_bits(command,
         return original(*args, **kwargs)
 
     with monkeypatch.context() as patched:
-        patched.setattr(setup, "train", train)
+        patched.setattr(local_training, "train", train)
         with pytest.raises(SystemExit):
             main([*command, *head, "--trainable", "head", "--run_name", "cut"])
     main([*command, *head, "--trainable", "head", "--run_name", "cut", "--resume"])
@@ -293,14 +308,12 @@ def test_workers_start_from_the_head_that_the_leader_fitted(folder):
 
 def test_features_are_computed_once_and_forgotten_when_the_backbone_moves(folder, monkeypatch):
     seen = []
-    original = setup.ActivationCache._compute
-    monkeypatch.setattr(
-        setup.ActivationCache, "_compute", lambda self, ids: seen.extend(ids.tolist()) or original(self, ids)
-    )
-    config, ready = prepare(parse([*FEDERATED, *LINEAR]))
+    original = FeatureCache._compute
+    monkeypatch.setattr(FeatureCache, "_compute", lambda self, ids: seen.extend(ids.tolist()) or original(self, ids))
+    loaded = load(parse([*FEDERATED, *LINEAR]))
     for _ in range(3):
-        ready.features("train", np.arange(7))
-        ready.features("train", np.arange(20))
+        loaded.features.features(loaded.model, loaded.data.train, np.arange(7))
+        loaded.features.features(loaded.model, loaded.data.train, np.arange(20))
     assert sorted(seen) == [0, *range(20)]  # the first once more, for the shape
-    ready.let_move(moving_entries(ready, config.train))
-    assert not ready._caches
+    loaded.features.keep_only(moving_parameters(loaded).frozen_stages)
+    assert not loaded.features._caches

@@ -1,4 +1,4 @@
-"""The hub as read_weights sees it, played by a local server."""
+"""The hub as load_weights sees it, played by a local server."""
 
 import hashlib
 import http.server
@@ -18,10 +18,10 @@ import yaml
 from safetensors.torch import save
 
 from fedtalos.checkpoint import load_checkpoint
-from fedtalos.models.library_model import ForeignArchitecture, ForeignModel
+from fedtalos.models.library_model import LibraryArchitecture, LibraryModel
 from fedtalos.models.vision_transformer import Architecture, VisionTransformer
 from fedtalos.randomness import torch_generator
-from fedtalos.training.editing.mask_file import load_mask
+from fedtalos.training.editing.mask_file import read_mask_file
 
 REVISION = "0123456789abcdef0123456789abcdef01234567"
 MEAN, STD = [0.1, 0.2, 0.3], [0.4, 0.5, 0.6]
@@ -93,11 +93,11 @@ def endpoint() -> Iterator[str]:
 READ_IN_A_FRESH_PROCESS = """
 import json, sys
 from fedtalos.errors import InputError
-from fedtalos.models.weights.read import read_weights
+from fedtalos.models.weights.read import load_weights
 said = []
 for source in sys.argv[1:]:
     try:
-        weights = read_weights(source, "small")
+        weights = load_weights(source, "small")
         said.append([weights.source, weights.sha256, weights.mean])
     except InputError as refusal:
         said.append(str(refusal))
@@ -160,7 +160,7 @@ def test_a_model_of_the_real_timm_is_fetched_masked_and_trained(
     origin = yaml.safe_load((tmp_path / "results/a/config.yaml").read_text())["made_by"]["weights"]
     source = f"hub:timm/convnext_atto.d2_in1k@{REVISION}"
     assert origin == {"source": source, "sha256": hashlib.sha256(content).hexdigest()}
-    mask, _ = load_mask(tmp_path / "masks/m.safetensors")
+    mask, _ = read_mask_file(tmp_path / "masks/m.safetensors")
     after = load_checkpoint(tmp_path / "checkpoints/a/last.json")
     before = {f"net.{name}": tensor for name, tensor in theirs.state_dict().items() if not name.startswith("head.fc.")}
     moved = {name: after.tensors[name] != tensor for name, tensor in before.items()}
@@ -168,7 +168,7 @@ def test_a_model_of_the_real_timm_is_fetched_masked_and_trained(
     for name, entries in moved.items():
         assert not (entries & ~mask.get(name, torch.zeros_like(entries))).any(), name
     assert not any(".conv_dw." in name for name in mask)
-    ours = ForeignModel(ForeignArchitecture(**after.facts["model"]), torch_generator(0, "test"))
+    ours = LibraryModel(LibraryArchitecture(**after.facts["model"]), torch_generator(0, "test"))
     ours.load_state_dict({name: after.tensors[name] for name in ours.state_dict()})
     theirs.load_state_dict({name.removeprefix("net."): after.tensors[name] for name in before}, strict=False)
     images = torch.randn(2, 3, 32, 32, generator=torch_generator(0, "images"))
@@ -186,8 +186,8 @@ def test_the_hub_is_asked_once_then_its_cache(files: dict[str, bytes], endpoint:
     for name, (source, file, mean) in FOUND.items():
         assert first[name] == [source, hashlib.sha256(files[file]).hexdigest(), mean]
     for name, sentence in NOT_FOUND.items():
-        assert first[name].startswith(f"--weights: {sentence}")
-    assert first["vit_unknown"].endswith("give --weights FILE or none")
+        assert first[name].startswith(f"weights: {sentence}")
+    assert first["vit_unknown"].endswith("give weights FILE or none")
     sent = [name for method, name in Hub.asked if method == "GET" and name in files]
     assert sorted(sent) == sorted(files.keys() - {"owner/empty/README.md"})
     Hub.asked.clear()

@@ -14,9 +14,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from fedtalos.errors import InputError
+from fedtalos.models.load import load_into, resample_position_embedding
 from fedtalos.models.vision_transformer import Architecture, VisionTransformer
 from fedtalos.models.weights.pixels import HALF, IMAGENET
-from fedtalos.models.weights.read import load_into, read_weights, resample_position_embedding
+from fedtalos.models.weights.read import load_weights
 from fedtalos.randomness import torch_generator
 
 State = dict[str, Tensor]
@@ -51,12 +52,12 @@ def refused(path: Path, state: State) -> str:
     """The sentence with which a file of that state is refused."""
     save_file(state, path)
     with pytest.raises(InputError) as refusal:
-        load_into(micro(source="ours"), read_weights(str(path), "micro"))
+        load_into(micro(source="ours"), load_weights(str(path), "micro"))
     return str(refusal.value)
 
 
 def test_a_saved_model_comes_back_bit_for_bit(file: Path, state: State) -> None:
-    weights = read_weights(str(file), "large")
+    weights = load_weights(str(file), "large")
     assert weights.architecture == Architecture("micro", 16, 4, 10)
     assert weights.source == "vit.safetensors"
     assert weights.sha256 == hashlib.sha256(file.read_bytes()).hexdigest()
@@ -81,38 +82,38 @@ def test_torch_files_of_plain_tensors_are_read(
     tmp_path: Path, state: State, wrap: Callable[[State], object], zipped: bool
 ) -> None:
     torch.save(wrap(state), tmp_path / "vit.pth", _use_new_zipfile_serialization=zipped)
-    assert same(read_weights(str(tmp_path / "vit.pth"), "micro").tensors, state)
+    assert same(load_weights(str(tmp_path / "vit.pth"), "micro").tensors, state)
 
 
 def test_dinos_projection_is_left_out_of_a_teacher_only(tmp_path: Path, state: State) -> None:
     path = tmp_path / "checkpoint.pth"
     dino = headless(state) | {"head.mlp.0.weight": torch.ones(2, 2), "head.last_layer.weight_v": torch.ones(2, 2)}
     torch.save({"teacher": dino}, path)
-    weights = read_weights(str(path), "micro")
+    weights = load_weights(str(path), "micro")
     assert weights.architecture.num_classes == 0
     assert same(weights.tensors, headless(state))
     torch.save(dino, path)
     with pytest.raises(InputError, match=r"2 unexpected \(head.mlp.0.weight, head.last_layer.weight_v\)"):
-        load_into(micro(), read_weights(str(path), "micro"))
+        load_into(micro(), load_weights(str(path), "micro"))
 
 
 def test_what_dino_and_dinov2_keep_beside_the_teacher_is_left_out(tmp_path: Path, state: State) -> None:
     teacher = {f"backbone.{name}": tensor for name, tensor in headless(state).items()}
     teacher |= {"dino_head.mlp.0.weight": torch.ones(2, 2), "backbone.mask_token": torch.ones(1, 96)}
     torch.save({"teacher": teacher, "args": argparse.Namespace(arch="vit"), "epoch": 9}, tmp_path / "vit.pth")
-    assert same(read_weights(str(tmp_path / "vit.pth"), "micro").tensors, headless(state))
+    assert same(load_weights(str(tmp_path / "vit.pth"), "micro").tensors, headless(state))
 
 
 def test_optimiser_state_beside_the_model_is_left_out(file: Path, state: State) -> None:
     save_file(state | {"optimizer/0/exp_avg": torch.ones(3), "optimizer/step": torch.tensor(7)}, file)
-    assert same(read_weights(str(file), "micro").tensors, state)
+    assert same(load_weights(str(file), "micro").tensors, state)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
 def test_other_floats_become_float32(file: Path, state: State, dtype: torch.dtype) -> None:
     save_file({name: tensor.to(dtype) for name, tensor in state.items()}, file)
     expected = {name: tensor.to(dtype).float() for name, tensor in state.items()}
-    assert same(read_weights(str(file), "micro").tensors, expected)
+    assert same(load_weights(str(file), "micro").tensors, expected)
 
 
 @pytest.mark.parametrize("in_file", [7, None], ids=["other classes", "no head"])
@@ -121,14 +122,14 @@ def test_a_head_for_other_classes_keeps_its_initial_value(file: Path, in_file: i
     save_file(theirs if in_file else headless(theirs), file)
     ours = micro(source="ours")
     initial = ours.head.weight.clone()
-    assert load_into(ours, read_weights(str(file), "micro")) == ["head.weight", "head.bias"]
+    assert load_into(ours, load_weights(str(file), "micro")) == ["head.weight", "head.bias"]
     assert torch.equal(ours.head.weight, initial)
     assert same(headless(ours.state_dict()), headless(theirs))
 
 
 def test_another_image_size_resamples_the_position_embedding_alone(file: Path, state: State) -> None:
     ours = micro(image_size=24, source="ours")
-    assert load_into(ours, read_weights(str(file), "micro")) == []
+    assert load_into(ours, load_weights(str(file), "micro")) == []
     resampled = resample_position_embedding(state["pos_embed"], 6)
     assert same(ours.state_dict(), state | {"pos_embed": resampled})
 
@@ -153,11 +154,11 @@ def test_resampling_keeps_the_class_token_constants_and_transposition(old: int, 
 
 
 def test_another_size_or_patch_is_refused_with_both_named(file: Path) -> None:
-    weights = read_weights(str(file), "micro")
-    with pytest.raises(InputError, match=r"expected a ViT-micro/8, got a ViT-micro/4; give .* --patch_size"):
+    weights = load_weights(str(file), "micro")
+    with pytest.raises(InputError, match=r"expected a ViT-micro/8, got a ViT-micro/4; give .* patch_size"):
         load_into(micro(patch_size=8), weights)
     tiny = VisionTransformer(Architecture("tiny", 16, 4, 10), torch_generator(0, "ours"))
-    with pytest.raises(InputError, match=r"expected a ViT-tiny/4, got a ViT-micro/4; give --model_size"):
+    with pytest.raises(InputError, match=r"expected a ViT-tiny/4, got a ViT-micro/4; give model_size"):
         load_into(tiny, weights)
 
 
@@ -170,7 +171,7 @@ def test_missing_unexpected_and_misshapen_tensors_are_counted_and_leave_the_mode
     ours = micro(source="ours")
     before = {name: tensor.clone() for name, tensor in ours.state_dict().items()}
     with pytest.raises(InputError) as refusal:
-        load_into(ours, read_weights(str(file), "micro"))
+        load_into(ours, load_weights(str(file), "micro"))
     assert "4 missing (blocks.3.mlp.fc1.weight, blocks.3.mlp.fc1.bias, blocks.3.mlp.fc2.weight, …)" in str(
         refusal.value
     )
@@ -238,7 +239,7 @@ def test_a_file_cut_anywhere_is_refused(tmp_path_factory: pytest.TempPathFactory
     save_file(state, path) if suffix == ".safetensors" else torch.save(state, path)
     path.write_bytes(path.read_bytes()[: int(cut * path.stat().st_size)])
     with pytest.raises(InputError, match="neither a whole safetensors file nor a torch state dict"):
-        read_weights(str(path), "micro")
+        load_weights(str(path), "micro")
 
 
 @settings(deadline=None, max_examples=100)
@@ -247,7 +248,7 @@ def test_any_other_bytes_are_refused(tmp_path_factory: pytest.TempPathFactory, c
     path = tmp_path_factory.mktemp("bytes") / f"vit{suffix}"
     path.write_bytes(content)
     with pytest.raises(InputError):
-        read_weights(str(path), "micro")
+        load_weights(str(path), "micro")
 
 
 class Hostile:
@@ -265,7 +266,7 @@ def test_a_hostile_pickle_is_refused_and_runs_nothing(tmp_path: Path, bare: bool
     path, trace = tmp_path / "vit.pth", tmp_path / "trace"
     path.write_bytes(pickle.dumps(Hostile(trace))) if bare else torch.save({"cls_token": Hostile(trace)}, path)
     with pytest.raises(InputError, match="neither a whole safetensors file nor a torch state dict"):
-        read_weights(str(path), "micro")
+        load_weights(str(path), "micro")
     assert not trace.exists()
 
 
@@ -273,7 +274,7 @@ def test_a_hostile_pickle_is_refused_and_runs_nothing(tmp_path: Path, bare: bool
 def test_a_torch_file_without_plain_tensors_is_refused(tmp_path: Path, content: object) -> None:
     torch.save(content, tmp_path / "vit.pt")
     with pytest.raises(InputError, match=r"expected tensors by name|no tensor"):
-        read_weights(str(tmp_path / "vit.pt"), "micro")
+        load_weights(str(tmp_path / "vit.pt"), "micro")
 
 
 STATED = ((0.1, 0.2, 0.3), (0.4, 0.5, 0.6))
@@ -299,10 +300,10 @@ def test_mean_and_std_are_the_files_own(
     save_file(state, path, metadata)
     if sidecar is not None:
         path.with_suffix(".json").write_text(json.dumps(sidecar))
-    weights = read_weights(str(path), "micro")
+    weights = load_weights(str(path), "micro")
     assert (weights.mean, weights.std) == expected
     for flag, forced in (("imagenet", IMAGENET), ("half", HALF)):
-        weights = read_weights(str(path), "micro", normalisation=flag)
+        weights = load_weights(str(path), "micro", normalisation=flag)
         assert (weights.mean, weights.std) == forced
 
 
@@ -320,16 +321,16 @@ def test_mean_and_std_are_the_files_own(
 )
 def test_unusable_mean_and_std_are_refused(file: Path, sidecar: str) -> None:
     file.with_suffix(".json").write_text(sidecar)
-    with pytest.raises(InputError, match=r"vit\.json: expected .* mean and std .* --normalisation imagenet or half"):
-        read_weights(str(file), "micro")
-    assert read_weights(str(file), "micro", normalisation="half").mean == (0.5, 0.5, 0.5)
+    with pytest.raises(InputError, match=r"vit\.json: expected .* mean and std .* normalisation imagenet or half"):
+        load_weights(str(file), "micro")
+    assert load_weights(str(file), "micro", normalisation="half").mean == (0.5, 0.5, 0.5)
 
 
 @pytest.mark.parametrize(
     ("source", "size", "message"),
     [
-        ("pretrained", "micro", "tiny, small, base, large, not for micro; give .* --weights none or FILE"),
-        ("dino", "tiny", "small, base, not for tiny; give one of those as --model_size"),
+        ("pretrained", "micro", "tiny, small, base, large, not for micro; give .* weights none or FILE"),
+        ("dino", "tiny", "small, base, not for tiny; give one of those as model_size"),
         ("pretraind", "tiny", "expected none, pretrained, dino, a timm ViT's name"),
         ("resnet50.a1_in1k", "tiny", "expected none, pretrained, dino, a timm ViT's name"),
         ("../vit_small", "tiny", "expected none, pretrained, dino, a timm ViT's name"),
@@ -340,7 +341,12 @@ def test_unusable_mean_and_std_are_refused(file: Path, sidecar: str) -> None:
 )
 def test_unknown_sources_are_refused_with_a_way_out(source: str, size: str, message: str) -> None:
     with pytest.raises(InputError, match=message):
-        read_weights(source, size)
+        load_weights(source, size)
+
+
+def test_an_unknown_normalisation_is_refused(file: Path) -> None:
+    with pytest.raises(InputError, match="normalisation imagnet: expected auto, imagenet or half"):
+        load_weights(file, normalisation="imagnet")
 
 
 @pytest.mark.slow
@@ -348,7 +354,7 @@ def test_the_real_vit_tiny_is_recognised() -> None:
     path = os.environ.get("FEDTALOS_WEIGHTS")
     if path is None:
         pytest.skip("needs real weights: set FEDTALOS_WEIGHTS to an ImageNet ViT-Ti/16 file")
-    weights = read_weights(path, "small")
+    weights = load_weights(path, "small")
     assert weights.architecture == Architecture("tiny", 224, 16, 1000)
     model = VisionTransformer(Architecture("tiny", 96, 16, 100), torch_generator(0, "ours"))
     assert load_into(model, weights) == ["head.weight", "head.bias"]

@@ -11,18 +11,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from fedtalos.devices import autocast
 from fedtalos.errors import InputError
-from fedtalos.models.vision_transformer import (
-    WIDTH_DEPTH_HEADS,
-    Architecture,
-    PatchEmbed,
-    VisionTransformer,
-    attention_by_products,
-)
+from fedtalos.models.load import load_into
+from fedtalos.models.transformer_layers import PatchEmbed, attention_by_products
+from fedtalos.models.vision_transformer import WIDTH_DEPTH_HEADS, Architecture, VisionTransformer
+from fedtalos.models.weights import Weights
 from fedtalos.models.weights.pixels import HALF
-from fedtalos.models.weights.read import Weights, load_into, read_weights
+from fedtalos.models.weights.read import load_weights
 from fedtalos.randomness import torch_generator
-from fedtalos.training.loop import autocast
 
 REGISTERS = {"registers": 4, "layer_scale": True, "class_position": False}
 OURS = {"plain": {}, "DINOv2": {"layer_scale": True}, "DINOv2 with registers": REGISTERS}
@@ -102,7 +99,7 @@ def test_logits_of_real_weights_equal_timms(image_size: int) -> None:
     path = os.environ.get("FEDTALOS_WEIGHTS")
     if path is None:
         pytest.skip("needs real weights: set FEDTALOS_WEIGHTS to a ViT file")
-    weights = read_weights(path, "tiny")
+    weights = load_weights(path, "tiny")
     expected = timms_logits(weights, image_size)
     torch.testing.assert_close(our_logits(weights, image_size), expected, atol=1e-5, rtol=1e-5)
 
@@ -173,7 +170,7 @@ def test_fresh_weights_have_the_deviations_they_are_drawn_with() -> None:
 @pytest.mark.parametrize(
     ("architecture", "message"),
     [
-        (("huge", 32, 4, 10), "model size"),
+        (("huge", 32, 4, 10), "size 'huge': expected one of micro"),
         (("micro", 30, 4, 10), "not a multiple"),
         (("micro", 2, 4, 10), "not a multiple"),
         (("small", 224, 15, 10), "not a multiple"),

@@ -8,8 +8,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from fedtalos.errors import InputError
+from fedtalos.models.load import load_into
 from fedtalos.models.vision_transformer import Architecture, VisionTransformer
-from fedtalos.models.weights.read import load_into, read_weights
+from fedtalos.models.weights.read import load_weights
 from fedtalos.randomness import torch_generator
 
 State = dict[str, Tensor]
@@ -86,7 +87,7 @@ def as_transformers(state: State, layers: dict[str, str], prefix: str) -> State:
 def test_other_publishers_names_are_read_as_timms(tmp_path: Path, architecture: Architecture, theirs) -> None:
     state = state_of(architecture)
     save_file(theirs(state), tmp_path / "vit.safetensors")
-    weights = read_weights(str(tmp_path / "vit.safetensors"), "micro")
+    weights = load_weights(str(tmp_path / "vit.safetensors"), "micro")
     assert weights.architecture == architecture
     assert weights.tensors.keys() == state.keys()
     assert all(torch.equal(tensor, state[name]) for name, tensor in weights.tensors.items())
@@ -97,7 +98,7 @@ def test_other_publishers_names_are_read_as_timms(tmp_path: Path, architecture: 
 def test_a_classifier_of_more_than_the_class_token_is_left_out(tmp_path: Path) -> None:
     state = as_transformers(state_of(DINOV2), DINOV2_LAYERS, "dinov2.") | {"classifier.weight": torch.ones(10, 192)}
     save_file(state, tmp_path / "vit.safetensors")
-    assert read_weights(str(tmp_path / "vit.safetensors"), "micro").architecture.num_classes == 0
+    assert load_weights(str(tmp_path / "vit.safetensors"), "micro").architecture.num_classes == 0
 
 
 def test_transformers_deit_is_refused_for_its_distillation_token(tmp_path: Path) -> None:
@@ -106,7 +107,7 @@ def test_transformers_deit_is_refused_for_its_distillation_token(tmp_path: Path)
     }
     save_file(state, tmp_path / "vit.safetensors")
     with pytest.raises(InputError, match="a distillation token"):
-        read_weights(str(tmp_path / "vit.safetensors"), "micro")
+        load_weights(str(tmp_path / "vit.safetensors"), "micro")
 
 
 def test_a_missing_key_projection_is_named(tmp_path: Path) -> None:
@@ -115,4 +116,4 @@ def test_a_missing_key_projection_is_named(tmp_path: Path) -> None:
     save_file(state, tmp_path / "vit.safetensors")
     model = VisionTransformer(PLAIN, torch_generator(0, "ours"))
     with pytest.raises(InputError, match=r"1 missing \(blocks.2.attn.qkv.weight\); 2 unexpected \(blocks.2.attn.query"):
-        load_into(model, read_weights(str(tmp_path / "vit.safetensors"), "micro"))
+        load_into(model, load_weights(str(tmp_path / "vit.safetensors"), "micro"))

@@ -1,36 +1,105 @@
-"""From a config to what every experiment starts from: device, images, model and mask."""
+"""Loading: from a config to what every experiment starts from, images, a model, and what may move of it."""
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Generic, TypeVar
 
 import torch
 
-from fedtalos.app.algorithms import settled
-from fedtalos.app.config.schema import (
-    CentralizedConfig,
-    Config,
-    EditingConfig,
-    FederatedConfig,
-    ModelOptions,
-    TrainOptions,
-)
-from fedtalos.app.setup import Setup
+from fedtalos.app.config.schema import CentralizedConfig, Config, EditingConfig, FederatedConfig, ModelOptions
+from fedtalos.app.config.settle import settle
+from fedtalos.app.run.bars import bar
 from fedtalos.checkpoint import find_checkpoint, load_checkpoint
-from fedtalos.data.batches import View
 from fedtalos.data.dataset_loader import Dataset, load_dataset
-from fedtalos.devices import choose_device, choose_precision
+from fedtalos.data.images import LabelledImages
+from fedtalos.devices import choose_device
 from fedtalos.errors import InputError
 from fedtalos.models.backbone import Backbone
-from fedtalos.models.head_file import HEADS, read_head, set_head
-from fedtalos.models.library_model import ForeignArchitecture, ForeignModel
-from fedtalos.models.vision_transformer import Architecture, VisionTransformer
-from fedtalos.models.weights.pixels import HALF, STATISTICS
-from fedtalos.models.weights.read import Weights, load_into, read_weights
-from fedtalos.randomness import torch_generator
-from fedtalos.training.editing.mask_file import load_mask
+from fedtalos.models.heads import HEADS, read_head, set_head
+from fedtalos.models.library_model import LibraryArchitecture
+from fedtalos.models.load import build_model, model_with_weights
+from fedtalos.models.vision_transformer import Architecture
+from fedtalos.models.weights import Weights
+from fedtalos.models.weights.pixels import STATISTICS
+from fedtalos.models.weights.read import load_weights
+from fedtalos.training.editing.eligible import eligible_masks
+from fedtalos.training.editing.mask_file import MaskFacts, check_mask, fingerprint, read_mask_file
+from fedtalos.training.entries import Mask, named_tensors
+from fedtalos.training.feature_cache import FeatureStore
+from fedtalos.training.masked_parameters import MaskedParameters
 
 ConfigT = TypeVar("ConfigT", bound=Config)
+
+
+@dataclass(frozen=True)
+class Loaded(Generic[ConfigT]):
+    """What an experiment starts from; ``config`` is resolved, so that what is recorded is what ran.
+
+    ``config.model.head`` says which head the run is to have. The model has it already where it is the weights' own,
+    random or a file's; one that is to be fitted (ridge, ncm, linear) is the experiment's to fit.
+    """
+
+    config: ConfigT
+    data: Dataset
+    model: Backbone
+    mask: tuple[Mask, MaskFacts] | None
+    features: FeatureStore
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the model and the images."""
+        return self.data.train.pixels.device
+
+    def limited(self, split: str) -> LabelledImages:
+        """A split's first ``eval_limit`` images, or all."""
+        images: LabelledImages = getattr(self.data, split)
+        return images.slice(0, self.config.data.eval_limit)
+
+    def origin(self) -> dict[str, dict[str, str]]:
+        """Where the weights are from, and fingerprints of what the run reads: config.yaml's made_by."""
+        origin = self.model.origin
+        source = {"source": origin.source, **({} if origin.source == "none" else {"sha256": origin.fingerprint})}
+        mask = {} if self.mask is None else {"mask": fingerprint(self.mask[0])}
+        return {
+            "weights": source,
+            "inputs": {"data": self.data.fingerprint, "weights": origin.fingerprint, **mask},
+        }
+
+    def facts(self) -> dict[str, Any]:
+        """What a checkpoint needs, beside its tensors, to be used again."""
+        return {
+            "model": self.model.architecture.as_dict(),
+            "mean": self.model.mean,
+            "std": self.model.std,
+            "weights": self.model.origin.fingerprint,
+            "classes": self.data.classes,
+        }
+
+
+def load(config: ConfigT) -> Loaded[ConfigT]:
+    """Load images, model and mask that the config names; what is quick to check comes first."""
+    device = choose_device(config.run.device)
+    weights = starting_weights(config)
+    config = settle(config, weights, device)
+    mask = None
+    if isinstance(config, CentralizedConfig | FederatedConfig) and config.train.mask is not None:
+        mask = read_mask_file(config.train.mask)
+    architecture = _architecture(config.model, weights)  # refuses sizes that do not fit before any image is read
+    data = _load_images(config, architecture.image_size)
+    model = _load_model(config, weights, architecture, data.classes).to(device)
+    head = model.head_source if config.model.head == "auto" else config.model.head
+    if isinstance(config, EditingConfig) and config.model.head == "auto" and head == "random":
+        head = "ridge"  # scores through an untrained head would mean nothing
+    if head not in HEADS:
+        set_head(model, *read_head(Path(head), model))
+    features = FeatureStore(
+        config.data.cache_gb * 1e9,
+        config.run.output_dir,
+        batch_size=config.data.eval_batch_size,
+        precision="bf16" if config.run.precision == "bf16" else "fp32",
+    )
+    config = config.model_copy(update={"model": config.model.model_copy(update={"head": head})})
+    return Loaded(config, data.to(device), model, mask, features)
 
 
 def starting_weights(config: Config) -> Weights | None:
@@ -42,17 +111,18 @@ def starting_weights(config: Config) -> Weights | None:
         return None
     if options.weights.endswith(".json") or (checkpoints / options.weights / "last.json").exists():
         return checkpoint_weights(find_checkpoint(Path(options.weights), checkpoints))
-    return read_weights(options.weights, options.model_size or "small", normalisation=options.normalisation)
+    return load_weights(options.weights, options.model_size or "small", normalisation=options.normalisation)
 
 
 def checkpoint_weights(path: Path) -> Weights:
-    """A checkpoint of ours as weights to start from."""
+    """Read a checkpoint of ours as weights to start from."""
     checkpoint = load_checkpoint(path)
     facts = checkpoint.facts
     try:
+        about = facts["model"]
         return Weights(
             tensors={name: tensor for name, tensor in checkpoint.tensors.items() if "/" not in name},
-            architecture=_architecture(facts["model"]),
+            architecture=LibraryArchitecture(**about) if "name" in about else Architecture(**about),
             mean=tuple(facts["mean"]),
             std=tuple(facts["std"]),
             source=str(path),
@@ -63,146 +133,91 @@ def checkpoint_weights(path: Path) -> Weights:
         raise InputError(f"checkpoint {path}: holds no model, or is of another version; give another") from error
 
 
-def resolve(config: ConfigT, weights: Weights | None, device: torch.device) -> ConfigT:
-    """The config with `auto` and None settled (but for the head), so that what is recorded is what ran."""
-    groups: dict[str, Any] = {
-        "run": {"device": device.type, "precision": choose_precision(config.run.precision, device)},
-        "model": _model_defaults(config.model, weights),
-    }
-    if isinstance(config, CentralizedConfig | FederatedConfig):
-        groups["train"] = _training_defaults(config, config.train, from_scratch=weights is None)
-    settled_groups = {name: getattr(config, name).model_copy(update=values) for name, values in groups.items()}
-    if isinstance(config, FederatedConfig):
-        settled_groups["algorithm"] = settled(config.algorithm)
-    return config.model_copy(update=settled_groups)
-
-
-def _model_defaults(options: ModelOptions, weights: Weights | None) -> dict[str, Any]:
-    if weights is None:
-        return {
-            "model_size": options.model_size or "small",
-            "image_size": options.image_size or 32,
-            "patch_size": options.patch_size or 4,
-        }
-    theirs = weights.architecture
-    has: dict[str, Any] = {"model_size": None, "patch_size": None}  # what is no ViT of ours has neither
-    if isinstance(theirs, Architecture):
-        has = {"model_size": theirs.size, "patch_size": theirs.patch_size}
-    for flag, asked in (("model_size", options.model_size), ("patch_size", options.patch_size)):
-        if asked not in (None, has[flag]):
-            raise InputError(f"--{flag} {asked}: {weights.source} is a {theirs}; leave it out")
-    return has | {"image_size": options.image_size or theirs.image_size}
-
-
-def _training_defaults(config: Config, train: TrainOptions, *, from_scratch: bool) -> dict[str, Any]:
-    rate = 1e-3 if from_scratch or train.mask else 1e-4  # docs/results.md: 3e-4 is slow under a mask
-    # Digits fill their 8 pixels; where the head alone learns, features of plain images are computed once.
-    plain = config.data.dataset == "digits" or train.trainable == "head"
-    augmentation = "none" if plain else "crop_flip"
-    return {
-        "learning_rate": train.learning_rate or (rate if train.optimizer == "adamw" else 10 * rate),
-        "augmentation": augmentation if train.augmentation == "auto" else train.augmentation,
-        "eval_every": train.eval_every or (10 if isinstance(config, FederatedConfig) else 1),
-        **(_head_defaults(config, train) if config.model.head == "linear" else {}),
-    }
-
-
-def _head_defaults(config: Config, train: TrainOptions) -> dict[str, Any]:
-    return {
-        "head_rounds": train.head_rounds or (100 if isinstance(config, FederatedConfig) else 10),
-        "head_learning_rate": train.head_learning_rate or 0.1,
-    }
-
-
-def prepare(config: ConfigT) -> tuple[ConfigT, Setup]:
-    """The resolved config, with its device, images, model and mask; what is quick to check comes first.
-
-    The head is as the weights or a file have it, or random; where one is to be fitted, that is the caller's to do.
-    """
-    device = choose_device(config.run.device)
-    weights = starting_weights(config)
-    config = resolve(config, weights, device)
-    options, mask = config.model, None
-    if isinstance(config, CentralizedConfig | FederatedConfig) and config.train.mask is not None:
-        mask = load_mask(config.train.mask)
-    assert options.image_size is not None
-    architecture: Architecture | ForeignArchitecture
-    if weights is not None:
-        architecture = replace(weights.architecture, image_size=options.image_size)
-    else:
-        assert options.model_size is not None
-        assert options.patch_size is not None
-        architecture = Architecture(options.model_size, options.image_size, options.patch_size, num_classes=0)
-    dataset = _load_images(config, options.image_size)
-    model = _model(replace(architecture, num_classes=len(dataset.classes)), config.run.seed)
-    default_head = "ridge" if isinstance(config, EditingConfig) else "random"
-    head = _load_weights(model, weights, options.head, dataset.classes, default_head)
-    mean, std = STATISTICS.get(options.normalisation) or ((weights.mean, weights.std) if weights else HALF)
-    setup = Setup(
-        device=device,
-        precision="bf16" if config.run.precision == "bf16" else "fp32",
-        dataset=dataset.to(device),
-        model=model.to(device),
-        view=View(options.image_size, mean, std),
-        weights=weights.sha256 if weights else _drawn(config.run.seed, options),
-        weights_origin={"source": weights.source, "sha256": weights.sha256} if weights else {"source": "none"},
-        head=head,
-        mask=mask,
-        eval_batch_size=config.data.eval_batch_size,
-        eval_limit=config.data.eval_limit,
-        cache_bytes=config.data.cache_gb * 1e9,
-        cache_folder=config.run.output_dir,
-    )
-    return config.model_copy(update={"model": options.model_copy(update={"head": head})}), setup
-
-
-def _architecture(facts: dict[str, Any]) -> Architecture | ForeignArchitecture:
-    """What a checkpoint says of its model."""
-    return ForeignArchitecture(**facts) if "name" in facts else Architecture(**facts)
-
-
-def _model(architecture: Architecture | ForeignArchitecture, seed: int) -> Backbone:
-    generator = torch_generator(seed, "weights")
-    if isinstance(architecture, Architecture):
-        return VisionTransformer(architecture, generator)
-    return ForeignModel(architecture, generator)
-
-
-def _drawn(seed: int, options: ModelOptions) -> str:
-    """What fixes weights that were not loaded: draws come in the order of the tensors, so their sizes count too."""
-    return f"none, seed {seed}, {options.model_size}/{options.patch_size} at {options.image_size} px"
-
-
 def _load_images(config: Config, image_size: int) -> Dataset:
-    data = config.data
-    dataset = load_dataset(
-        data.dataset,
-        data.data_dir,
-        val_fraction=data.val_fraction,
-        calibration_fraction=data.calibration_fraction,
-        seed=data.split_seed,
+    options = config.data
+    data = load_dataset(
+        options.dataset,
+        options.data_dir,
+        val_fraction=options.val_fraction,
+        calibration_fraction=options.calibration_fraction,
+        seed=options.split_seed,
         image_size=image_size,
+        bar=bar,
     )
-    if data.train_skip >= len(dataset.train):
-        raise InputError(f"--train_skip {data.train_skip}: there are only {len(dataset.train)} training images")
-    return replace(dataset, train=dataset.train.slice(data.train_skip, data.train_limit))
+    if options.train_skip >= len(data.train):
+        raise InputError(f"--train_skip {options.train_skip}: there are only {len(data.train)} training images")
+    return replace(data, train=data.train.slice(options.train_skip, options.train_limit))
 
 
-def _load_weights(model: Backbone, weights: Weights | None, head: str, classes: tuple[str, ...], default: str) -> str:
-    """Load the backbone, and the head where it is wanted and fits; returns where the head comes from.
+def _architecture(options: ModelOptions, weights: Weights | None) -> Architecture | LibraryArchitecture:
+    """The model's sizes, as the options settle them; its number of classes is still open."""
+    assert options.image_size is not None
+    if weights is not None:
+        return replace(weights.architecture, image_size=options.image_size)
+    if options.head == "weights":
+        raise InputError("--head weights: there are none; use random, ridge, ncm, linear or a head file")
+    assert options.model_size is not None
+    assert options.patch_size is not None
+    return Architecture(options.model_size, options.image_size, options.patch_size, num_classes=0)
 
-    `auto` takes the weights' head only where its classes are known to be these: a count alone says little.
-    """
-    initial = {name: tensor.clone() for name, tensor in model.head.state_dict().items()}
-    fits = weights is not None and not load_into(model, weights) and weights.classes in (None, classes)
-    if head == "weights" and not fits:
-        raise InputError(
-            f"--head weights: they hold no head for these classes; use {', '.join(HEADS[1:])} or a head file"
+
+def _load_model(
+    config: Config,
+    weights: Weights | None,
+    architecture: Architecture | LibraryArchitecture,
+    classes: tuple[str, ...],
+) -> Backbone:
+    options, seed = config.model, config.run.seed
+    if weights is None:
+        model = build_model(replace(architecture, num_classes=len(classes)), seed)
+    else:
+        model = model_with_weights(
+            weights, classes, image_size=architecture.image_size, seed=seed, head=options.head
         )
-    if head == "auto":
-        head = "weights" if fits and weights is not None and weights.classes is not None else default
-    if head in HEADS[1:]:
-        model.head.load_state_dict(initial)
-    elif head != "weights":
-        set_head(model, *read_head(Path(head), model))
-    return head
+    if (override := STATISTICS.get(options.normalisation)) is not None:
+        model.mean, model.std = override
+    return model
+
+
+def what_moves(loaded: Loaded[CentralizedConfig] | Loaded[FederatedConfig]) -> Mask:
+    """A mask of what the options let move; in prune mode the entries that the mask file excluded become zero.
+
+    With a mask file: its True entries, and a new head. Without: everything, the blocks (and a new head), or the head.
+    Less the head under --freeze_head. Raises InputError for a mask of another model, or unless forced of other weights.
+    """
+    model, train = loaded.model, loaded.config.train
+    if loaded.mask is not None and train.mask is not None:
+        mask, facts = loaded.mask
+        check_mask(train.mask, mask, facts, model, force=train.force_mask)
+        chosen = dict(mask)
+    else:
+        chosen = {
+            name: torch.ones_like(parameter, dtype=torch.bool, requires_grad=False)
+            for name, parameter in model.named_parameters()
+            if train.trainable == "all" or name.startswith(train.trainable)
+        }
+        if not chosen:
+            raise InputError(f"--trainable {train.trainable}: {model.architecture} has none; give all or head")
+    for name, parameter in model.head.named_parameters(prefix="head"):
+        if train.freeze_head:
+            chosen.pop(name, None)
+        elif loaded.config.model.head != "weights":
+            chosen[name] = torch.ones_like(parameter, dtype=torch.bool, requires_grad=False)
+    if not any(bool(tensor.any()) for tensor in chosen.values()):
+        raise InputError("nothing may move: --trainable, --mask and --freeze_head leave no entry; drop one of them")
+    if loaded.mask is not None and train.mask_mode == "prune":
+        _prune(model, *loaded.mask)
+    return chosen
+
+
+def moving_parameters(loaded: Loaded[CentralizedConfig] | Loaded[FederatedConfig]) -> MaskedParameters:
+    """Pair the model with what the options let move of it, and freeze the rest."""
+    return MaskedParameters(loaded.model, what_moves(loaded), features=loaded.features)
+
+
+def _prune(model: Backbone, mask: Mask, facts: MaskFacts) -> None:
+    """Set the entries to zero that the mask could have let move and did not."""
+    eligible = eligible_masks({name: tensor.shape for name, tensor in mask.items()}, facts.eligible_in)
+    tensors = named_tensors(model)
+    for name, tensor in mask.items():
+        tensors[name].masked_fill_((eligible[name] & ~tensor).to(tensors[name].device), 0)

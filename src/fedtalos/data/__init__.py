@@ -1,1 +1,1 @@
-"""Images and labels as tensors: loading, splitting, batching."""
+"""Images and labels as tensors: loaded, split, drawn in batches, made ready for a model."""

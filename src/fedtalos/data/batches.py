@@ -1,73 +1,26 @@
-"""Batches drawn, augmented, resized and normalised on the device, as functions of tensors.
+"""Batches: which images, in which order, for training and evaluation; pixels stay on their device.
 
-Shapes: N stored images, B images of a batch, H W stored pixels, S pixels a side that the model takes.
+Shapes: V holders of images side by side, B images of a batch.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from itertools import islice
-from typing import Literal
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from fedtalos.data.images import LabelledImages
-
-Augmentation = Literal["none", "crop", "crop_flip"]
-
-
-@dataclass(frozen=True)
-class View:
-    """How stored images become what the model takes: side S, and the mean and deviation of its weights."""
-
-    image_size: int
-    mean: tuple[float, float, float]
-    std: tuple[float, float, float]
-
-    def __call__(self, pixels: Tensor) -> Tensor:
-        """uint8 (B, 3, H, W) -> normalised float32 (B, 3, S, S), bilinear where the size differs."""
-        images = pixels.float().div_(255)
-        if images.shape[-2:] != (self.image_size, self.image_size):
-            shrinks = images.shape[-1] > self.image_size  # antialiasing does nothing else, and not every device has it
-            images = F.interpolate(
-                images, size=(self.image_size, self.image_size), mode="bilinear", align_corners=False, antialias=shrinks
-            )
-        mean = torch.tensor(self.mean, device=images.device).view(3, 1, 1)
-        std = torch.tensor(self.std, device=images.device).view(3, 1, 1)
-        return images.sub_(mean).div_(std)
-
-
-def augment(pixels: Tensor, kind: Augmentation, *rngs: np.random.Generator) -> Tensor:
-    """Pad by an eighth and crop back at random, then flip half of the images: uint8 (B, 3, H, W) -> the same shape.
-
-    Each generator draws for its share of the batch; the shares are equal.
-    """
-    if kind == "none":
-        return pixels
-    batch, _, height, width = pixels.shape
-    pad = max(1, height // 8)
-    share = batch // len(rngs)
-    draws = [
-        (
-            rng.integers(0, 2 * pad + 1, share),
-            rng.integers(0, 2 * pad + 1, share),
-            rng.random(share) < 0.5 if kind == "crop_flip" else np.zeros(share, dtype=bool),
-        )
-        for rng in rngs
-    ]
-    top, left, flip = (torch.from_numpy(np.concatenate(drawn)) for drawn in zip(*draws, strict=True))
-    rows = top[:, None] + torch.arange(height)  # (B, H)
-    columns = left[:, None] + torch.arange(width)  # (B, W)
-    columns[flip] = columns[flip].flip(1)
-    which, rows, columns = (t.to(pixels.device) for t in (torch.arange(batch), rows, columns))
-    padded = F.pad(pixels, (pad, pad, pad, pad)).permute(0, 2, 3, 1)  # channels last: one gather per pixel
-    return padded[which[:, None, None], rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
+from fedtalos.data.view import Augmentation, augment
 
 
 def batch_positions(count: int, batch_size: int, rng: np.random.Generator) -> Iterator[np.ndarray]:
-    """Endless epochs over 0..count-1: a fresh permutation each, its last batch as small as it comes out."""
+    """Draw batches of positions 0..count-1 without end: a fresh permutation per epoch, whose last batch may be small.
+
+    >>> positions = batch_positions(10, 4, np.random.default_rng(0))
+    >>> [len(batch) for batch in islice(positions, 4)]
+    [4, 4, 2, 4]
+    """
     while True:
         order = rng.permutation(count)
         for start in range(0, count, batch_size):
@@ -75,12 +28,20 @@ def batch_positions(count: int, batch_size: int, rng: np.random.Generator) -> It
 
 
 def steps_per_epoch(count: int, batch_size: int) -> int:
-    """Batches in one pass over ``count`` images."""
+    """Count the batches of one pass over ``count`` images.
+
+    >>> steps_per_epoch(10, 4)
+    3
+    """
     return -(-count // batch_size)
 
 
 def batch_sizes(count: int, batch_size: int, steps: int) -> tuple[int, ...]:
-    """Images in each of the ``steps`` batches that ``training_batches`` draws from ``count``."""
+    """Count the images of each of the ``steps`` batches that ``training_batches`` draws from ``count`` images.
+
+    >>> batch_sizes(10, 4, 4)
+    (4, 4, 2, 4)
+    """
     last = steps_per_epoch(count, batch_size) - 1
     return tuple(count - last * batch_size if step % (last + 1) == last else batch_size for step in range(steps))
 
@@ -96,10 +57,13 @@ def stacked_batches(
     rngs: Sequence[np.random.Generator],
     first: int = 0,
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """The training batches of V holders side by side: (V, B, ...) as ``view`` gives them, and labels (V, B).
+    """Draw ``steps`` training batches of V holders side by side: pixels (V, B, ...) through ``view``, labels (V, B).
 
-    ``indices`` and ``rngs`` are one for each; their ``batch_sizes`` are to be equal. Batches before number ``first``
-    are drawn, but not given.
+    ``indices`` and ``rngs`` have one entry per holder, and the holders' ``batch_sizes`` must be equal. Batches before
+    number ``first`` are drawn, but not given.
+
+    >>> batches = stacked_batches(images, [np.arange(50), np.arange(50, 100)], view, steps=4, batch_size=16,
+    ...     augmentation="none", rngs=[generator(0, "batches", client) for client in range(2)])
     """
     orders = [batch_positions(len(own), batch_size, rng) for own, rng in zip(indices, rngs, strict=True)]
     for step, positions in enumerate(islice(zip(*orders, strict=True), steps)):
@@ -123,9 +87,12 @@ def training_batches(
     rng: np.random.Generator,
     first: int = 0,
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """``steps`` batches of the images at ``indices``, drawn from ``rng``: as ``view`` gives them, and labels (B,).
+    """Draw ``steps`` training batches of the images at ``indices``: pixels (B, ...) through ``view``, and labels (B,).
 
-    Those before number ``first`` are drawn, but not given.
+    Batches before number ``first`` are drawn, but not given.
+
+    >>> batches = training_batches(images, np.arange(50), view, steps=4, batch_size=16, augmentation="crop",
+    ...     rng=generator(0, "batches"))
     """
     stacked = stacked_batches(
         images, [indices], view, steps=steps, batch_size=batch_size, augmentation=augmentation, rngs=[rng], first=first
@@ -142,7 +109,11 @@ def evaluation_batches(
     first: int = 0,
     every: int = 1,
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Images in stored order, without augmentation: all batches, or those numbered first, first + every, ..."""
+    """Give images in stored order, without augmentation: all batches, or those numbered first, first + every, ...
+
+    >>> sum(len(labels) for _, labels in evaluation_batches(images, view, batch_size=256)) == len(images)
+    True
+    """
     for start in range(first * batch_size, len(images), every * batch_size):
         x = view(images.pixels[start : start + batch_size])
         yield x, images.labels[start : start + batch_size].to(x.device)

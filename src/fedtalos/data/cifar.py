@@ -1,4 +1,4 @@
-"""CIFAR-10 and CIFAR-100 as published: pickles, read without running what they ask for."""
+"""CIFAR-10 and CIFAR-100 (Krizhevsky, 2009) as published: pickles, read without running what they ask for."""
 
 import io
 import pickle
@@ -14,13 +14,19 @@ from numpy.typing import NDArray
 from fedtalos.data.downloads import read_members
 from fedtalos.data.images import LabelledImages
 from fedtalos.errors import InputError, shown
+from fedtalos.progress import Bar, silent
 
-Download = Callable[[str, Path], Path]  # archive name, folder to put it in -> where it is now
+Download = Callable[[str, Path, Bar], Path]
+"""Takes an archive's name, the folder to put it in and a progress bar; gives the path where it is now."""
 
 
 @dataclass(frozen=True)
 class Cifar:
-    """Where a CIFAR set lies, and what its files call things."""
+    """File names of a CIFAR set, and the keys inside its files.
+
+    >>> CIFAR["cifar100"].label_key
+    'fine_labels'
+    """
 
     archive: str
     folder: str
@@ -43,13 +49,17 @@ CIFAR = {
 
 
 def read_cifar(
-    cifar: Cifar, data_dir: Path, download: Download
+    cifar: Cifar, data_dir: Path, download: Download, bar: Bar = silent
 ) -> tuple[tuple[str, ...], LabelledImages, LabelledImages]:
-    """Class names, training and test images, from the original files or archive under ``data_dir``, else downloaded.
+    """Read class names, training images and test images from the original files.
+
+    They are looked for under ``data_dir``, then in the original archive there, which is downloaded where it is missing.
 
     Raises InputError where a file is damaged, not what it should be, or asks to run code.
+
+    >>> classes, train, test = read_cifar(CIFAR["cifar100"], Path("data"), fetch_archive)
     """
-    files = _cifar_files(cifar, data_dir, download)
+    files = _cifar_files(cifar, data_dir, download, bar)
     meta_file, meta = files[cifar.meta]
     names = _unpickled(meta, meta_file).get(cifar.names_key)
     if not (isinstance(names, list) and names and all(isinstance(n, str | bytes) for n in names)):
@@ -59,15 +69,15 @@ def read_cifar(
     return tuple(map(_text, names)), joined, _cifar_images(cifar, *files[cifar.test], len(names))
 
 
-def _cifar_files(cifar: Cifar, data_dir: Path, download: Download) -> dict[str, tuple[str, bytes]]:
-    """File name -> (where it lies, for messages; its content)."""
+def _cifar_files(cifar: Cifar, data_dir: Path, download: Download, bar: Bar) -> dict[str, tuple[str, bytes]]:
+    """Find the files: name -> (its place, for messages; its content)."""
     wanted = (cifar.meta, *cifar.train, cifar.test)
     for folder in (data_dir / cifar.folder, data_dir):
         if all((folder / name).is_file() for name in wanted):
             return {name: (str(folder / name), (folder / name).read_bytes()) for name in wanted}
     archive = data_dir / cifar.archive
     if not archive.is_file():
-        archive = download(cifar.archive, data_dir)
+        archive = download(cifar.archive, data_dir, bar)
     members = read_members(archive, {f"{cifar.folder}/{name}" for name in wanted})
     return {name: (f"{archive}: {name}", members[f"{cifar.folder}/{name}"]) for name in wanted}
 
@@ -105,14 +115,14 @@ def _text(name: str | bytes) -> str:
 
 
 def _encode_latin1(text: str, encoding: str) -> bytes:
-    """What pickles of protocol 2 call ``_codecs.encode`` for, and nothing else of it."""
+    """Stand in for _codecs.encode, which pickles of protocol 2 call with latin1 alone."""
     if encoding != "latin1":
         raise pickle.UnpicklingError(f"codec {encoding!r}")
     return text.encode("latin1")
 
 
 class _Kind:
-    """Stands in for numpy.dtype: a name, whatever else a file says of it."""
+    """Stand-in for numpy.dtype: a name, whatever else a file says of it."""
 
     def __init__(self, name: object = None, *_: object) -> None:
         self.name = _text(name) if isinstance(name, str | bytes) else None
@@ -122,12 +132,10 @@ class _Kind:
 
 
 class _Array:
-    """Stands in for numpy.ndarray, which would allocate whatever a file asks for: ``bytes`` are what the file holds.
-
-    None where they are no unsigned bytes.
-    """
+    """Stand-in for numpy.ndarray, which would allocate whatever a file asks for."""
 
     bytes: NDArray[np.uint8] | None = None
+    """The array that the file holds; None where its elements are no unsigned bytes."""
 
     def __init__(self, *_: object) -> None:
         pass
@@ -136,7 +144,7 @@ class _Array:
         _, shape, kind, by_columns, content = state
         if kind.name == "u1":
             values = np.frombuffer(content, np.uint8).reshape(shape, order="F" if by_columns else "C")
-            self.bytes = values.copy()  # which can be written to
+            self.bytes = values.copy()  # frombuffer gives a read-only view
 
 
 ADMITTED = {
@@ -149,9 +157,12 @@ ADMITTED = {
 
 
 class RestrictedUnpickler(pickle._Unpickler):
-    """Unpickles byte arrays, lists, dicts, strings, bytes and numbers; anything else is an InputError.
+    """Unpickler of byte arrays, lists, dicts, strings, bytes and numbers; anything else is an InputError.
 
-    An ordinary unpickler runs whatever code a file asks for; the one in C also lets five bytes ask for 64 GB.
+    An ordinary unpickler runs whatever code a file asks for. The one in C also lets five bytes ask for 64 GB, so this
+    is built on the one in Python.
+
+    >>> content = RestrictedUnpickler(Path("data/cifar-100-python/train").read_bytes(), "train").load()
     """
 
     def __init__(self, content: bytes, file: str) -> None:

@@ -1,12 +1,12 @@
-"""Data sets as tensors: training, calibration, validation and test images with labels, whole, in memory.
+"""Data sets: training, calibration, validation and test images with labels, whole, in memory.
 
-Letters: N images, H W pixels, C classes.
+Letters: N images.
 """
 
 import hashlib
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 import numpy as np
 import torch
@@ -14,82 +14,105 @@ import torch
 from fedtalos.data.cifar import CIFAR, Download, read_cifar
 from fedtalos.data.downloads import fetch_archive
 from fedtalos.data.image_folder import read_image_folder
-from fedtalos.data.images import LabelledImages
+from fedtalos.data.images import LabelledImages, Published
 from fedtalos.data.sampling import stratified_sample
-from fedtalos.errors import InputError
+from fedtalos.errors import InputError, shown
+from fedtalos.progress import Bar, silent
 from fedtalos.randomness import generator
 
 DatasetName = Literal["cifar100", "cifar10", "digits", "folder"]
 
-TEST_SHARE = 0.2  # of the images of a data set that comes without a test set
+TEST_SHARE = 0.2
+"""Share of the images that a data set without a test set gives up for one."""
 
 
 @dataclass(frozen=True, eq=False)
 class Dataset:
-    """Four disjoint splits; ``fingerprint`` is the same where pixels, labels, classes and splits are.
+    """Four disjoint splits of labelled images, and the names of their classes.
 
-    ``calibration`` is what masks are calibrated on: held out like ``val``, so that no client's image is used
-    and validation images are not learned from.
+    >>> data = load_dataset("digits")
+    >>> len(data.train), len(data.calibration), len(data.val), len(data.test)
+    (1268, 26, 144, 359)
     """
 
     name: str
     classes: tuple[str, ...]
+    """Class names; a label is a place in them."""
     train: LabelledImages
+    """Images to train on; a federated run splits these over its clients."""
     calibration: LabelledImages
+    """Images for heads and masks: no client owns them, and validation stays unseen."""
     val: LabelledImages
+    """Images to choose by: rates, penalties, the best round."""
     test: LabelledImages
+    """Images for the final figure alone."""
     fingerprint: str
+    """Digest of pixels, labels, classes and splits; it ignores the name."""
 
     def to(self, device: torch.device | str) -> "Dataset":
+        """Put all splits on a device."""
         splits = {name: getattr(self, name).to(device) for name in ("train", "calibration", "val", "test")}
         return replace(self, **splits)
 
 
-Published = tuple[tuple[str, ...], LabelledImages, LabelledImages | None]  # classes, training set, test set
-
-
 def load_dataset(
-    name: DatasetName,
-    data_dir: Path,
+    name: str,
+    data_dir: str | Path = "data",
     *,
-    val_fraction: float,
-    calibration_fraction: float,
-    seed: int,
-    image_size: int,
+    val_fraction: float = 0.1,
+    calibration_fraction: float = 0.02,
+    seed: int = 0,
+    image_size: int = 224,
     download: Download = fetch_archive,
+    bar: Bar = silent,
 ) -> Dataset:
-    """Read a data set and take validation, then calibration images off its training set.
+    """Read a data set, and take validation, then calibration images off its training set.
 
-    cifar100 and cifar10 use the original files or archive under ``data_dir``, else ``download`` the
-    archive. digits needs no files. folder decodes DIR/CLASS or DIR/train/CLASS and DIR/test/CLASS to
-    squares of ``image_size`` pixels a side (unused elsewhere). Validation is stratified, drawn from ``seed``,
-    round(val_fraction N) images; calibration likewise of the rest (it may come out empty); all splits keep the
-    stored order. Where no test set is published, a stratified fifth is, whatever the seed. Raises InputError on
-    missing, damaged or unfit data.
+    - cifar100, cifar10: the original files or archive under ``data_dir``; where neither is there, the archive is
+      downloaded (about 160 MB).
+    - digits: scikit-learn's, 8 x 8 pixels; needs no files.
+    - folder: ``data_dir``/CLASS, or ``data_dir``/train/CLASS and ``data_dir``/test/CLASS, decoded to squares of
+      ``image_size`` pixels a side.
+
+    Validation is a stratified sample of round(val_fraction N) images, drawn from ``seed``. Calibration is one of the
+    rest, and may be empty. Where no test set is published, a stratified fifth becomes one, whatever the seed. All
+    splits keep the stored order.
+
+    Raises InputError for an unknown name or share, and for missing, damaged or unfit data.
+
+    >>> data = load_dataset("cifar100")
+    >>> photos = load_dataset("folder", "photos", image_size=224)
     """
     if not 0 < val_fraction < 1:
-        raise InputError(f"--val_fraction {val_fraction}: expected a share between 0 and 1, such as 0.1")
-    classes: tuple[str, ...]
-    train: LabelledImages
-    test: LabelledImages | None  # None: none is published
-    match name:
-        case "cifar100" | "cifar10":
-            classes, train, test = read_cifar(CIFAR[name], data_dir, download)
-        case "digits":
-            classes, train, test = _read_digits()
-        case "folder":
-            classes, train, test = _read_folder(data_dir, image_size)
+        raise InputError(f"val_fraction {val_fraction}: expected a share between 0 and 1, such as 0.1")
+    if not 0 <= calibration_fraction < 1:
+        raise InputError(
+            f"calibration_fraction {calibration_fraction}: expected a share of at least 0 and below 1, such as 0.02"
+        )
+    classes, train, test = _read(name, Path(data_dir), image_size, download, bar)
     if test is None:
         train, test = _stratified_split(train, TEST_SHARE, classes, "the test set", generator(0, "test", name))
     rng = generator(seed, "validation")
     count = len(train)
-    train, val = _stratified_split(train, val_fraction, classes, f"--val_fraction {val_fraction}", rng)
+    train, val = _stratified_split(train, val_fraction, classes, f"val_fraction {val_fraction}", rng)
     if len(val) == 0:
-        raise InputError(f"--val_fraction {val_fraction}: its share of {count} images is none, take more or add images")
+        raise InputError(f"val_fraction {val_fraction}: its share of {count} images is none, take more or add images")
     rng = generator(seed, "calibration")
-    purpose = f"--calibration_fraction {calibration_fraction}"
+    purpose = f"calibration_fraction {calibration_fraction}"
     train, calibration = _stratified_split(train, calibration_fraction, classes, purpose, rng)
     return Dataset(name, classes, train, calibration, val, test, _fingerprint(classes, train, calibration, val, test))
+
+
+def _read(name: str, data_dir: Path, image_size: int, download: Download, bar: Bar) -> Published:
+    match name:
+        case "cifar100" | "cifar10":
+            return read_cifar(CIFAR[name], data_dir, download, bar)
+        case "digits":
+            return _read_digits()
+        case "folder":
+            return read_image_folder(data_dir, image_size, bar)
+        case _:
+            raise InputError(f"name {shown(name)}: expected one of {', '.join(get_args(DatasetName))}")
 
 
 def _fingerprint(classes: tuple[str, ...], *splits: LabelledImages) -> str:
@@ -104,7 +127,7 @@ def _fingerprint(classes: tuple[str, ...], *splits: LabelledImages) -> str:
 def _stratified_split(
     images: LabelledImages, fraction: float, classes: tuple[str, ...], purpose: str, rng: np.random.Generator
 ) -> tuple[LabelledImages, LabelledImages]:
-    """Remainder and part, in stored order; the part has round(fraction N) images, each class its share."""
+    """Split into remainder and part, in stored order; the part has round(fraction N) images, each class its share."""
     labels = images.labels.numpy()
     part = stratified_sample(labels, fraction, rng)
     rest = np.setdiff1d(np.arange(len(labels)), part, assume_unique=True)
@@ -122,10 +145,3 @@ def _read_digits() -> Published:
     pixels = grey.unsqueeze(1).repeat(1, 3, 1, 1)
     labels = torch.from_numpy(digits.target.astype(np.int64))
     return tuple(str(digit) for digit in digits.target_names), LabelledImages(pixels, labels), None
-
-
-def _read_folder(data_dir: Path, image_size: int) -> Published:
-    classes, tensors = read_image_folder(data_dir, image_size)
-    train = LabelledImages(tensors["train_pixels"], tensors["train_labels"])
-    has_test = "test_pixels" in tensors
-    return classes, train, LabelledImages(tensors["test_pixels"], tensors["test_labels"]) if has_test else None

@@ -4,50 +4,50 @@ import gzip
 import io
 import tarfile
 import zlib
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 
 import pooch
 import requests
-from rich.console import Console
-from rich.progress import DownloadColumn, Progress, TimeRemainingColumn, TransferSpeedColumn
 
 from fedtalos.errors import InputError
+from fedtalos.progress import Bar, silent
 
 HOME = "https://www.cs.toronto.edu/~kriz/"
 CHECKSUMS = {
     "cifar-100-python.tar.gz": "sha256:85cd44d02ba6437773c5bbd22e183051d648de2e7d6b014e1ef29b855ba677a7",
     "cifar-10-python.tar.gz": "sha256:6d958be074577803d12ecdefd02955f39262c83c16fe9348329d7fe0b5c001ce",
 }
-"""As Keras has them; the publisher's page has MD5 only."""
+"""The checksums that Keras uses; the publisher's page has MD5 only."""
 RETRIES = 3
 TIMEOUT = (10, 60)  # seconds to connect, seconds without a byte
 CHUNK = 2**18  # bytes
 LARGEST = 2**29  # bytes unpacked, three times what the archives hold
 
-Report = Callable[[int, int | None], None]  # bytes so far, bytes in all where the server says
 
-
-def fetch_archive(name: str, folder: Path, *, base_url: str = HOME, checksums: Mapping[str, str] = CHECKSUMS) -> Path:
+def fetch_archive(
+    name: str, folder: Path, bar: Bar = silent, *, base_url: str = HOME, checksums: Mapping[str, str] = CHECKSUMS
+) -> Path:
     """Download the archive ``name`` into ``folder`` and return its path.
 
-    What a broken download left in NAME.part is continued, by the retries here or by the next run.
-    Raises InputError where the archive cannot be had or its checksum is not the published one.
+    A download that broke off leaves NAME.part, which the retries here or the next call continue.
+
+    Raises InputError where the archive cannot be had, or its checksum is not the published one.
+
+    >>> archive = fetch_archive("cifar-100-python.tar.gz", Path("data"))
     """
     is_new = not folder.exists()
     pooch.get_logger().setLevel("ERROR")  # its retries speak for themselves in our one sentence
     archives = pooch.create(path=folder, base_url=base_url, registry=dict(checksums), retry_if_failed=RETRIES)
     try:
-        with _progress_bar(name) as report:
-            return Path(archives.fetch(name, downloader=partial(_download, report=report)))
+        return Path(archives.fetch(name, downloader=partial(_download, bar=bar)))
     except (requests.RequestException, OSError, ValueError) as error:
         if is_new and folder.is_dir() and not any(folder.iterdir()):  # pooch makes it before it asks
             folder.rmdir()
         raise InputError(
             f"{name} could not be fetched from {base_url} ({_reason(error)}): try again where there is a network, "
-            f"or put the file into {folder} by hand (another folder: --data_dir)"
+            f"or put the file into {folder} by hand (another folder: data_dir)"
         ) from error
 
 
@@ -65,20 +65,11 @@ def _reason(error: Exception) -> str:
             return "its checksum is not the published one"
 
 
-@contextmanager
-def _progress_bar(name: str) -> Iterator[Report]:
-    console = Console(stderr=True)
-    columns = (*Progress.get_default_columns()[:2], DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
-        task = bar.add_task(name, total=None)
-        yield lambda done, total: bar.update(task, completed=done, total=total)
-
-
-def _download(url: str, output: str, archives: pooch.Pooch, *, report: Report) -> None:
-    """A pooch downloader that continues NAME.part and hands it over as ``output`` when it is complete.
+def _download(url: str, output: str, archives: pooch.Pooch, *, bar: Bar) -> None:
+    """Continue NAME.part and hand it over as ``output`` when it is complete (a downloader for pooch).
 
     A part that does not belong to the file (the server's copy changed, the part is too long) ends in a wrong
-    checksum; pooch then drops it and its next try starts afresh.
+    checksum. Then pooch drops it, and its next try starts afresh.
     """
     part = archives.abspath / f"{Path(url).name}.part"
     start = part.stat().st_size if part.exists() else 0
@@ -87,26 +78,30 @@ def _download(url: str, output: str, archives: pooch.Pooch, *, report: Report) -
     with requests.get(url, headers=headers, stream=True, timeout=TIMEOUT) as response:
         if response.status_code != requests.codes.requested_range_not_satisfiable:  # else nothing is missing
             response.raise_for_status()
-            _append(response, part, report)
+            _append(response, part, bar)
     part.replace(output)
 
 
-def _append(response: requests.Response, part: Path, report: Report) -> None:
+def _append(response: requests.Response, part: Path, bar: Bar) -> None:
     continues = response.status_code == requests.codes.partial_content  # a plain 200 sends the whole file again
     with part.open("ab" if continues else "wb") as file:
         length = response.headers.get("Content-Length")
         total = None if length is None else file.tell() + int(length)
-        for chunk in response.iter_content(CHUNK):
-            file.write(chunk)
-            report(file.tell(), total)
+        with bar(part.stem, total, "bytes") as advance:
+            advance(file.tell())
+            for chunk in response.iter_content(CHUNK):
+                file.write(chunk)
+                advance(len(chunk))
         if total is not None and file.tell() < total:  # older urllib3 ends a cut stream without an error
             raise requests.ConnectionError(f"{file.tell()} of {total} bytes")
 
 
 def read_members(archive: Path, names: set[str]) -> dict[str, bytes]:
-    """The content of the named files in a .tar.gz; nothing is extracted.
+    """Read the named files out of a .tar.gz, by name; nothing is written to disk.
 
     Raises InputError where one is missing, the archive is damaged, or it is far larger than it should be.
+
+    >>> members = read_members(Path("data/cifar-100-python.tar.gz"), {"cifar-100-python/meta"})
     """
     found: dict[str, bytes] = {}
     try:

@@ -1,4 +1,4 @@
-"""A folder of class folders of images, decoded once to a cached tensor file.
+"""Image folders: one folder per class, decoded once to a cached tensor file.
 
 Either DIR/train/CLASS/*.jpg and DIR/test/CLASS/*.jpg, or DIR/CLASS/*.jpg with no test set of its own.
 Letters: N images, S pixels a side.
@@ -6,7 +6,6 @@ Letters: N images, S pixels a side.
 
 import hashlib
 import warnings
-from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -16,13 +15,13 @@ import safetensors.torch
 import torch
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
-from rich.console import Console
-from rich.progress import track
 from safetensors import SafetensorError
 from torch import Tensor
 
+from fedtalos.data.images import LabelledImages, Published
 from fedtalos.errors import InputError
 from fedtalos.files import write_atomic
+from fedtalos.progress import Bar, silent
 from fedtalos.randomness import generator
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
@@ -33,28 +32,33 @@ Pixels = NDArray[np.uint8]
 Listing = dict[str, list[Path]]  # class name -> its image files, both in sorted order
 
 
-def read_image_folder(folder: Path, image_size: int) -> tuple[tuple[str, ...], dict[str, Tensor]]:
-    """Class names, and uint8 (N, 3, S, S) "train_pixels" with int64 (N,) "train_labels" ("test_..." alike).
+def read_image_folder(folder: Path, image_size: int, bar: Bar = silent) -> Published:
+    """Read class names, training images and test images (None: no test folder) of uint8 (N, 3, S, S).
 
-    The shorter side is scaled to S, the middle square kept. Images lie in one fixed shuffled order, so that the
-    first n are of mixed classes. The first call decodes and writes the cache; later ones read it, until a file
-    is added, removed or changed. Raises InputError naming the file or folder at fault; nothing is written then.
+    The shorter side is scaled to S = ``image_size`` and the middle square is kept. Images lie in one fixed shuffled
+    order, so that the first n are of mixed classes. The first call decodes the images and writes the cache. Later calls
+    read it, until a file is added, removed or changed.
+
+    Raises InputError, which names the file or folder at fault; nothing is written then.
+
+    >>> classes, train, test = read_image_folder(Path("photos"), image_size=224)
     """
     if image_size < 1:
-        raise InputError(f"--image_size {image_size}: expected at least 1 pixel")
+        raise InputError(f"image_size {image_size}: expected at least 1 pixel")
     listings = _listings(folder)
     cache = folder / CACHE / f"{image_size}px_{_fingerprint(folder, listings, image_size)}.safetensors"
     if not cache.exists():
         tensors: dict[str, Tensor] = {}
         for split, listing in listings.items():
-            tensors[f"{split}_pixels"], tensors[f"{split}_labels"] = _decode(split, listing, image_size)
+            tensors[f"{split}_pixels"], tensors[f"{split}_labels"] = _decode(split, listing, image_size, bar)
         try:
             write_atomic(cache, safetensors.torch.save(tensors))
         except OSError as error:
             raise InputError(
-                f"the decoded images could not be written to {cache} ({error.strerror}): give --data_dir a folder "
+                f"the decoded images could not be written to {cache} ({error.strerror}): give data_dir a folder "
                 "with space that you may write to"
             ) from error
+    images: dict[str, LabelledImages] = {}
     try:
         tensors = safetensors.torch.load_file(cache)
         for split, listing in listings.items():
@@ -62,14 +66,15 @@ def read_image_folder(folder: Path, image_size: int) -> tuple[tuple[str, ...], d
             shape = (sum(map(len, listing.values())), 3, image_size, image_size)
             if pixels.dtype != torch.uint8 or pixels.shape != shape or not torch.equal(labels, _labels(split, listing)):
                 raise ValueError("it is of other images")
+            images[split] = LabelledImages(pixels, labels)
     except (SafetensorError, OSError, KeyError, ValueError) as error:
         raise InputError(f"{cache} cannot be read ({error}): delete it, it will be made again") from error
-    return tuple(listings["train"]), tensors
+    return tuple(listings["train"]), images["train"], images.get("test")
 
 
 def _listings(folder: Path) -> dict[str, Listing]:
     if not folder.is_dir():
-        raise InputError(f"{folder} is not a folder: give --data_dir a folder of class folders of images")
+        raise InputError(f"{folder} is not a folder: give data_dir a folder of class folders of images")
     if not ((folder / "train").is_dir() and (folder / "test").is_dir()):
         return {"train": _class_folders(folder)}
     train, test = _class_folders(folder / "train"), _class_folders(folder / "test")
@@ -117,16 +122,21 @@ def _fingerprint(folder: Path, listings: dict[str, Listing], image_size: int) ->
     return digest.hexdigest()
 
 
-def _decode(split: str, listing: Listing, image_size: int) -> tuple[Tensor, Tensor]:
-    """Pixels (N, 3, S, S) and labels (N,), in the fixed shuffled order."""
+def _decode(split: str, listing: Listing, image_size: int, bar: Bar) -> tuple[Tensor, Tensor]:
+    """Decode to pixels (N, 3, S, S) and labels (N,), in the fixed shuffled order."""
     files = [file for files in listing.values() for file in files]
     order = _order(split, len(files))
     pixels = torch.empty(len(files), 3, image_size, image_size, dtype=torch.uint8)
-    with warnings.catch_warnings(), ThreadPoolExecutor() as threads:
+    with (
+        warnings.catch_warnings(),
+        ThreadPoolExecutor() as threads,
+        bar(f"decoding {split} images", len(files), "images") as advance,
+    ):
         warnings.simplefilter("error", Image.DecompressionBombWarning)
         images = threads.map(partial(_read_image, image_size=image_size), [files[i] for i in order])
-        for i, image in enumerate(_with_progress_bar(images, f"decoding {split} images", len(files))):
+        for i, image in enumerate(images):
             pixels[i] = torch.from_numpy(image).permute(2, 0, 1)
+            advance(1)
     return pixels, _labels(split, listing)
 
 
@@ -139,16 +149,11 @@ def _labels(split: str, listing: Listing) -> Tensor:
     return torch.from_numpy(labels[_order(split, len(labels))])
 
 
-def _with_progress_bar(images: Iterable[Pixels], title: str, total: int) -> Iterable[Pixels]:
-    console = Console(stderr=True)
-    return track(images, title, total, console=console, transient=True, disable=not console.is_terminal)
-
-
 def _read_image(file: Path, image_size: int) -> Pixels:
-    """The middle square, upright, RGB, uint8 (S, S, 3)."""
+    """Decode the middle square, upright, in RGB: uint8 (S, S, 3)."""
     try:
         with Image.open(file, formats=FORMATS) as image:
-            if image.format != "MPO" and getattr(image, "n_frames", 1) > 1:  # MPO: a photo, and a smaller one of it
+            if image.format != "MPO" and getattr(image, "n_frames", 1) > 1:  # MPO: a photo and its preview
                 raise ValueError("it is animated")
             rgb = _as_rgb(ImageOps.exif_transpose(image))
             return np.array(ImageOps.fit(rgb, (image_size, image_size), Image.Resampling.LANCZOS))
@@ -159,6 +164,6 @@ def _read_image(file: Path, image_size: int) -> Pixels:
 def _as_rgb(image: Image.Image) -> Image.Image:
     if image.mode.startswith("I"):  # 16-bit grey, which Pillow would clip to 255 rather than scale
         return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
-    if image.mode == "P":  # a palette with transparency warns where it is not taken through RGBA
+    if image.mode == "P":  # Pillow warns where a palette with transparency does not go through RGBA
         return image.convert("RGBA").convert("RGB")
     return image.convert("RGB")

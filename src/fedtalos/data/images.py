@@ -1,4 +1,4 @@
-"""A set of labelled images, whole, on one device."""
+"""Labelled images: a whole set of them, on one device."""
 
 from dataclasses import dataclass
 
@@ -10,7 +10,12 @@ from torch import Tensor
 
 @dataclass(frozen=True, eq=False)
 class LabelledImages:
-    """uint8 pixels (N, 3, H, W) and int64 labels (N,), on one device."""
+    """uint8 pixels (N, 3, H, W) and int64 labels (N,), on one device.
+
+    >>> images = LabelledImages(torch.zeros(2, 3, 8, 8, dtype=torch.uint8), torch.tensor([0, 1]))
+    >>> images
+    LabelledImages(2 of (3, 8, 8) on cpu)
+    """
 
     pixels: Tensor
     labels: Tensor
@@ -18,15 +23,23 @@ class LabelledImages:
     def __len__(self) -> int:
         return len(self.labels)
 
+    def __repr__(self) -> str:
+        return f"LabelledImages({len(self)} of {tuple(self.pixels.shape[1:])} on {self.pixels.device})"
+
     def subset(self, indices: Tensor | NDArray[np.int64]) -> "LabelledImages":
-        """The images at ``indices`` (n,), in that order."""
+        """Copy the images at ``indices`` (n,), in that order."""
         at = torch.as_tensor(indices, device=self.labels.device)
         return LabelledImages(self.pixels[at], self.labels[at])
 
     def slice(self, start: int, count: int | None) -> "LabelledImages":
-        """``count`` images (None: all) from ``start`` on: a view, no copy."""
+        """View ``count`` images (None: all) from number ``start`` on; nothing is copied."""
         end = None if count is None else start + count
         return LabelledImages(self.pixels[start:end], self.labels[start:end])
 
     def to(self, device: torch.device | str) -> "LabelledImages":
+        """Put pixels and labels on a device."""
         return LabelledImages(self.pixels.to(device), self.labels.to(device))
+
+
+Published = tuple[tuple[str, ...], LabelledImages, LabelledImages | None]
+"""Class names, training images, and test images (None: the data set comes without)."""

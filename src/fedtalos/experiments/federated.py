@@ -1,192 +1,163 @@
 """Train with federated averaging over clients that keep their images."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
+import torch
 from rich.console import Console
-from torch.optim import Optimizer
 
-from fedtalos.app.absence import absence_for
-from fedtalos.app.aggregation import aggregation_for, privacy, sent_updates
-from fedtalos.app.algorithms import adjust_for, local_steps, server_side
 from fedtalos.app.config.schema import FederatedConfig
-from fedtalos.app.grouping import grouped, settle_clients_at_once
-from fedtalos.app.heads import fit_head_first
-from fedtalos.app.load import prepare
-from fedtalos.app.moving import moving_entries, optimizer_for, schedule_for
-from fedtalos.app.personal import evaluate_clients
-from fedtalos.app.run.display import Display
-from fedtalos.app.run.folders import RunPaths, open_run
-from fedtalos.app.run.interruption import with_safe_points
-from fedtalos.app.run.launch import Others, agreed, others
-from fedtalos.app.run.session import Session, resume
-from fedtalos.app.run.split_file import split, write_split
-from fedtalos.app.setup import Setup
+from fedtalos.app.federation import (
+    algorithm_of,
+    clients_at_once,
+    clients_of,
+    engine_of,
+    head_training,
+    local_training,
+    privacy_spent,
+    settled,
+    transforms_of,
+)
+from fedtalos.app.load import Loaded, load, moving_parameters
+from fedtalos.app.run.client_accuracy import evaluate_clients
+from fedtalos.app.run.evaluation import evaluate_part, evaluate_split
+from fedtalos.app.run.first_head import fit_first_head
+from fedtalos.app.run.folders import begun
+from fedtalos.app.run.launch import Others, others, rank
+from fedtalos.app.run.session import Evaluate, Session
+from fedtalos.app.run.split_file import write_split
 from fedtalos.devices import choose_device
 from fedtalos.metrics import Metrics
-from fedtalos.randomness import generator
-from fedtalos.training.federated.algorithms.drift import Exchange
 from fedtalos.training.federated.clients import Clients
-from fedtalos.training.federated.fedavg import Round, TrainClients, clients_per_round, fedavg, one_by_one
-from fedtalos.training.federated.processes import Leader, WorkerLostError, serve
-from fedtalos.training.loop import Batches
-from fedtalos.training.masked_parameters import Entries
+from fedtalos.training.federated.fedavg import Engine, FedAvg, Round, fedavg, one_by_one
+from fedtalos.training.federated.processes import (
+    WorkerLostError,
+    evaluate_in_processes,
+    in_processes,
+    send_model,
+    serve,
+)
+from fedtalos.training.federated.traffic import Traffic
+from fedtalos.training.local_training import Watch, unwatched
+from fedtalos.training.masked_parameters import MaskedParameters
 
-Watch = Callable[[Batches, float], Batches]
-"""Passes batches on; each is that share of a round."""
+ALGORITHM = "algorithm/"
+"""Prefix of an algorithm's state in checkpoints."""
 
 
-def run(config: FederatedConfig, paths: RunPaths, console: Console) -> dict[str, Any]:
-    """Train for ``num_rounds`` rounds, leading other processes where asked; returns the summary."""
-    with others(config) as beside:
+def run(config: FederatedConfig, console: Console) -> None:
+    """Train for ``num_rounds`` rounds, leading other processes where asked."""
+    if rank():
+        follow(config)
+        return
+    with begun(config, console) as paths, others(config, paths.name) as beside:
+        spent = privacy_spent(config)  # first, for it may want a library
+        loaded, clients, moving, algorithm = begin(config)
+        config, local, total = loaded.config, local_training(loaded.config), config.federation.num_rounds
+        with Session(loaded, paths, console, unit="round", total=total, rate=local.rate) as session:
+            write_split(paths.results, clients, loaded.data.classes)
+            algorithm.state |= session.restored(ALGORITHM)
+            session.state = lambda: {f"{ALGORITHM}{name}": tensor for name, tensor in algorithm.state.items()}
+            if session.fresh:
+                fit_first_head(session, moving, clients, partial(rounds_of_the_head, loaded, clients))
+            engine, evaluate = shared(beside, loaded, moving, engine_of(config, session.watch))
+            rounds = fedavg(
+                moving,
+                clients,
+                local=local,
+                rounds=total,
+                fraction=config.federation.client_fraction,
+                seed=config.run.seed,
+                algorithm=algorithm,
+                through=transforms_of(config, clients, local),
+                engine=engine,
+                on_bad_client=config.failures.on_bad_client,
+                done=session.done,
+            )
+            traffic = Traffic(moving, algorithm, len(clients), first_contact=first_contact_bytes(loaded, moving))
+            traffic.skip(session.done, config.federation.client_fraction, config.run.seed)
+            if session.due(session.done):
+                session.validate(evaluate)
+            for round_ in session.shown(rounds):
+                session.record(round_, *traffic.count(round_))
+                if session.due(round_.number):
+                    session.validate(evaluate)
+            by_client = evaluate_clients(loaded, paths, clients, moving, console)
+            session.finish(evaluate, {**figures(session, moving), **spent, **by_client})
+
+
+def begin(config: FederatedConfig) -> tuple[Loaded[FederatedConfig], Clients, MaskedParameters, FedAvg]:
+    """Load what the run needs, and settle how many clients train at once."""
+    loaded = load(config)
+    config = loaded.config
+    clients = clients_of(loaded.data.train, config.split, config.run.seed)
+    moving, algorithm = moving_parameters(loaded), algorithm_of(config)
+    size = clients_at_once(config, moving, algorithm)
+    federation = config.federation.model_copy(update={"clients_at_once": size})
+    loaded = replace(loaded, config=config.model_copy(update={"federation": federation}))
+    return loaded, clients, moving, algorithm
+
+
+def shared(
+    beside: Others, loaded: Loaded[FederatedConfig], moving: MaskedParameters, engine: Engine
+) -> tuple[Engine, Evaluate]:
+    """Spread the engine and the evaluation of splits over the processes beside this one, where there are any."""
+    if beside.size == 1:
+        return engine, partial(evaluate_split, loaded, moving)
+    beside.meet(loaded.device)
+    send_model(moving)  # with the head that was fitted, or restored
+
+    def evaluate(split: str) -> Metrics:
         try:
-            return _lead(config, paths, console, beside)
-        except WorkerLostError as error:
-            raise WorkerLostError(f"{error}; --resume --run_name {paths.name} goes on from what is saved") from error
+            return evaluate_in_processes(moving, partial(evaluate_part, loaded, moving), split)
+        except WorkerLostError:  # which ends the next round
+            return evaluate_split(loaded, moving, split)
 
-
-def _lead(config: FederatedConfig, paths: RunPaths, console: Console, beside: Others) -> dict[str, Any]:
-    spent = privacy(config, config.federation.num_rounds)  # first, for it may want a library
-    config, setup = prepare(config)
-    federation = config.federation
-    clients = split(setup, config.split, config.run.seed)
-    entries = moving_entries(setup, config.train)
-    optimizer = optimizer_for(setup, entries, config.train)
-    config = settle_clients_at_once(config, setup, entries, optimizer, clients, console)
-    open_run(config, paths, setup.origin())
-    write_split(paths, setup, clients)
-    progress, saved = resume(config, paths, setup)
-    if not saved:
-        head_rounds = partial(rounds_of_the_head, setup, clients)
-        fit_head_first(config, setup, entries, clients, head_rounds, progress, console)
-
-    display = Display(console, "round", federation.num_rounds, progress.done)
-    exchange = Exchange()
-    server = server_side(config, clients.sizes, exchange, saved, setup.device)
-    train_clients = local_training(config, setup, clients, entries, optimizer, exchange, display.watch)
-    evaluate = setup.evaluate
-    if beside.size > 1:
-        beside.meet(setup.device)
-        agreed(config)
-        leader = Leader(setup.model, entries)
-        train_clients = leader.spread(train_clients, exchange)
-        evaluate = partial(evaluate_shared, leader, setup)
-    rounds = fedavg(
-        setup.model,
-        entries,
-        sent_updates(config, server.controlled(entries, train_clients)),
-        server.weights,
-        fraction=federation.client_fraction,
-        rounds=federation.num_rounds,
-        seed=config.run.seed,
-        done=progress.done,
-        first_contact_bytes=first_contact_bytes(setup, head_moves="head.weight" in entries.masks),
-        aggregation=aggregation_for(config, setup.model, entries),
-        server=server.rule,
-        vectors_sent=server.vectors_sent,
-        absent=absence_for(config, clients, partial(steps_of, config, clients)),
-        on_bad_client=config.failures.on_bad_client,
-    )
-    with (
-        Session(
-            config,
-            paths,
-            setup,
-            progress,
-            unit="round",
-            fresh=not saved,
-            evaluate=evaluate,
-            extra_tensors=server.tensors,
-        ) as session,
-        display,
-    ):
-        session.follow(rounds, federation.num_rounds, schedule_for(config.train, federation.num_rounds), display)
-        sent = {"down": round(progress.bytes_down / 1e6, 3), "up": round(progress.bytes_up / 1e6, 3)}
-        by_client = evaluate_clients(config, paths, setup, clients, entries, optimizer, console)
-        lost = {"clients_left_out": progress.left_out} if progress.left_out else {}
-        return session.finish({"moving_parameters": len(entries), "megabytes_sent": sent, **lost, **spent, **by_client})
+    return partial(in_processes, within=engine), evaluate
 
 
 def follow(config: FederatedConfig) -> None:
-    """What a process beside the leader does: train the clients, and evaluate the batches, that it is given."""
+    """Train the clients, and evaluate the batches, that the leading process asks for."""
+    if config.run.threads is not None:
+        torch.set_num_threads(config.run.threads)
     with others(config) as beside:
         beside.meet(choose_device(config.run.device))
-        config, setup = prepare(agreed(config))  # after the leader's: data and weights are downloaded once
-        clients = split(setup, config.split, config.run.seed)
-        entries = moving_entries(setup, config.train)
-        optimizer = optimizer_for(setup, entries, config.train)
-        exchange = Exchange()
-        train_clients = local_training(config, setup, clients, entries, optimizer, exchange, lambda batches, _: batches)
-        serve(setup.model, entries, train_clients, setup.evaluate_part, exchange)
+        loaded, clients, moving, algorithm = begin(config)  # after the leader's: data and weights are downloaded once
+        serve(
+            moving,
+            clients,
+            local_training(loaded.config),
+            config.run.seed,
+            algorithm,
+            partial(evaluate_part, loaded, moving),
+            within=engine_of(loaded.config, unwatched),
+        )
 
 
 def rounds_of_the_head(
-    setup: Setup, clients: Clients, config: FederatedConfig, entries: Entries, optimizer: Optimizer, display: Display
-) -> Iterator[Round]:
-    """FedAvg of a linear head, by this process alone: on kept features a round takes milliseconds."""
-    return fedavg(
-        setup.model,
-        entries,
-        local_training(config, setup, clients, entries, optimizer, Exchange(), display.watch),
-        clients.sizes,
-        fraction=config.federation.client_fraction,
-        rounds=config.federation.num_rounds,
-        seed=config.run.seed,
-    )
+    loaded: Loaded[FederatedConfig], clients: Clients, head: MaskedParameters, seed: int, watch: Watch
+) -> Iterator[tuple[Round, int, int]]:
+    """Train a linear head by FedAvg, in this process alone: on kept features a round takes milliseconds."""
+    rounds, fraction = settled(loaded.config.train.head_rounds), loaded.config.federation.client_fraction
+    traffic = Traffic(head, FedAvg(), len(clients))
+    training, engine = head_training(loaded.config), partial(one_by_one, watch=watch)
+    for round_ in fedavg(head, clients, local=training, rounds=rounds, fraction=fraction, seed=seed, engine=engine):
+        yield round_, *traffic.count(round_)
 
 
-def evaluate_shared(leader: Leader, setup: Setup, split: str) -> Metrics:
-    """The metrics of a split, by all processes; by this one alone where one is lost, which ends the next round."""
-    try:
-        return leader.evaluate(setup.evaluate_part, split)
-    except WorkerLostError:
-        return setup.evaluate(split)
-
-
-def local_training(
-    config: FederatedConfig,
-    setup: Setup,
-    clients: Clients,
-    entries: Entries,
-    optimizer: Optimizer,
-    exchange: Exchange,
-    watch: Watch,
-) -> TrainClients:
-    """How clients train: with a fresh optimiser each, on batches drawn for that round and client."""
-    rate = schedule_for(config.train, config.federation.num_rounds)
-    per_round = clients_per_round(len(clients), config.federation.client_fraction)
-    steps = partial(steps_of, config, clients)
-
-    def watch_work(batches: Batches, share: float) -> Batches:
-        return watch(with_safe_points(batches), share / per_round)
-
-    def update_client(number: int, client: int) -> Metrics:
-        optimizer.state.clear()  # a client keeps no momentum from the one before it
-        return setup.train_on(
-            clients[client],
-            steps(client),
-            optimizer,
-            entries,
-            config.train,
-            rng=generator(config.run.seed, "batches", number, client),
-            learning_rate=lambda _: rate(number - 1),
-            watch=lambda batches: watch_work(batches, 1 / steps(client)),
-            adjust=adjust_for(config.algorithm, setup.model, entries, exchange, client, steps(client)),
-        )
-
-    alone = one_by_one(setup.model, entries, update_client)
-    return grouped(alone, config, setup, entries, clients, steps, rate, watch_work)
-
-
-def steps_of(config: FederatedConfig, clients: Clients, client: int) -> int:
-    """J, of that client."""
-    return local_steps(config.federation, len(clients[client]), config.train.batch_size)
-
-
-def first_contact_bytes(setup: Setup, *, head_moves: bool) -> int:
-    """What a client is sent once: the mask's bits, and a fitted head that does not move (the rest it has)."""
-    mask = {} if setup.mask is None else setup.mask[0]
+def first_contact_bytes(loaded: Loaded[FederatedConfig], moving: MaskedParameters) -> int:
+    """Bytes that a client is sent once: the mask's bits, and a fitted head that does not move (the rest it has)."""
+    mask = {} if loaded.mask is None else loaded.mask[0]
     bits = sum(-(-tensor.numel() // 8) for tensor in mask.values())
-    head = sum(parameter.nbytes for parameter in setup.model.head.parameters())
-    return bits + (0 if head_moves or setup.head in ("weights", "random") else head)
+    has_it = "head.weight" in moving.parameters or loaded.config.model.head in ("weights", "random")
+    return bits + (0 if has_it else sum(parameter.nbytes for parameter in loaded.model.head.parameters()))
+
+
+def figures(session: Session, moving: MaskedParameters) -> dict[str, Any]:
+    """What the summary says of a federated run beside accuracy."""
+    progress = session.progress
+    sent = {"down": round(progress.bytes_down / 1e6, 3), "up": round(progress.bytes_up / 1e6, 3)}
+    lost = {"clients_left_out": progress.left_out} if progress.left_out else {}
+    return {"moving_parameters": len(moving), "megabytes_sent": sent, **lost}

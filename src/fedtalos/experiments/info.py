@@ -1,4 +1,4 @@
-"""What is here: devices, memory, versions, data and weights."""
+"""Show what is here: devices, memory, versions, data and weights."""
 
 import os
 import platform
@@ -11,9 +11,9 @@ from huggingface_hub import constants
 from rich.console import Console
 from rich.table import Table
 
-from fedtalos import __version__
+from fedtalos._version import __version__
 from fedtalos.app.config.tools import InfoConfig
-from fedtalos.devices import bf16_speedup, choose_device, choose_precision
+from fedtalos.devices import AMPERE, choose_device, choose_precision
 
 LIBRARIES = ("torch", "numpy", "safetensors", "huggingface_hub", "timm", "tensorboard", "wandb")
 DATA_SETS = {
@@ -26,13 +26,11 @@ def run(config: InfoConfig, console: Console) -> None:
     """Print one table."""
     table = Table(show_header=False, box=None)
     device = choose_device("auto")
-    precision = choose_precision("auto", device)
-    why = f"{precision}, for matrix products in bf16 are {bf16_speedup(device):.2g} times as fast as in fp32 here"
     rows = {
         "fedtalos": __version__,
         "python": f"{platform.python_version()} on {platform.system()} {platform.machine()}",
         "devices": ", ".join(_devices()),
-        "auto takes": f"{device.type}, {why}",
+        "auto takes": f"{device.type}, {_precision(device)}",
         "threads": f"{torch.get_num_threads()} of {os.cpu_count()} cores",
         "memory": f"{psutil.virtual_memory().available / 1e9:.1f} GB free of {psutil.virtual_memory().total / 1e9:.1f}",
         **{name: _version(name) for name in LIBRARIES},
@@ -47,6 +45,15 @@ def run(config: InfoConfig, console: Console) -> None:
 def _devices() -> list[str]:
     cuda = [torch.cuda.get_device_name(number) for number in range(torch.cuda.device_count())]
     return (["mps"] if torch.backends.mps.is_available() else []) + [f"cuda ({name})" for name in cuda] + ["cpu"]
+
+
+def _precision(device: torch.device) -> str:
+    """Name the precision that auto takes on a device, and why."""
+    precision, needed = choose_precision("auto", device), ".".join(map(str, AMPERE))
+    if device.type != "cuda":
+        return f"{precision} (auto takes bf16 only on CUDA cards of compute capability {needed} or later)"
+    has = ".".join(map(str, torch.cuda.get_device_capability(device)))
+    return f"{precision} (compute capability {has}; bf16 needs {needed} or later)"
 
 
 def _version(name: str) -> str:

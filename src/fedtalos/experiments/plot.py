@@ -1,17 +1,16 @@
-"""The plot command: read what runs and masks left behind, draw every figure that it allows."""
+"""Draw the figures of one run, or of several compared, and of masks."""
 
-from pathlib import Path
-
-from matplotlib.figure import Figure
+from rich.console import Console
 
 from fedtalos.app.config.tools import PlotConfig
-from fedtalos.app.figures.draw import _of_iterations, _of_masks, _of_run, _of_runs, write_figures
+from fedtalos.app.figures import draw
+from fedtalos.app.run.display import say
 from fedtalos.app.run.folders import RunPaths, plain_name
 from fedtalos.errors import InputError
 
 
-def run(config: PlotConfig) -> list[Path]:
-    """Draw what the command line asks for; returns the files."""
+def run(config: PlotConfig, console: Console) -> None:
+    """Draw every figure that the named runs and masks allow, into one folder under plots/; print the files."""
     if not config.runs and not config.masks:
         raise InputError("plot: expected runs or --masks, got neither; name a run under results/ or a mask file")
     folders = [path if path.is_dir() else config.output_dir / "results" / path for path in config.runs]
@@ -20,11 +19,5 @@ def run(config: PlotConfig) -> list[Path]:
     runs = [path for path in folders if path not in edits]
     name = folders[0].resolve().name if len(folders) == 1 else "comparison" if folders else "masks"
     plots_dir = config.output_dir / "plots" / (name if config.name is None else plain_name("--name", config.name))
-    drawn: dict[str, Figure] = {}
-    if runs:
-        drawn |= _of_run(runs[0]) if len(runs) == 1 else _of_runs(runs)
-    if masks:
-        drawn |= _of_masks(masks)
-    for edit in edits:
-        drawn |= _of_iterations(edit)
-    return write_figures(drawn, plots_dir)
+    for path in draw.plot_all(runs, masks, edits, plots_dir):
+        say(console, str(path))

@@ -1,1 +1,1 @@
-"""Vision Transformers and where their weights come from."""
+"""Vision Transformers and other backbones, their weights and their heads."""

@@ -1,17 +1,22 @@
-"""What every model here is: stages that turn images into features, and one linear head on them.
+"""Backbones: the interface of every model here, stages that give features and one linear head on them.
 
-Shapes: B images, H W pixels, D width of the features, C classes.
+Shapes: B images, H W pixels a side, D width of the features, C classes.
 """
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from typing import Protocol
 
 from torch import Tensor, nn
 
 
 class Facts(Protocol):
-    """What fixes every parameter's shape; `str` of it is what people call the model."""
+    """Values that fix every parameter's shape; ``str`` gives the model's usual name.
+
+    >>> print(model.architecture, model.architecture.image_size)
+    ViT-tiny/16 224
+    """
 
     @property
     def image_size(self) -> int: ...
@@ -19,40 +24,70 @@ class Facts(Protocol):
     def num_classes(self) -> int: ...
     @property
     def heads(self) -> int:
-        """Attention heads of each block; 0 where nobody knows."""
+        """Attention heads of each block; 0 where that is not known."""
         ...
 
     def as_dict(self) -> dict[str, str | int]:
-        """Plain values, for a file's header."""
+        """Give plain values for a file's header."""
         ...
 
 
+@dataclass(frozen=True)
+class Origin:
+    """Source of a model's weights.
+
+    >>> Origin("hub:timm/vit_small_patch16_224.dino@main", fingerprint="3f1c...").source
+    'hub:timm/vit_small_patch16_224.dino@main'
+    """
+
+    source: str = "none"
+    """A name for people: a file's, or the hub's with its revision."""
+    fingerprint: str = "none"
+    """A checksum; equal for equal weights."""
+
+
 class Backbone(nn.Module, ABC):
-    """A classifier of normalised images (B, 3, H, W); its parameters are all that it learns (no buffers)."""
+    """A classifier of normalised images (B, 3, H, W); its parameters are all that it learns (no buffers).
+
+    >>> model = build_model(Architecture("tiny", 224, 16, num_classes=100))
+    >>> model.features(images).shape, model(images).shape
+    (torch.Size([8, 192]), torch.Size([8, 100]))
+    """
 
     architecture: Facts
     head: nn.Linear
+    """The last layer, (B, D) -> (B, C)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
+        """Mean by channel of the pixels (in 0..1) that the weights were trained on."""
+        self.std: tuple[float, float, float] = (0.5, 0.5, 0.5)
+        """Standard deviation of these pixels."""
+        self.origin = Origin()
+        self.head_source = "random"
+        """Source of the head: random, weights, ridge, ncm, linear, file or trained."""
 
     @property
     @abstractmethod
     def stages(self) -> list[Callable[[Tensor], Tensor]]:
-        """What an image passes through before the head; the last gives features (B, D)."""
+        """The functions that an image passes through before the head, in order; the last gives features (B, D)."""
 
     @abstractmethod
     def frozen_stages(self, moving: Iterable[str]) -> int:
-        """How many of the first stages hold none of the parameters so named."""
+        """Count the first stages that hold none of the parameters so named."""
 
     def features(self, images: Tensor) -> Tensor:
-        """What the head sees, (B, 3, H, W) -> (B, D)."""
+        """Compute the head's input, (B, 3, H, W) -> (B, D)."""
         return self.run(images, 0, len(self.stages))
 
     def run(self, x: Tensor, first: int, end: int) -> Tensor:
-        """Stages first to end - 1, of what the stage before the first gave."""
+        """Run stages first to end - 1 on the output of the stage before them."""
         for stage in self.stages[first:end]:
             x = stage(x)
         return x
 
     def forward(self, x: Tensor, passed: int = 0) -> Tensor:
-        """Logits (B, C) of images, or of what they were after the first ``passed`` stages."""
+        """Compute logits (B, C) from images, or from their state after the first ``passed`` stages."""
         logits: Tensor = self.head(self.run(x, passed, len(self.stages)))
         return logits

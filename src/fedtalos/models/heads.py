@@ -1,53 +1,77 @@
-"""Closed-form classification heads from sums that clients can send: ridge regression and nearest class mean.
+"""Classification heads: fitted in closed form from sums that clients can send, put on a model, kept in a file.
 
 Ridge: Fed3R (Fani et al., 2024, arXiv 2406.01116). Nearest class mean: FedNCM (Legate et al., 2023, arXiv 2306.03937).
-Shapes: N images, D features, C classes; features carry a constant 1 as last column, so D+1.
+Shapes: N images, D features, C classes; in the sums, features have a constant 1 as last column, hence D+1.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from pathlib import Path
+from typing import Literal, get_args
 
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError
+from safetensors.torch import load as load_safetensors
+from safetensors.torch import save as save_safetensors
 from torch import Tensor
+
+from fedtalos.errors import InputError
+from fedtalos.files import UNSEALED, is_sealed, sealed, write_atomic
+from fedtalos.models.backbone import Backbone
 
 ClosedForm = Literal["ridge", "ncm"]
 Head = tuple[Tensor, Tensor]
-"""weight (C, D) and bias (C,), float32."""
+"""Weight (C, D) and bias (C,), float32."""
+
+HEADS = ("weights", "random", "ridge", "ncm", "linear")
+"""Sources of a head, beside a file."""
 
 PENALTIES = (1e-3, 1e-2, 1e-1, 1.0)
-SCALES = torch.logspace(-4, 4, 161).tolist()  # 12 % apart
+"""Ridge penalties to choose from, per image."""
+SCALES = torch.logspace(-4, 4, 161).tolist()
+"""Temperatures to choose from, 12 % apart."""
 
 
 @dataclass(frozen=True)
 class HeadSums:
-    """X^T Y (D+1, C), whose last row counts the classes, and of ridge X^T X (D+1, D+1), in float64; they add."""
+    """Sums over images that fix a closed-form head; the sums of several clients add up.
+
+    >>> sums = head_sums("ridge", features, labels, 10) + head_sums("ridge", other_features, other_labels, 10)
+    """
 
     xy: Tensor
+    """X^T Y (D+1, C), float64; its last row counts the images of each class."""
     xx: Tensor | None
+    """X^T X (D+1, D+1), float64; None: not needed for nearest means."""
 
     def __add__(self, other: "HeadSums") -> "HeadSums":
         return HeadSums(self.xy + other.xy, None if self.xx is None or other.xx is None else self.xx + other.xx)
 
     @property
     def wire_bytes(self) -> int:
-        """Bytes a client sends: X^T Y, and of X^T X the upper triangle."""
+        """Bytes that a client sends: X^T Y, and the upper triangle of X^T X."""
         side = len(self.xy)
         return self.xy.nbytes + (0 if self.xx is None else side * (side + 1) // 2 * self.xx.element_size())
 
 
 def head_sums(kind: ClosedForm, features: Tensor, labels: Tensor, num_classes: int) -> HeadSums:
-    """Sums over images of ``features`` (N, D) against one-hot ``labels`` (N,)."""
+    """Sum ``features`` (N, D) against one-hot ``labels`` (N,).
+
+    >>> head_sums("ncm", torch.rand(6, 4), torch.arange(6) % 3, num_classes=3).xy.shape
+    torch.Size([5, 3])
+    """
     x = F.pad(features.cpu().double(), (0, 1), value=1.0)
     y = F.one_hot(labels.cpu(), num_classes).double()
     return HeadSums(x.T @ y, x.T @ x if kind == "ridge" else None)
 
 
 def ridge_head(sums: HeadSums, penalty: float) -> Head:
-    """The head that minimises |XW - Y|^2 + penalty N |W|^2 (the bias is not penalised).
+    """Solve ridge regression: the W that minimises |XW - Y|^2 + penalty N |W|^2, its bias not penalised.
 
-    Its outputs add up to 1 for every image, and are 0 for a class without images: such a class is never chosen.
+    The outputs of an image add up to 1, and are 0 for a class without images: such a class is never chosen.
+
+    >>> weight, bias = ridge_head(head_sums("ridge", features, labels, num_classes=10), penalty=0.1)
     """
     assert sums.xx is not None
     ridge = torch.full((len(sums.xx),), penalty * sums.xy[-1].sum().item(), dtype=torch.float64)
@@ -57,11 +81,13 @@ def ridge_head(sums: HeadSums, penalty: float) -> Head:
 
 
 def nearest_mean_head(sums: HeadSums) -> Head:
-    """The head whose largest output is at the class whose mean is nearest (Euclid).
+    """Classify by the nearest class mean (Euclid), written as a linear head.
 
-    |x - mu_c|^2 is least where mu_c x - |mu_c|^2 / 2 is largest; the mean over classes is taken off both terms, which
-    changes no difference between outputs and keeps them small. So the outputs' mean over classes is 0 for every image;
-    a class without images gets weight 0 and a bias below 0: it is never chosen.
+    |x - mu_c|^2 is least where mu_c x - |mu_c|^2 / 2 is largest. The mean over classes is taken off both terms: that
+    changes no difference between outputs and keeps them small, and so the outputs of an image have mean 0. A class
+    without images gets weight 0 and a bias below 0: it is never chosen.
+
+    >>> weight, bias = nearest_mean_head(head_sums("ncm", features, labels, num_classes=10))
     """
     counts = sums.xy[-1]
     there = counts > 0
@@ -73,13 +99,15 @@ def nearest_mean_head(sums: HeadSums) -> Head:
     return weight.float().contiguous(), bias.float()
 
 
-def fit_head(
+def best_head(
     kind: ClosedForm, sums: HeadSums, features: Tensor, labels: Tensor, penalties: Sequence[float] = PENALTIES
 ) -> Head:
-    """The head whose temperature (and of ridge penalty) gives held-out ``features`` (N, D), ``labels`` (N,) least loss.
+    """Fit a head and choose its temperature, and a ridge head's penalty, by the loss on held-out images.
 
-    Neither head's outputs are logits (a ridge head's live near [0, 1]); the temperature, folded into weight and bias,
-    makes them so.
+    The held-out images are ``features`` (N, D) and ``labels`` (N,). Neither head's outputs are logits (a ridge head's
+    lie near [0, 1]); the temperature, folded into weight and bias, makes them so.
+
+    >>> weight, bias = best_head("ridge", sums, val_features, val_labels)
     """
     features, labels = features.cpu().float(), labels.cpu()
     heads = [ridge_head(sums, penalty) for penalty in penalties] if kind == "ridge" else [nearest_mean_head(sums)]
@@ -92,9 +120,11 @@ def fit_head(
 
 
 def best_scale(outputs: Tensor, labels: Tensor) -> tuple[float, float]:
-    """The least mean cross-entropy of ``outputs`` (N, C) times one of SCALES, and that scale.
+    """Find the factor of SCALES that gives ``outputs`` (N, C) the least mean cross-entropy: (loss, factor).
 
-    Found by bisection, for the loss is convex in the scale.
+    Bisection finds it, for the loss is convex in the factor.
+
+    >>> loss, scale = best_scale(outputs, labels)
     """
 
     def loss(position: int) -> float:
@@ -108,3 +138,59 @@ def best_scale(outputs: Tensor, labels: Tensor) -> tuple[float, float]:
         else:
             first = middle + 1
     return loss(first), SCALES[first]
+
+
+def closed_form(head: str) -> ClosedForm | None:
+    """Give the kind of closed-form head that ``head`` names; None where it names another.
+
+    >>> closed_form("ridge"), closed_form("linear")
+    ('ridge', None)
+    """
+    return next((kind for kind in get_args(ClosedForm) if kind == head), None)
+
+
+def set_head(model: Backbone, weight: Tensor, bias: Tensor, source: str = "file") -> None:
+    """Put weight (C, D) and bias (C,) into the model's head, and note their source.
+
+    >>> set_head(model, *best_head("ridge", sums, val_features, val_labels), source="ridge")
+    """
+    with torch.no_grad():
+        model.head.weight.copy_(weight)
+        model.head.bias.copy_(bias)
+    model.head_source = source
+
+
+def save_head(path: Path, model: Backbone) -> None:
+    """Write the model's head to a sealed file.
+
+    >>> save_head(Path("masks/my_mask.head.safetensors"), model)
+    """
+    tensors = {f"head.{name}": tensor.detach().cpu() for name, tensor in model.head.named_parameters()}
+    write_atomic(path, sealed(save_safetensors(tensors, {"seal": UNSEALED})))
+
+
+def read_head(path: Path, model: Backbone) -> Head:
+    """Read weight (C, D) and bias (C,) from a head file.
+
+    Raises InputError where the file is missing or changed, or does not fit the model.
+
+    >>> set_head(model, *read_head(Path("masks/my_mask.head.safetensors"), model))
+    """
+    try:
+        content = path.read_bytes()
+        tensors = load_safetensors(content)
+        weight, bias = tensors["head.weight"], tensors["head.bias"]
+    except OSError as error:
+        raise InputError(f"head {path}: cannot be read ({error.strerror}); give an existing head file") from error
+    except (SafetensorError, KeyError) as error:
+        raise InputError(f"head {path}: not a head file; `fedtalos editing` writes one beside its mask") from error
+    if not is_sealed(content):
+        raise InputError(f"head {path}: not what was written (checksum), or of another version; make it anew")
+    if weight.shape != model.head.weight.shape or bias.shape != model.head.bias.shape:
+        raise InputError(
+            f"head {path}: weight {tuple(weight.shape)}, but this model and data set need "
+            f"{tuple(model.head.weight.shape)} (classes, width)"
+        )
+    if not all(tensor.is_floating_point() and tensor.isfinite().all() for tensor in (weight, bias)):
+        raise InputError(f"head {path}: holds other than finite numbers; give a head of a run that did not diverge")
+    return weight, bias

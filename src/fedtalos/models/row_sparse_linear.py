@@ -1,4 +1,4 @@
-"""A linear layer whose weight gradient costs only the rows that may move.
+"""Row-sparse linear layer: its weight's gradient costs only the rows that may move.
 
 Shapes: N rows of the input (all leading dimensions flattened), I in and O out features, R active rows.
 """
@@ -10,16 +10,20 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 Rows = Tensor | slice | None
-"""Rows of a weight (O, I): their numbers, int64 (R,) on its device; one range; or None, all of them."""
+"""Rows of a weight (O, I): their numbers, int64 (R,) on its device; one range; or None for all."""
 
 
 class Linear(nn.Linear):
-    """``nn.Linear``, (..., I) -> (..., O), that forms its weight's gradient in ``active_rows`` only; elsewhere it is 0.
+    """``nn.Linear``, (..., I) -> (..., O), that computes its weight's gradient in some rows only; elsewhere it is 0.
 
-    Outputs, and the gradients of input and bias, are those of ``nn.Linear``; where ``active_rows`` is None, all is.
+    Outputs, and the gradients of input and bias, are those of ``nn.Linear``.
+
+    >>> layer = Linear(192, 768)
+    >>> layer.active_rows = slice(0, 64)
     """
 
     active_rows: Rows = None
+    """Rows whose gradient is computed; None: all, by ``nn.Linear`` itself."""
 
     def forward(self, x: Tensor) -> Tensor:
         if self.active_rows is None:
@@ -33,7 +37,7 @@ class Linear(nn.Linear):
 
 
 class _RowSparseLinear(torch.autograd.Function):
-    generate_vmap_rule = True  # clients that train together (training/vectorized.py)
+    generate_vmap_rule = True  # for clients that train in one stack (training/federated/stacked.py)
 
     @staticmethod
     def forward(x: Tensor, weight: Tensor, bias: Tensor | None, _rows: Tensor | slice) -> Tensor:
@@ -60,10 +64,13 @@ class _RowSparseLinear(torch.autograd.Function):
 
 
 def rows_with_true(mask: Tensor) -> Rows:
-    """For ``active_rows``: the rows of a bool mask (O, I) that hold a True, at least one.
+    """Find the rows of a bool mask (O, I) that hold a True, for ``active_rows``; there must be at least one.
 
-    Where they fill most of the range from first to last, the whole range: to pick rows costs more than to leave some
-    out saves.
+    Where they fill most of the range from first to last, the whole range is given: picking rows costs more than leaving
+    a few out saves.
+
+    >>> rows_with_true(torch.tensor([[False], [True], [True], [False]]))
+    slice(1, 3, None)
     """
     rows = mask.any(1).nonzero().squeeze(1)
     first, last = int(rows[0]), int(rows[-1])

@@ -1,24 +1,22 @@
-"""Vision Transformer (Dosovitskiy et al., 2021), with timm's parameter names and numerics.
+"""Vision Transformer (Dosovitskiy et al., 2021, arXiv 2010.11929), with timm's parameter names and numerics.
 
-With DINOv2's layer scale (Touvron et al., 2021) and register tokens (Darcet et al., 2024) where the weights have them.
+It has DINOv2's layer scale (Touvron et al., 2021) and register tokens (Darcet et al., 2024, arXiv 2309.16588) where the
+weights have them.
 
-Shapes: B images, H W pixels, p patch side, N = (H/p)(W/p) patches, R registers, T = 1 + R + N tokens, D width, h heads,
-C classes.
+Shapes: B images, H W pixels, N patches, R registers, T = 1 + R + N tokens, D width, C classes.
 """
 
 import math
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, fields
 from typing import Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fedtalos.errors import InputError
 from fedtalos.models.backbone import Backbone
-from fedtalos.models.row_sparse_linear import Linear
+from fedtalos.models.transformer_layers import Block, PatchEmbed
 
 ModelSize = Literal["micro", "tiny", "small", "base", "large"]
 
@@ -29,34 +27,43 @@ WIDTH_DEPTH_HEADS: dict[str, tuple[int, int, int]] = {
     "base": (768, 12, 12),
     "large": (1024, 24, 16),
 }
+"""Width D, number of blocks and heads of each size."""
 
 
 @dataclass(frozen=True)
 class Architecture:
-    """What fixes every parameter's shape: size name, pixels a side, pixels per patch side, classes.
+    """Sizes and options that fix every parameter's shape.
 
-    ``num_classes`` is 0 of weights without a head. The last three are of what not every ViT has: register tokens, layer
-    scale, and a position embedding of the class token too (DeiT III and timm's DINOv2 with registers have none).
+    Raises InputError for an unknown size, or where whole patches do not fill the image.
+
+    >>> str(Architecture("tiny", image_size=224, patch_size=16, num_classes=100))
+    'ViT-tiny/16'
     """
 
     size: str
+    """Key of WIDTH_DEPTH_HEADS."""
     image_size: int
+    """Pixels a side of the image."""
     patch_size: int
+    """Pixels a side of a patch."""
     num_classes: int
+    """C; 0 for weights without a head."""
     registers: int = 0
+    """R, tokens beside the class token that serve as memory."""
     layer_scale: bool = False
     class_position: bool = True
+    """True: the class token has a position embedding too (DeiT III and timm's DINOv2 with registers have none)."""
 
     def __post_init__(self) -> None:
         if self.size not in WIDTH_DEPTH_HEADS:
-            raise InputError(f"model size: expected one of {', '.join(WIDTH_DEPTH_HEADS)}, got {self.size!r}")
+            raise InputError(f"size {self.size!r}: expected one of {', '.join(WIDTH_DEPTH_HEADS)}")
         if self.patch_size < 1 or self.image_size < self.patch_size or self.image_size % self.patch_size:
             raise InputError(
                 f"image size {self.image_size} is not a multiple of patch size {self.patch_size}: "
-                "choose --image_size and --patch_size so that whole patches fill the image"
+                "choose image_size and patch_size so that whole patches fill the image"
             )
         if self.num_classes < 0:
-            raise InputError(f"number of classes: expected at least 0, got {self.num_classes}")
+            raise InputError(f"num_classes {self.num_classes}: expected at least 0")
 
     @property
     def heads(self) -> int:
@@ -64,7 +71,7 @@ class Architecture:
         return WIDTH_DEPTH_HEADS[self.size][2]
 
     def as_dict(self) -> dict[str, str | int]:
-        """Plain values, for a file's header; what has its default value is not said."""
+        """Give plain values for a file's header, without those that are the default."""
         values = {field.name: (getattr(self, field.name), field.default) for field in fields(self)}
         return {name: value for name, (value, default) in values.items() if value != default}
 
@@ -78,104 +85,18 @@ class Architecture:
         return f"ViT-{self.size}/{self.patch_size}" + (f" with {beside}" if beside else "")
 
 
-class PatchEmbed(nn.Module):
-    def __init__(self, image_size: int, patch_size: int, dim: int) -> None:
-        super().__init__()
-        self.grid = image_size // patch_size
-        self.proj = nn.Conv2d(3, dim, kernel_size=patch_size, stride=patch_size)
-
-    def forward(self, images: Tensor) -> Tensor:  # (B, 3, H, W) -> (B, N, D)
-        patches: Tensor = self.proj(images)
-        return patches.flatten(2).transpose(1, 2)
-
-
-class Attention(nn.Module):
-    fused = True
-
-    def __init__(self, dim: int, heads: int) -> None:
-        super().__init__()
-        self.heads = heads
-        self.qkv = Linear(dim, 3 * dim)
-        self.proj = Linear(dim, dim)
-
-    def forward(self, x: Tensor) -> Tensor:  # (B, T, D) -> (B, T, D)
-        batch, tokens, dim = x.shape
-        qkv = self.qkv(x).view(batch, tokens, 3, self.heads, dim // self.heads)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (B, h, T, D/h)
-        fused = self.fused and not (q.device.type == "cpu" and q.dtype == torch.bfloat16)
-        out = F.scaled_dot_product_attention(q, k, v) if fused else attention_by_products(q, k, v)
-        mixed: Tensor = self.proj(out.transpose(1, 2).reshape(batch, tokens, dim))
-        return mixed
-
-
-def attention_by_products(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """softmax(q k^T / sqrt(D/h)) v, (B, h, T, D/h) -> the same, in plain products, the softmax at least in float32.
-
-    For vmap, which has no rule for the fused kernels, and for bf16 on a CPU, where the fused kernel's backward pass
-    takes half of a training step.
-    """
-    logits = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)  # (B, h, T, T)
-    out: Tensor = logits.softmax(-1, dtype=torch.promote_types(v.dtype, torch.float32)).to(v.dtype) @ v
-    return out
-
-
-@contextmanager
-def without_fused_attention(model: nn.Module) -> Iterator[None]:
-    """Inside, the model's attention is plain matrix products: the fused kernels have no rule for vmap."""
-    layers = [module for module in model.modules() if isinstance(module, Attention) and module.fused]
-    for layer in layers:
-        layer.fused = False
-    try:
-        yield
-    finally:
-        for layer in layers:
-            layer.fused = True
-
-
-class Mlp(nn.Module):
-    def __init__(self, dim: int) -> None:
-        super().__init__()
-        self.fc1 = Linear(dim, 4 * dim)
-        self.fc2 = Linear(4 * dim, dim)
-
-    def forward(self, x: Tensor) -> Tensor:  # (B, T, D) -> (B, T, D)
-        out: Tensor = self.fc2(F.gelu(self.fc1(x)))
-        return out
-
-
-class LayerScale(nn.Module):
-    def __init__(self, dim: int) -> None:
-        super().__init__()
-        self.gamma = nn.Parameter(torch.ones(dim))
-
-    def forward(self, x: Tensor) -> Tensor:  # (B, T, D) -> (B, T, D)
-        return x * self.gamma
-
-
-class Block(nn.Module):
-    def __init__(self, dim: int, heads: int, *, layer_scale: bool) -> None:
-        super().__init__()
-        self.norm1 = nn.LayerNorm(dim, eps=1e-6)
-        self.attn = Attention(dim, heads)
-        self.ls1 = LayerScale(dim) if layer_scale else nn.Identity()
-        self.norm2 = nn.LayerNorm(dim, eps=1e-6)
-        self.mlp = Mlp(dim)
-        self.ls2 = LayerScale(dim) if layer_scale else nn.Identity()
-
-    def forward(self, x: Tensor) -> Tensor:  # (B, T, D) -> (B, T, D)
-        x = x + self.ls1(self.attn(self.norm1(x)))
-        out: Tensor = x + self.ls2(self.mlp(self.norm2(x)))
-        return out
-
-
 def parts(name: str, tensor: Tensor) -> dict[str, Tensor]:
-    """Views of what a parameter of that name is made of: q, k and v of our qkv layer, else itself, under no name."""
+    """Divide a parameter into views of its parts: q, k and v for a qkv layer, else itself under an empty name.
+
+    >>> list(parts("blocks.0.attn.qkv.bias", torch.zeros(288)))
+    ['q', 'k', 'v']
+    """
     ours = name.startswith("blocks.") and ".attn.qkv." in name
     return dict(zip("qkv", tensor.chunk(3), strict=True)) if ours else {"": tensor}
 
 
 def _stage(name: str, depth: int) -> int:
-    """The number of the stage that a parameter belongs to; the head comes after all of them."""
+    """Find the number of the stage that a parameter belongs to; the head comes after all of them."""
     part, *rest = name.split(".")
     match part:
         case "blocks":
@@ -189,12 +110,17 @@ def _stage(name: str, depth: int) -> int:
 
 
 class VisionTransformer(Backbone):
-    """A ViT classifier; ``forward`` maps normalised images (B, 3, H, W) to logits (B, C)."""
+    """Vision Transformer classifier: normalised images (B, 3, H, W) -> logits (B, C).
+
+    >>> model = VisionTransformer(Architecture("micro", 32, 4, num_classes=10), torch_generator(0, "weights"))
+    >>> model(torch.zeros(2, 3, 32, 32)).shape
+    torch.Size([2, 10])
+    """
 
     architecture: Architecture
 
     def __init__(self, architecture: Architecture, generator: torch.Generator) -> None:
-        """Weights are drawn from ``generator``: truncated normal, deviation 0.02, for patches 1 / sqrt(fan in)."""
+        """Draw weights from ``generator``: truncated normal, deviation 0.02, for patches 1 / sqrt(fan in)."""
         super().__init__()
         self.architecture = architecture
         dim, depth, heads = WIDTH_DEPTH_HEADS[architecture.size]
@@ -221,7 +147,7 @@ class VisionTransformer(Backbone):
                 nn.init.zeros_(module.bias)
 
     def embed(self, images: Tensor) -> Tensor:
-        """Patches as tokens, behind the class token and registers: (B, 3, H, W) -> (B, T, D)."""
+        """Turn images into tokens, class token first, then registers, then patches: (B, 3, H, W) -> (B, T, D)."""
         x = self.patch_embed(images)  # (B, N, D)
         class_token = self.cls_token.expand(len(x), -1, -1)
         if self.architecture.class_position:
@@ -234,16 +160,16 @@ class VisionTransformer(Backbone):
         return out
 
     def pool(self, x: Tensor) -> Tensor:
-        """The normalised class token, (B, T, D) -> (B, D)."""
+        """Take the class token, normalised: (B, T, D) -> (B, D)."""
         out: Tensor = self.norm(x)[:, 0]
         return out
 
     @property
     def stages(self) -> list[Callable[[Tensor], Tensor]]:
-        """The embedding, the blocks, the pooling."""
+        """The embedding, each block, the pooling."""
         return [self.embed, *self.blocks, self.pool]
 
     def frozen_stages(self, moving: Iterable[str]) -> int:
-        """How many of the first stages hold none of the parameters so named."""
+        """Count the first stages that hold none of the parameters so named."""
         depth = len(self.blocks)
         return min((_stage(name, depth) for name in moving), default=depth + 2)

@@ -1,23 +1,110 @@
-"""Activations of a model's frozen first stages, computed once per image.
+"""Features of a model's frozen first stages, computed once per image and kept.
 
-Shapes: N images, T tokens, D width; an image's activations are (T, D) after a block, (D,) after the last stage.
+Shapes: N images, T tokens, D width; an image's features are (T, D) after a block, (D,) after the last stage.
 """
 
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from tempfile import NamedTemporaryFile
+from tempfile import NamedTemporaryFile, gettempdir
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
-from fedtalos.data.batches import View
 from fedtalos.data.images import LabelledImages
+from fedtalos.data.sampling import Ids
+from fedtalos.data.view import View
+from fedtalos.devices import Precision, autocast
 from fedtalos.models.backbone import Backbone
-from fedtalos.training.loop import Precision, autocast
 
 
-class ActivationCache:
+@dataclass(frozen=True)
+class Source:
+    """Stored images or features, how they become what ``forward`` takes, and ``forward``: from there to logits."""
+
+    images: LabelledImages
+    view: Callable[[Tensor], Tensor]
+    forward: Callable[[Tensor], Tensor]
+
+
+def view_of(model: Backbone) -> View:
+    """How stored pixels become what the model takes."""
+    return View(model.architecture.image_size, model.mean, model.std, next(model.parameters()).device)
+
+
+def plain_source(model: Backbone, images: LabelledImages) -> Source:
+    """The images themselves, through the whole model."""
+    return Source(images, view_of(model), model)
+
+
+class FeatureStore:
+    """Keeps what frozen first stages make of images: up to ``limit`` bytes in memory, the rest in a file of ``folder``.
+
+    Features are computed in batches of ``batch_size``, in ``precision``. Files are mapped into memory, have no name,
+    and go when the process does; without a ``folder`` they lie where the system keeps temporary files.
+
+    >>> store = FeatureStore(limit=2e9)
+    >>> moving = MaskedParameters(model, mask, features=store)
+    """
+
+    def __init__(
+        self,
+        limit: float = 1e9,
+        folder: Path | None = None,
+        *,
+        batch_size: int = 250,
+        precision: Precision = "fp32",
+    ) -> None:
+        self._limit, self._folder = limit, folder or Path(gettempdir())
+        self._batch_size, self._precision = batch_size, precision
+        self._caches: dict[object, FeatureCache] = {}
+
+    def source(self, model: Backbone, images: LabelledImages, passed: int, asked: Iterable[Ids]) -> Source:
+        """The images where ``passed`` is 0, else what the first ``passed`` stages make of those ``asked`` for.
+
+        ``asked`` are the sets of images that go through the model together, a batch or a client at a time.
+        """
+        if not passed:
+            return plain_source(model, images)
+        cache = self._cache(model, images, passed)
+        for ids in asked:
+            cache.fill(ids)
+        return Source(cache.features, cache.to_device, partial(model, passed=passed))
+
+    def features(self, model: Backbone, images: LabelledImages, ids: Ids | None = None) -> tuple[Tensor, Tensor]:
+        """What the head sees of the images at ``ids`` (None: of all), (N, D), and their labels (N,)."""
+        cache = self._cache(model, images, len(model.stages))
+        ids = np.arange(len(images)) if ids is None else ids
+        cache.fill(ids)
+        found = cache.features.subset(ids)
+        return found.pixels, found.labels
+
+    def keep_only(self, passed: int) -> None:
+        """Drop what other numbers of stages made: to be called when other parameters begin to move."""
+        self._caches = {key: cache for key, cache in self._caches.items() if cache.passed == passed}
+
+    def _cache(self, model: Backbone, images: LabelledImages, passed: int) -> "FeatureCache":
+        """What the first ``passed`` stages make of the images; one of other stages or values is dropped for it."""
+        key = (images.pixels.data_ptr(), images.pixels.shape)  # a view of the same images is the same
+        if key in self._caches and not self._caches[key].is_of(model, passed):
+            del self._caches[key]
+        if key not in self._caches:
+            limit = self._limit - sum(cache.bytes_in_memory for cache in self._caches.values())
+            self._caches[key] = FeatureCache(
+                model,
+                passed,
+                images,
+                batch_size=self._batch_size,
+                precision=self._precision,
+                limit=limit,
+                folder=self._folder,
+            )
+        return self._caches[key]
+
+
+class FeatureCache:
     """What the first ``passed`` stages make of each image: (N, T, D) or (N, D) float32, filled as it is asked for.
 
     It lies on the images' device; where it takes more than ``limit`` bytes, in a file (mapped into memory) that goes
@@ -29,15 +116,15 @@ class ActivationCache:
         model: Backbone,
         passed: int,
         images: LabelledImages,
-        view: View,
         *,
         batch_size: int,
         precision: Precision,
         limit: float,
         folder: Path,
     ) -> None:
-        self._model, self.passed, self._images, self._view = model, passed, images, view
+        self._model, self.passed, self._images, self._view = model, passed, images, view_of(model)
         self._batch_size, self._precision = batch_size, precision
+        self._versions = _versions(model, passed)
         self._there = np.zeros(len(images), dtype=np.bool_)
         shape = (len(images), *self._compute(torch.arange(1)).shape[1:])
         size = 4 * int(np.prod(shape))
@@ -46,11 +133,15 @@ class ActivationCache:
             values = torch.empty(shape, device=images.pixels.device)
         else:
             folder.mkdir(parents=True, exist_ok=True)
-            with NamedTemporaryFile(dir=folder, prefix="activations-") as file:  # its name goes now, its space later
+            with NamedTemporaryFile(dir=folder, prefix="features-") as file:  # its name goes now, its space later
                 values = torch.from_file(file.name, shared=True, size=size // 4).view(shape)
-        self.activations = LabelledImages(values, images.labels.to(values.device))
+        self.features = LabelledImages(values, images.labels.to(values.device))
 
-    def fill(self, indices: NDArray[np.int64]) -> None:
+    def is_of(self, model: Backbone, passed: int) -> bool:
+        """Tell whether these are features of the model's first ``passed`` stages, which have not been written since."""
+        return self._model is model and self.passed == passed and self._versions == _versions(model, passed)
+
+    def fill(self, indices: Ids) -> None:
         """Compute what is missing, in batches of these indices alone.
 
         An image's last bits can depend on the images beside it: who asks for the same sets gets the same bits.
@@ -58,16 +149,21 @@ class ActivationCache:
         missing = indices[~self._there[indices]]
         for start in range(0, len(missing), self._batch_size):
             batch = torch.from_numpy(missing[start : start + self._batch_size])
-            values = self.activations.pixels
+            values = self.features.pixels
             values[batch.to(values.device)] = self._compute(batch).to(values.device)
         self._there[missing] = True
 
-    def to_device(self, activations: Tensor) -> Tensor:
-        """Stored activations, where the model is."""
-        return activations.to(self._images.pixels.device)
+    def to_device(self, features: Tensor) -> Tensor:
+        """Stored features, where the model is."""
+        return features.to(next(self._model.parameters()).device)
 
     @torch.no_grad()
     def _compute(self, indices: Tensor) -> Tensor:
         pixels = self._view(self._images.pixels[indices.to(self._images.pixels.device)])
         with autocast(pixels.device, self._precision):
             return self._model.run(pixels, 0, self.passed).float()
+
+
+def _versions(model: Backbone, passed: int) -> list[int]:
+    """How often each parameter of the first ``passed`` stages was written to, as torch counts it."""
+    return [p._version for name, p in model.named_parameters() if model.frozen_stages([name]) < passed]

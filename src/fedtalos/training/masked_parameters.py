@@ -1,128 +1,146 @@
-"""theta <-> module: chosen entries of named tensors seen as one flat vector.
+"""theta <-> model: what may move of a model under a mask, as one flat vector; everything else is frozen.
 
-Shapes: P all parameters, A chosen (True) entries of them.
+Shapes: P all parameters, A entries that may move.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor, nn
 
+from fedtalos.data.images import LabelledImages
+from fedtalos.data.sampling import Ids
+from fedtalos.models.backbone import Backbone
+from fedtalos.models.row_sparse_linear import Linear, rows_with_true
+from fedtalos.training.entries import Entries, Values
+from fedtalos.training.feature_cache import FeatureStore, Source
+from fedtalos.training.micro_batches import MicroBatch
 
-def named_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """The model's own parameters by name, detached but sharing memory: writing to them moves the model."""
-    return {name: parameter.detach() for name, parameter in model.named_parameters()}
 
+class MaskedParameters:
+    """What moves of a model: the True entries of a mask. The rest is frozen when this is made.
 
-class Entries:
-    """The True entries of one bool mask per named tensor, as one vector of length A in the masks' order."""
+    Model and mask are one object from here on, so no optimiser, sum or message can use one without the other.
+    ``mask`` maps parameter names to bool tensors of their shapes; parameters that it does not name are frozen, and
+    None lets everything move. ``features`` keeps what frozen first stages make of images.
 
-    def __init__(self, masks: Mapping[str, Tensor]) -> None:
-        """Masks are bool tensors shaped as the tensors they speak of; a tensor without a True entry is left out.
+    Raises ValueError for a mask that names no parameter of the model, has another shape, or holds no True.
 
-        Raises TypeError for another dtype, ValueError where no entry is True.
-        """
-        wrong = [name for name, mask in masks.items() if mask.dtype != torch.bool]
-        if wrong:
-            raise TypeError(f"masks: expected bool tensors, got {masks[wrong[0]].dtype} for {wrong[0]}")
-        self.masks = {name: mask for name, mask in masks.items() if bool(mask.any())}
-        if not self.masks:
-            raise ValueError("masks: expected at least one True entry, got none")
-        # None: the whole tensor, taken and written without an index.
-        self._indices = {
-            name: None if bool(mask.all()) else mask.flatten().nonzero().squeeze(1) for name, mask in self.masks.items()
+    >>> moving = MaskedParameters(model, mask)
+    >>> theta = moving.copy()                   # before training
+    >>> tau = moving.vector()                   # what moves, (A,)
+    >>> moving.load(theta)                      # as before
+    """
+
+    def __init__(
+        self, model: Backbone, mask: Mapping[str, Tensor] | None = None, *, features: FeatureStore | None = None
+    ) -> None:
+        parameters = dict(model.named_parameters())
+        if mask is None:
+            mask = {name: torch.ones_like(p, dtype=torch.bool, requires_grad=False) for name, p in parameters.items()}
+        for name, tensor in mask.items():
+            expected = tuple(parameters[name].shape) if name in parameters else "no such parameter"
+            if tuple(tensor.shape) != expected:
+                raise ValueError(f"mask: {name} has shape {tuple(tensor.shape)}, the model {expected}")
+        device = next(iter(parameters.values())).device
+        self.model = model
+        self.entries = Entries({name: tensor.to(device) for name, tensor in mask.items()})
+        self.parameters = {name: parameters[name] for name in self.entries.masks}
+        self.tensors = {name: parameter.detach() for name, parameter in self.parameters.items()}
+        self.rows = self.entries.moving_rows(self.tensors)
+        """Views of the model, contiguous: of each tensor the rows from the first to the last that holds a True."""
+        self.features = features or FeatureStore()
+        self.micro_batch = MicroBatch()
+        self._active_rows = {
+            module: rows_with_true(self.entries.masks[f"{name}.weight"])
+            for name, module in model.named_modules()
+            if isinstance(module, Linear) and f"{name}.weight" in self.entries.masks
         }
-        self._counts = [int(mask.sum()) for mask in self.masks.values()]
-        self._rows = {name: _first_to_last(mask.reshape(len(mask), -1).any(1)) for name, mask in self.masks.items()}
+        frozen = model.frozen_stages(self.entries.masks)
+        # A ViT's embedding alone is cheaper to compute than to keep; features are worth it always.
+        self.frozen_stages = frozen if frozen > 1 or frozen == len(model.stages) else 0
+        self.freeze()
+
+    @classmethod
+    def of(cls, model: "Backbone | MaskedParameters", mask: Mapping[str, Tensor] | None) -> "MaskedParameters":
+        """Pair a model with a mask, or pass on a pair that was made already."""
+        if not isinstance(model, MaskedParameters):
+            return cls(model, mask)
+        if mask is not None:
+            raise ValueError("mask: given with MaskedParameters, which have one of their own; leave it out")
+        return model
 
     def __len__(self) -> int:
-        return sum(self._counts)
+        return len(self.entries)
 
     @property
     def nbytes(self) -> int:
-        """What the chosen entries take on the wire, as float32."""
-        return 4 * len(self)
+        """Bytes on the wire: what moves, as float32."""
+        return self.entries.nbytes
 
     @property
     def device(self) -> torch.device:
-        """Where the masks are, which is where the tensors are to be."""
-        return next(iter(self.masks.values())).device
+        """The model's device."""
+        return self.entries.device
 
-    @property
-    def whole(self) -> bool:
-        """True where every mask is True everywhere: dense training."""
-        return all(index is None for index in self._indices.values())
+    def freeze(self) -> None:
+        """Give gradients only to tensors, and of Linear weights to rows, that hold an entry that may move.
 
-    def gather(self, tensors: Mapping[str, Tensor]) -> Tensor:
-        """Copy the chosen entries out of ``tensors`` into one vector (A,)."""
-        return torch.cat(self.parts(tensors))
-
-    def parts(self, tensors: Mapping[str, Tensor]) -> list[Tensor]:
-        """The chosen entries tensor by tensor, as vectors; those of whole tensors share their memory."""
-        flats = [(tensors[name].detach().reshape(-1), index) for name, index in self._indices.items()]
-        return [flat if index is None else flat.index_select(0, index) for flat, index in flats]
-
-    def scatter(self, vector: Tensor, tensors: Mapping[str, Tensor]) -> None:
-        """Write ``vector`` (A,) into the chosen entries of ``tensors`` in place; all other entries stay."""
-        for (name, index), part in zip(self._indices.items(), torch.split(vector, self._counts), strict=True):
-            flat = tensors[name].detach().view(-1)
-            if index is None:
-                flat.copy_(part)
-            else:
-                flat[index] = part
-
-    def moving_rows(self, tensors: Mapping[str, Tensor]) -> list[Tensor]:
-        """Views of ``tensors``, each contiguous: the rows from the first to the last that hold a chosen entry.
-
-        To copy these whole, entries between that do not move included, takes a fraction of the time of picking the
-        chosen ones by index.
+        Training asks for this anew each time, so what another mask let move of the same model cannot linger.
         """
-        return [tensors[name].detach()[rows] for name, rows in self._rows.items()]
+        for name, parameter in self.model.named_parameters():
+            parameter.requires_grad_(name in self.parameters)
+            parameter.grad = None
+        for module in self.model.modules():
+            if isinstance(module, Linear):
+                module.active_rows = self._active_rows.get(module)
 
-    def unflatten(self, vector: Tensor) -> dict[str, Tensor]:
-        """``vector`` (A,) as tensors of the masks' shapes, zero (or False) in the entries not chosen."""
-        tensors = {
-            name: torch.zeros(mask.shape, dtype=vector.dtype, device=vector.device) for name, mask in self.masks.items()
-        }
-        self.scatter(vector, tensors)
-        return tensors
+    def note_training(self) -> None:
+        """Note on the model that its head has been trained, where it is among what moves."""
+        if "head.weight" in self.parameters:
+            self.model.head_source = "trained"
+
+    def copy(self) -> Values:
+        """A snapshot of what moves; what lies between, and does not move, comes along."""
+        return Values(self.rows)
+
+    def load(self, theta: Values) -> None:
+        """Put a snapshot back into the model."""
+        torch._foreach_copy_(self.rows, theta.parts)
+
+    def vector(self) -> Tensor:
+        """What moves as one vector, a copy, (A,)."""
+        return self.entries.gather(self.tensors)
+
+    def write(self, vector: Tensor) -> None:
+        """Write a vector (A,) into what moves; all other entries stay."""
+        self.entries.scatter(vector, self.tensors)
+
+    def gradients(self) -> dict[str, Tensor]:
+        """Whole gradients of the tensors that hold moving entries."""
+        found: dict[str, Tensor] = {}
+        for name, parameter in self.parameters.items():
+            assert parameter.grad is not None, f"{name} has no gradient"
+            found[name] = parameter.grad
+        return found
+
+    def clip_gradients(self, max_norm: float) -> Tensor:
+        """Scale gradients so that their 2-norm over moving entries is at most ``max_norm``; returns the norm found, ().
+
+        Entries that may not move do not count (torch.nn.utils.clip_grad_norm_ would count them).
+        """
+        norm = nn.utils.get_total_norm(self.entries.parts(self.gradients()))
+        nn.utils.clip_grads_with_norm_(list(self.parameters.values()), max_norm, norm)
+        return norm
+
+    def source(self, images: LabelledImages, asked: Iterable[Ids]) -> Source:
+        """Where batches come from: the images, or what the frozen stages make of those ``asked`` for."""
+        return self.features.source(self.model, images, self.frozen_stages, asked)
 
 
-def _first_to_last(rows: Tensor) -> slice:
-    numbers = rows.nonzero()
-    return slice(int(numbers[0]), int(numbers[-1]) + 1)
+def head_mask(model: Backbone) -> dict[str, Tensor]:
+    """Make a mask that lets the classification head move, and nothing else.
 
-
-class Values:
-    """A copy of some tensors: ``vector``, all of it, contiguous, and ``parts``, its pieces in the tensors' shapes."""
-
-    def __init__(self, like: Sequence[Tensor]) -> None:
-        self.vector = torch.cat([tensor.reshape(-1) for tensor in like])
-        pieces = torch.split(self.vector, [tensor.numel() for tensor in like])
-        self.parts = [piece.view_as(tensor) for piece, tensor in zip(pieces, like, strict=True)]
-
-
-def gradients_of(parameters: Mapping[str, nn.Parameter], entries: Entries) -> dict[str, Tensor]:
-    """The whole gradients of the tensors that hold chosen entries."""
-    gradients: dict[str, Tensor] = {}
-    for name in entries.masks:
-        gradient = parameters[name].grad
-        assert gradient is not None, f"{name} has no gradient"
-        gradients[name] = gradient
-    return gradients
-
-
-def clip_gradients(parameters: Mapping[str, nn.Parameter], entries: Entries, max_norm: float) -> Tensor:
-    """Scale gradients so that the 2-norm over the chosen entries is at most ``max_norm``; returns the norm found, ().
-
-    Entries that may not move do not count (torch.nn.utils.clip_grad_norm_ would count them).
+    >>> mask = talos_mask(model, images) | head_mask(model)  # the head moves too
     """
-    gradients = gradients_of(parameters, entries)
-    norm = nn.utils.get_total_norm(entries.parts(gradients))
-    nn.utils.clip_grads_with_norm_([parameters[name] for name in gradients], max_norm, norm)
-    return norm
-
-
-def all_finite(tensors: list[Tensor]) -> bool:
-    """Whether no tensor holds NaN, infinity, or numbers whose 2-norm overflows; waits for the device."""
-    return bool(torch.stack(torch._foreach_norm(tensors)).isfinite().all())
+    return {f"head.{n}": torch.ones_like(p, dtype=torch.bool) for n, p in model.head.named_parameters()}

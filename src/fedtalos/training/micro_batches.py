@@ -1,56 +1,69 @@
 """Batches larger than the memory: taken in parts whose gradients add up to the whole batch's."""
 
+import logging
 from collections.abc import Callable
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.optim import Optimizer
 
-Backward = Callable[[Tensor, Tensor, float], tuple[Tensor, Tensor]]
-"""(images, labels, share) -> share times the mean loss, whose gradient it adds, and the number of correct answers."""
+from fedtalos.devices import Precision, autocast, out_of_memory
+
+log = logging.getLogger(__name__)
 
 
 class MicroBatch:
     """How many images go through the model at once: all of a batch, until memory runs out; from then on, what fitted.
 
     A mean over the batch is the sum of its parts' means times their shares, so steps are the same up to rounding
-    (but for layers that look at the whole batch, as BatchNorm of foreign models does).
+    (but for layers that look at the whole batch, such as the BatchNorm of another library's model).
     """
 
-    def __init__(self, say: Callable[[str], None] = lambda _text: None) -> None:
-        """``say`` is told what does not fit, once per size."""
-        self._say = say
+    def __init__(self) -> None:
         self.size: int | None = None
         """None: whole batches."""
 
     def backward(
-        self, backward: Backward, optimizer: Optimizer, images: Tensor, labels: Tensor
+        self,
+        forward: Callable[[Tensor], Tensor],
+        optimizer: Optimizer,
+        images: Tensor,
+        labels: Tensor,
+        precision: Precision = "fp32",
     ) -> tuple[Tensor, Tensor]:
         """Leave the batch's gradient, and nothing else; returns its mean loss and number of correct answers, both ().
 
-        Raises the device's own error where a single image does not fit.
+        ``forward`` maps images to logits (B, C). Logs a warning the first time that a size does not fit. Raises the
+        device's own error where a single image does not fit.
         """
         while True:
             optimizer.zero_grad(set_to_none=True)
+            losses, correct = [], []
+            size = self.size or len(images)
             try:
-                return self._in_parts(backward, images, labels)
+                for x, y in zip(images.split(size), labels.split(size), strict=True):
+                    with autocast(x.device, precision):
+                        logits = forward(x)
+                    loss = F.cross_entropy(logits.float(), y) * (len(y) / len(labels))
+                    loss.backward()
+                    losses.append(loss.detach())
+                    correct.append(correct_answers(logits, y))
+                return torch.stack(losses).sum(), torch.stack(correct).sum()
             except RuntimeError as error:
-                tried = min(self.size or len(images), len(images))
+                tried = min(size, len(images))
                 if not out_of_memory(error) or tried == 1:
                     raise
                 self.size = -(-tried // 2)
             # Only here is the error gone, and with it the frames that held the activations.
-            self._say(f"{tried} images at once do not fit into memory: steps add up gradients of {self.size} at a time")
+            del losses, correct
+            log.warning(
+                "%d images at once do not fit into memory: steps add up gradients of %d at a time", tried, self.size
+            )
             if images.device.type == "cuda":
                 torch.cuda.empty_cache()
 
-    def _in_parts(self, backward: Backward, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        size = self.size or len(images)
-        parts = zip(images.split(size), labels.split(size), strict=True)
-        losses, correct = zip(*(backward(x, y, len(y) / len(labels)) for x, y in parts), strict=True)
-        return torch.stack(losses).sum(), torch.stack(correct).sum()
 
-
-def out_of_memory(error: RuntimeError) -> bool:
-    """Whether a device's memory ran out: CUDA has a type for it, MPS a message."""
-    return isinstance(error, torch.OutOfMemoryError) or "MPS backend out of memory" in str(error)
+def correct_answers(logits: Tensor, labels: Tensor) -> Tensor:
+    """How many of (B, C) logits are largest at their label, ()."""
+    return (logits.argmax(1) == labels).sum()

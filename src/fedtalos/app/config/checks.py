@@ -28,14 +28,12 @@ USED_BY: dict[str, tuple[Algorithm, ...]] = {
 
 
 def check_together(config: RunConfig) -> None:
-    """InputError where options contradict each other; asked once all of them are in."""
+    """Refuse options that contradict each other, with an InputError; to be called once all of them are in."""
     if isinstance(config, EditingConfig):
         _check_editing(config.editing)
         if config.model.head == "linear":
             raise InputError("--head linear: editing fits heads in closed form; use ridge or ncm, or --checkpoint")
-        if (config.editing.calibration_clients or 0) > config.split.num_clients:
-            asked = f"--calibration_clients {config.editing.calibration_clients}"
-            raise InputError(f"{asked}: there are only {config.split.num_clients} clients; ask for fewer")
+        _check_calibration(config.editing, config.split.num_clients)
         return
     if isinstance(config, FederatedConfig):
         _check_federated(config)
@@ -138,19 +136,28 @@ def _check_privacy(config: FederatedConfig) -> None:
 def _check_editing(options: EditingOptions) -> None:
     if options.criterion not in LOOKS_AT_IMAGES and options.calibration == "federated":
         raise InputError(f"--calibration federated: {options.criterion} looks at no images; leave it out")
-    if options.merge != "scores" and options.calibration == "central":
-        raise InputError(f"--merge {options.merge}: joins masks of clients; give --calibration federated too")
-    if options.calibration_clients is not None and options.calibration == "central":
-        raise InputError("--calibration_clients: says how many clients score; give --calibration federated too")
     if options.fisher == "batch" and options.calibration == "federated":
         raise InputError(
             "--fisher batch: squares sums over batches, which clients do not share; leave out --calibration"
         )
-    if options.merge != "vote" and options.quorum != EditingOptions.model_fields["quorum"].default:
-        raise InputError(f"--quorum {options.quorum:g}: counts for --merge vote only; give both, or neither")
-    if options.personal_masks and options.merge == "scores":
-        raise InputError("--personal_masks: clients make masks of their own only with --merge union, vote or the like")
     if options.fisher_samples > 1 and options.fisher != "true":
         raise InputError(
             f"--fisher_samples {options.fisher_samples}: --fisher {options.fisher} draws one label or none"
+        )
+
+
+def _check_calibration(options: EditingOptions, clients: int) -> None:
+    for name in ("calibration_clients", "calibration_client"):
+        if getattr(options, name) is not None and options.calibration == "central":
+            raise InputError(f"--{name}: says which clients score; give --calibration federated too")
+    if options.calibration_clients is not None and options.calibration_client is not None:
+        raise InputError("--calibration_client and --calibration_clients both say who scores; give one of them")
+    if options.calibration_clients is not None and options.calibration_clients > clients:
+        raise InputError(
+            f"--calibration_clients {options.calibration_clients}: there are only {clients} clients; ask for fewer"
+        )
+    if options.calibration_client is not None and options.calibration_client >= clients:
+        raise InputError(
+            f"--calibration_client {options.calibration_client}: the {clients} clients are 0 to {clients - 1}; "
+            "choose one of these"
         )

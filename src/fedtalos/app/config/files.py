@@ -1,4 +1,4 @@
-"""From YAML files and presets to a config: flat option names in, checked config out, and back."""
+"""Options in YAML: config files and presets to a checked config, and back."""
 
 import difflib
 import math
@@ -9,7 +9,8 @@ from typing import Any, TypeVar
 import yaml
 from pydantic import BaseModel
 
-from fedtalos.app.config.schema import RUN_CONFIGS, Config, Options
+from fedtalos.app.config.options import Options
+from fedtalos.app.config.schema import RUN_CONFIGS, Config
 from fedtalos.errors import InputError, shown
 
 NOT_IN_FILES = {"config", "preset", "resume"}
@@ -20,8 +21,16 @@ LARGEST = 100_000
 """Of a YAML file: bytes, and values when every alias is written out."""
 
 
+class FileError(InputError):
+    """A bad option of a file or preset: the message names a key there, not a flag."""
+
+
 def groups(config_type: type[BaseModel]) -> dict[str, str | None]:
-    """Knob -> the group that holds it (None: the command's own), for one command."""
+    """Map each option of a command to the group that holds it; None stands for the command's own options.
+
+    >>> groups(CentralizedConfig)["batch_size"]
+    'train'
+    """
     found: dict[str, str | None] = {}
     for name, field in config_type.model_fields.items():
         if isinstance(field.default, Options):
@@ -32,7 +41,11 @@ def groups(config_type: type[BaseModel]) -> dict[str, str | None]:
 
 
 def flatten(config: BaseModel) -> dict[str, Any]:
-    """All knobs of a config as plain YAML values by flat name."""
+    """All options of a config by name, as plain YAML values.
+
+    >>> flatten(FederatedConfig())["num_clients"]
+    100
+    """
     flat: dict[str, Any] = {}
     for name, value in config.model_dump(mode="json").items():
         flat |= value if isinstance(getattr(config, name), Options) else {name: value}
@@ -40,26 +53,29 @@ def flatten(config: BaseModel) -> dict[str, Any]:
 
 
 def override(config: ConfigT, values: Mapping[str, Any], source: str) -> ConfigT:
-    """``config`` with ``values`` (flat names) in place of its own.
+    """Copy ``config`` with ``values``, by option name, in place of its own.
 
-    Raises InputError, naming ``source`` and the knob, for unknown knobs and values outside their limits.
+    Raises FileError, which names ``source`` and the option, for unknown options and values outside their limits.
+
+    >>> override(FederatedConfig(), {"num_rounds": 20}, "mine.yaml").federation.num_rounds
+    20
     """
     where = groups(type(config))
     nested: dict[str, Any] = {name: getattr(config, name) for name in type(config).model_fields}
     nested = {name: value.model_dump() if isinstance(value, Options) else value for name, value in nested.items()}
     for key, value in values.items():
         if key not in where:
-            raise InputError(f"{source}: unknown option {shown(key)}{nearest(key, where)}")
+            raise FileError(f"{source}: unknown option {shown(key)}{nearest(key, where)}")
         group = where[key]
         (nested if group is None else nested[group])[key] = value
     try:
         return type(config)(**nested)
     except InputError as error:
-        raise InputError(f"{source}: {error}") from error
+        raise FileError(f"{source}: {error}") from error
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
-    """A YAML mapping; InputError where it is missing or is something else."""
+    """Read a YAML mapping; InputError where it is missing or is something else."""
     try:
         with path.open("rb") as file:
             content = _parsed(file.read(LARGEST + 1))
@@ -81,7 +97,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
 
 
 def _parsed(content: bytes) -> object:
-    """What a YAML file says. ValueError where it is long, or short and stands for a lot: aliases of aliases double."""
+    """Parse a YAML file. ValueError where it is long, or short and stands for a lot: aliases of aliases double."""
     if len(content) > LARGEST:
         raise ValueError(f"more than {LARGEST} bytes")
     loader = yaml.SafeLoader(content.decode())
@@ -93,7 +109,7 @@ def _parsed(content: bytes) -> object:
 
 
 def _values(node: yaml.Node | None, counted: dict[int, float]) -> float:
-    """How many values a node stands for; inf where it holds itself."""
+    """Count the values that a node stands for; inf where it holds itself."""
     if not isinstance(node, yaml.CollectionNode):
         return 1
     if id(node) not in counted:
@@ -104,13 +120,17 @@ def _values(node: yaml.Node | None, counted: dict[int, float]) -> float:
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """' Did you mean ...?' or nothing."""
+    """Suggest the known name that is most alike, as the end of a sentence, or nothing.
+
+    >>> nearest("num_clents", ["num_clients", "num_rounds"])
+    "; did you mean 'num_clients'?"
+    """
     close = difflib.get_close_matches(name, list(known), n=1)
     return f"; did you mean {close[0]!r}?" if close else ""
 
 
 def from_file(path: Path, command: str) -> dict[str, Any]:
-    """The options that a config file gives to a command.
+    """Read the options that a config file gives to a command.
 
     A file may serve several commands, so options of the other commands are passed over; options of none are refused.
     A run's own config.yaml can be given: its `made_by` section and the run's name are passed over.
@@ -120,13 +140,16 @@ def from_file(path: Path, command: str) -> dict[str, Any]:
     every = {key for config_type in RUN_CONFIGS.values() for key in groups(config_type)}
     for key in values:
         if key not in every | {"command", "made_by"}:
-            raise InputError(f"{path}: unknown option {shown(key)}{nearest(key, every)}")
+            raise FileError(f"{path}: unknown option {shown(key)}{nearest(key, every)}")
     passed_over = NOT_IN_FILES | ({"run_name"} if "made_by" in values else set())
     return {key: value for key, value in values.items() if key in mine and key not in passed_over}
 
 
 def named_entry(what: str, name: str) -> tuple[dict[str, Any], str]:
-    """The entry ``name`` of the file of presets and grids, and how errors call it; ``what`` of both is looked for."""
+    """Read one entry of the file of presets and grids; also returns the name that errors call it by.
+
+    ``what`` says which of the two is looked for, "preset" or "grid".
+    """
     path = PRESETS if PRESETS.exists() else Path(__file__).parents[4] / PRESETS
     entries = read_yaml(path)
     if name not in entries:
@@ -137,7 +160,7 @@ def named_entry(what: str, name: str) -> tuple[dict[str, Any], str]:
 
 
 def from_preset(name: str, command: str) -> dict[str, Any]:
-    """The options of a named preset, which must be one for ``command``."""
+    """Read the options of a named preset, which must be one for ``command``."""
     values, source = named_entry("preset", name)
     if "grid" in values:
         raise InputError(f"preset {name!r} is a grid of many runs: `fedtalos sweep {name}` runs them")
@@ -149,5 +172,5 @@ def from_preset(name: str, command: str) -> dict[str, Any]:
     mine = groups(RUN_CONFIGS[command]).keys() - NOT_IN_FILES
     for key in values:
         if key not in mine:
-            raise InputError(f"{source}: unknown option {shown(key)}{nearest(str(key), mine)}")
+            raise FileError(f"{source}: unknown option {shown(key)}{nearest(str(key), mine)}")
     return values

@@ -1,31 +1,25 @@
-"""Every knob, its default and its limits: the only schema, read from YAML, presets and flags alike.
+"""Every option of the training commands, its default and its limits: one schema for YAML, presets and flags.
 
-Groups below become the groups of the help; flags and YAML keys are the flat field names.
+A group below is a group of the help, with its docstring as heading; flags and YAML keys are the plain field names.
 """
 
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, Self, get_args
+from typing import Annotated, ClassVar, Literal
 
 import tyro
-from pydantic import (
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    ModelWrapValidatorHandler,
-    ValidationError,
-    model_validator,
-)
+from pydantic import BeforeValidator, Field
 
-from fedtalos.data.batches import Augmentation
+from fedtalos.app.config.options import EVERYDAY, Options, unset
 from fedtalos.data.dataset_loader import DatasetName
-from fedtalos.errors import InputError, shown
+from fedtalos.data.view import Augmentation
 from fedtalos.models.vision_transformer import ModelSize
+from fedtalos.training.editing.eligible import Eligible
 from fedtalos.training.editing.fisher import FisherMode
-from fedtalos.training.editing.mask_file import JoinRule
-from fedtalos.training.editing.talos import Criterion, Eligible, Granularity
+from fedtalos.training.editing.ranking import Granularity
+from fedtalos.training.editing.talos import Criterion
 from fedtalos.training.federated.aggregation import Rule
 from fedtalos.training.federated.fedavg import OnBadClient
+from fedtalos.training.federated.partition import Scheme
 from fedtalos.training.federated.transforms import Attack
 
 Algorithm = Literal["fedavg", "fedprox", "fedavgm", "fedadagrad", "fedadam", "fedyogi", "scaffold", "fednova"]
@@ -34,282 +28,293 @@ ADJUST_GRADIENTS: tuple[Algorithm, ...] = ("fedprox", "scaffold")
 LOOKS_AT_IMAGES: tuple[Criterion, ...] = ("least_sensitive", "most_sensitive")
 
 
-def unset(metavar: str, default: str) -> object:
-    """How the help shows a knob whose default is worked out, or none."""
-    return tyro.conf.arg(metavar=metavar, help_behavior_hint=f"(default: {default})")
-
-
-class Options(BaseModel):
-    """A group of knobs; unknown keys, and values outside their limits, are InputErrors of one sentence."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
-
-    @model_validator(mode="wrap")
-    @classmethod
-    def _one_sentence(cls, values: Any, handler: ModelWrapValidatorHandler[Self]) -> Self:
-        for name, value in values.items() if isinstance(values, dict) else ():
-            expected = cls.model_fields[name].annotation if name in cls.model_fields else bool
-            if isinstance(value, bool) and expected is not bool and str(value).lower() not in get_args(expected):
-                raise InputError(f"{name}: expected no yes or no, got {str(value).lower()}")  # True would count as 1
-        try:
-            options = handler(values)
-        except ValidationError as error:
-            raise InputError(sentence(error)) from error
-        for name, value in options:
-            if isinstance(value, int) and abs(value) >= 2**63:
-                raise InputError(f"{name}: expected a number below 2**63, got {shown(value)}")
-            if isinstance(value, float) and abs(value) > 1e15:  # float32 has no room for products of larger ones
-                raise InputError(f"{name}: expected a number up to 1e15, got {shown(value)}")
-            if isinstance(value, str | Path) and "\0" in str(value):
-                raise InputError(f"{name}: expected text without NUL characters, got {shown(str(value))}")
-        return options
-
-
-def sentence(error: ValidationError) -> str:
-    """The first thing wrong, in one sentence with the knob's name."""
-    first = error.errors()[0]
-    knob = str(first["loc"][-1])
-    return f"{knob}: {first['msg'][0].lower()}{first['msg'][1:]}, got {shown(first['input'])}"
-
-
 class RunOptions(Options):
-    """Where the run happens and where it is written."""
+    """The run: its name, folders, seed and device."""
 
-    config: Annotated[Path | None, unset("FILE", "none")] = Field(
-        None, description="YAML file of options; the preset and flags beat it"
+    config: Annotated[Path | None, EVERYDAY, unset("FILE", "none")] = Field(
+        None, description="YAML file of options; --preset and flags beat it"
     )
-    preset: Annotated[str | None, unset("NAME", "none")] = Field(
-        None, description="entry of configs/experiment_configs.yaml; flags beat it"
+    preset: Annotated[str | None, EVERYDAY, unset("NAME", "none")] = Field(
+        None, description="named options of configs/experiment_configs.yaml; flags beat them"
     )
-    run_name: Annotated[str | None, unset("NAME", "command and time")] = Field(
-        None, description="folder name under results/"
+    run_name: Annotated[str | None, EVERYDAY, unset("NAME", "command and time")] = Field(
+        None, description="name of the run, and of its folders"
     )
-    resume: bool = Field(False, description="go on with --run_name, else with the newest unfinished run")
-    output_dir: Path = Field(Path(), description="holds results/ checkpoints/ masks/ plots/")
-    seed: int = Field(0, ge=0, description="source of every random draw")
-    device: Literal["auto", "mps", "cuda", "cpu"] = Field("auto", description="auto: mps, then cuda, then cpu")
+    resume: Annotated[bool, EVERYDAY] = Field(
+        False, description="continue the run called --run_name, or else the newest unfinished one"
+    )
+    output_dir: Annotated[Path, EVERYDAY] = Field(
+        Path(), description="folder for results/, checkpoints/, masks/ and plots/"
+    )
+    seed: Annotated[int, EVERYDAY] = Field(0, ge=0, description="seed of the random draws")
+    device: Annotated[Literal["auto", "mps", "cuda", "cpu"], EVERYDAY] = Field(
+        "auto", description="where to compute; auto takes the first of mps, cuda and cpu that is there"
+    )
     precision: Literal["auto", "fp32", "bf16"] = Field(
-        "auto", description="auto: bf16 where it is faster here, measured"
+        "auto", description="arithmetic; auto: bf16 on CUDA cards of the Ampere generation or later, fp32 elsewhere"
     )
     threads: Annotated[int | None, unset("N", "all cores, shared among the workers")] = Field(
-        None, ge=1, le=1024, description="CPU threads of each process; results differ in their last bits with it"
+        None, ge=1, le=1024, description="CPU threads of each process; another number changes the last bits of results"
     )
-    tracker: Literal["none", "tensorboard", "wandb"] = Field("none", description="also log there")
+    tracker: Literal["none", "tensorboard", "wandb"] = Field(
+        "none", description="service to log to, beside metrics.csv"
+    )
 
 
 class DataOptions(Options):
-    """Which images."""
+    """Images: the data set, and what is held out of it."""
 
-    dataset: DatasetName = Field("cifar100", description="digits needs no download; folder: class folders in data_dir")
-    data_dir: Path = Field(Path("data"), description="where the data set is, or is downloaded to")
-    val_fraction: float = Field(0.1, gt=0, lt=1, description="share of training images held out for validation")
-    split_seed: int = Field(0, ge=0, description="draws validation and calibration images, the same for every seed")
-    calibration_fraction: float = Field(
-        0.02, ge=0, lt=1, description="share of the others held out to calibrate masks on"
+    dataset: Annotated[DatasetName, EVERYDAY] = Field(
+        "cifar100", description="cifar100, cifar10, digits (needs no download) or folder (a folder of images per class)"
     )
-    train_skip: int = Field(0, ge=0, description="leave out the first n training images")
+    data_dir: Annotated[Path, EVERYDAY] = Field(Path("data"), description="where the data set is, or is downloaded to")
+    val_fraction: float = Field(0.1, gt=0, lt=1, description="share of the training images held out for validation")
+    split_seed: int = Field(
+        0, ge=0, description="seed that draws the validation and calibration images, apart from --seed"
+    )
+    calibration_fraction: float = Field(
+        0.02, ge=0, lt=1, description="share of the other training images held out to calibrate masks and heads on"
+    )
+    train_skip: int = Field(0, ge=0, description="leave out the first N training images")
     train_limit: Annotated[int | None, unset("N", "all")] = Field(
-        None, ge=1, description="use only the first n training images, for trials"
+        None, ge=1, description="train on the first N training images only, for quick trials"
     )
     eval_limit: Annotated[int | None, unset("N", "all")] = Field(
-        None, ge=1, description="use only n validation and n test images, for trials"
+        None, ge=1, description="evaluate on N validation and N test images only, for quick trials"
     )
-    eval_batch_size: int = Field(250, ge=1, description="images per forward pass without gradients")
+    eval_batch_size: int = Field(250, ge=1, description="images per forward pass that needs no gradients")
     cache_gb: float = Field(
-        1.0,
-        ge=0,
-        description="memory, of each process, for what frozen blocks make of plain images; else a file",
+        1.0, ge=0, description="GB of memory, in each process, for features of frozen blocks; a file takes the rest"
     )
 
 
 class ModelOptions(Options):
-    """Which Vision Transformer, and from which weights it starts."""
+    """Model: a Vision Transformer, and the weights it starts from."""
 
-    model_size: Annotated[ModelSize | None, unset("{micro,tiny,small,base,large}", "as the weights; small")] = Field(
-        None, description="parameters: 0.7, 5.7, 22, 86, 303 million"
+    model_size: Annotated[ModelSize | None, EVERYDAY, unset("SIZE", "that of the weights, else small")] = Field(
+        None, description="micro, tiny, small, base or large: 0.7, 5.7, 22, 86 or 303 million parameters"
     )
-    weights: str = Field(
+    weights: Annotated[str, EVERYDAY, tyro.conf.arg(metavar="NAME|FILE")] = Field(
         "pretrained",
-        description="none, pretrained, dino, a timm ViT's NAME, hf:OWNER/REPO[/FILE], a FILE, a checkpoint, or "
-        "timm:NAME or torch:NAME (docs/backbones.md)",
+        description="pretrained (ImageNet), dino, none (from scratch), a file, a checkpoint, a timm ViT's name, "
+        "hf:OWNER/REPO[/FILE], timm:NAME or torch:NAME (docs/backbones.md)",
     )
-    image_size: Annotated[int | None, unset("PX", "as the weights had; 32 for none")] = Field(
-        None, ge=1, le=4096, description="pixels a side"
+    image_size: Annotated[int | None, EVERYDAY, unset("PX", "that of the weights; 32 from scratch")] = Field(
+        None, ge=1, le=4096, description="width and height of the images, in pixels"
     )
-    patch_size: Annotated[int | None, unset("PX", "as the weights had; 4 for none")] = Field(
-        None, ge=1, description="pixels a patch side"
+    patch_size: Annotated[int | None, unset("PX", "that of the weights; 4 from scratch")] = Field(
+        None, ge=1, description="width and height of a patch, in pixels"
     )
     normalisation: Literal["auto", "imagenet", "half"] = Field(
-        "auto", description="pixel mean and std; auto: as the weights say; half: 0.5"
+        "auto", description="mean and deviation of pixels; auto: those of the weights; half: 0.5 and 0.5"
     )
-    head: str = Field(
+    head: Annotated[str, EVERYDAY, tyro.conf.arg(metavar="NAME|FILE")] = Field(
         "auto",
-        description="weights (their own), random, fitted first (ridge, ncm: closed form; linear: trained) or a head "
-        "FILE; auto: their own where it fits the classes, else random, in editing ridge",
+        description="classifier to start with: weights (their own), random, ridge or ncm (closed form), linear "
+        "(trained first) or a head file; auto: the weights' own if it fits, else random (in editing ridge)",
     )
 
 
 class TrainOptions(Options):
-    """What moves, and how."""
+    """Training: what may move, and the optimiser."""
 
-    trainable: Literal["all", "head", "blocks"] = Field("all", description="what may move (without a mask)")
-    freeze_head: bool = Field(False, description="keep the head as it starts")
-    head_rounds: Annotated[int | None, unset("N", "100 rounds, 10 epochs")] = Field(
-        None, ge=1, description="of head linear: rounds, or epochs in centralized, of the head alone before the run"
+    mask: Annotated[Path | None, EVERYDAY, unset("FILE", "none")] = Field(
+        None, description="mask file: only its entries may move, and a new head"
     )
-    head_learning_rate: Annotated[float | None, unset("FLOAT", "0.1")] = Field(
-        None, gt=0, description="of head linear: its peak (sgd, on the schedule of the run)"
+    force_mask: bool = Field(False, description="accept a mask that was made on other weights")
+    mask_mode: Literal["finetune", "prune"] = Field(
+        "finetune", description="frozen entries keep their values (finetune), or become 0 (prune)"
     )
-    mask: Annotated[Path | None, unset("FILE", "none")] = Field(
-        None, description="only its True entries move (and a new head)"
-    )
-    force_mask: bool = Field(False, description="use a mask that was made on other weights, too")
-    mask_mode: Literal["finetune", "prune"] = Field("finetune", description="frozen entries keep their value, or are 0")
-    optimizer: Literal["sgd", "adamw"] = Field("adamw", description="update rule on each client, or of the epoch")
-    learning_rate: Annotated[float | None, unset("FLOAT", "1e-4; with a mask or weights none 1e-3")] = Field(
-        None, gt=0, description="peak; sgd takes ten times adamw's default"
-    )
-    momentum: float = Field(0.9, ge=0, lt=1, description="of sgd")
-    weight_decay: float = Field(0.01, ge=0, description="decoupled for adamw, L2 for sgd")
-    batch_size: int = Field(64, ge=1, description="images per step")
+    trainable: Literal["all", "head", "blocks"] = Field("all", description="part that may move where there is no mask")
+    freeze_head: Annotated[bool, EVERYDAY] = Field(False, description="keep the head as it starts")
+    optimizer: Annotated[Literal["sgd", "adamw"], EVERYDAY] = Field("adamw", description="optimiser: adamw or sgd")
+    learning_rate: Annotated[
+        float | None,
+        EVERYDAY,
+        unset("X", "1e-4; 1e-3 with a mask or from scratch; ten times that for sgd"),
+    ] = Field(None, gt=0, description="peak learning rate")
+    momentum: float = Field(0.9, ge=0, lt=1, description="momentum of sgd")
+    weight_decay: float = Field(0.01, ge=0, description="weight decay: decoupled in adamw, L2 in sgd")
+    batch_size: Annotated[int, EVERYDAY] = Field(64, ge=1, description="images per step")
     augmentation: Literal["auto"] | Augmentation = Field(
-        "auto", description="auto: crop_flip; none for digits, and where only the head moves"
+        "auto", description="random changes of images; auto: crop_flip, none for digits or where only the head moves"
     )
-    clip_norm: float | None = Field(1.0, gt=0, description="gradient norm of what moves at most this, or None")
-    schedule: Literal["constant", "cosine", "step"] = Field("cosine", description="of the learning rate")
-    warmup: int = Field(0, ge=0, description="epochs or rounds of linear warm-up")
-    step_every: int = Field(30, ge=1, description="epochs or rounds between steps of the step schedule")
-    step_gamma: float = Field(0.1, gt=0, le=1, description="factor of each step")
+    clip_norm: float | None = Field(
+        1.0, gt=0, description="largest norm of a gradient, over the entries that move; None: no clipping"
+    )
+    schedule: Literal["constant", "cosine", "step"] = Field(
+        "cosine", description="course of the learning rate over the run"
+    )
+    warmup: int = Field(0, ge=0, description="epochs or rounds over which the learning rate first rises")
+    step_every: int = Field(30, ge=1, description="schedule step: epochs or rounds between two steps")
+    step_gamma: float = Field(0.1, gt=0, le=1, description="schedule step: factor on the learning rate at each step")
     eval_every: Annotated[int | None, unset("N", "1 epoch, 10 rounds")] = Field(
-        None, ge=1, description="epochs or rounds between validations and checkpoints"
+        None, ge=1, description="epochs or rounds from one validation and checkpoint to the next"
+    )
+    head_rounds: Annotated[int | None, unset("N", "100 rounds, 10 epochs")] = Field(
+        None, ge=1, description="head linear: rounds (centralized: epochs) that train the head alone, before the run"
+    )
+    head_learning_rate: Annotated[float | None, unset("X", "0.1")] = Field(
+        None, gt=0, description="head linear: peak learning rate while it is trained alone, by SGD"
     )
 
 
 class SplitOptions(Options):
-    """Who holds which training images."""
+    """Clients: how many, and the training images that each holds."""
 
-    num_clients: int = Field(100, ge=1, description="K, clients that hold the training images")
-    partition: Literal["iid", "label_skew", "dirichlet", "quantity"] = Field("iid", description="how images are split")
-    classes_per_client: int = Field(5, ge=1, description="Nc, of label_skew")
-    alpha: float = Field(0.3, gt=0, description="concentration of dirichlet and quantity; smaller: more skew")
-    min_client_size: int = Field(10, ge=1, description="fewest images of a client under dirichlet and quantity")
+    num_clients: Annotated[int, EVERYDAY] = Field(100, ge=1, description="K, number of clients")
+    partition: Annotated[Scheme, EVERYDAY] = Field(
+        "iid",
+        description="how the images are shared out: alike (iid), few classes each (label_skew), unequal shares of each "
+        "class (dirichlet) or unequal numbers (quantity)",
+    )
+    classes_per_client: Annotated[int, EVERYDAY] = Field(
+        5, ge=1, description="label_skew: Nc, number of classes that each client holds"
+    )
+    alpha: Annotated[float, EVERYDAY] = Field(
+        0.3, gt=0, description="dirichlet, quantity: concentration; smaller is more unequal"
+    )
+    min_client_size: int = Field(10, ge=1, description="dirichlet, quantity: fewest images that a client holds")
 
 
 class FederationOptions(Options):
-    """Rounds."""
+    """Rounds of federated averaging."""
 
-    num_rounds: int = Field(100, ge=1, description="aggregations")
-    client_fraction: float = Field(0.1, gt=0, le=1, description="C, share of clients sampled each round")
-    local_steps: int = Field(4, ge=1, description="J, optimiser steps per client and round")
-    local_epochs: Annotated[int | None, unset("N", "none")] = Field(
-        None, ge=1, description="passes over the client's images, instead of local_steps"
+    num_rounds: Annotated[int, EVERYDAY] = Field(100, ge=1, description="number of rounds")
+    client_fraction: Annotated[float, EVERYDAY] = Field(
+        0.1, gt=0, le=1, description="C, share of the clients that train in a round"
     )
-    clients_at_once: Annotated[int | None, unset("V", "1; on cuda what is fastest")] = Field(
-        None, ge=1, description="clients of a round that train together; same results up to rounding"
+    local_steps: Annotated[int, EVERYDAY] = Field(4, ge=1, description="J, optimiser steps of each client in a round")
+    local_epochs: Annotated[int | None, unset("N", "none")] = Field(
+        None, ge=1, description="passes of each client over its own images in a round, instead of --local_steps"
+    )
+    clients_at_once: Annotated[int | None, unset("V", "1; on cuda by sizes")] = Field(
+        None, ge=1, description="clients that train together in one stack: the same results up to rounding"
     )
     workers: int = Field(
-        1,
-        ge=1,
-        le=1024,
-        description="processes that share a round's clients, each with its part of the cores, or a GPU",
+        1, ge=1, le=1024, description="processes that share a round's clients, each with its part of cores or its GPU"
     )
 
 
 class AlgorithmOptions(Options):
-    """What clients and server do, where it is more than FedAvg."""
+    """Algorithm: FedAvg, or one that goes beyond it."""
 
-    algorithm: Algorithm = Field("fedavg", description="docs/method.md has their formulas")
-    prox_mu: float = Field(0.01, ge=0, description="of fedprox: pull of a client towards the global values")
-    server_learning_rate: Annotated[float | None, unset("FLOAT", "1; of the adaptive ones 1e-3")] = Field(
-        None, gt=0, description="of fedavgm, scaffold and the adaptive ones: fedadagrad, fedadam, fedyogi"
+    algorithm: Annotated[Algorithm, EVERYDAY] = Field(
+        "fedavg", description="what clients and server do; docs/method.md has the formulas"
     )
-    server_momentum: Annotated[float | None, unset("FLOAT", "0.9; of fedadagrad 0")] = Field(
-        None, ge=0, lt=1, description="of fedavgm; beta1 of the adaptive ones"
+    prox_mu: float = Field(0.01, ge=0, description="fedprox: pull of each client towards the global model")
+    server_learning_rate: Annotated[float | None, unset("X", "1e-3 for fedadagrad, fedadam and fedyogi, else 1")] = (
+        Field(None, gt=0, description="server's learning rate, of all but fedavg, fedprox and fednova")
     )
-    server_beta2: float = Field(0.99, ge=0, lt=1, description="of fedadam and fedyogi: memory of squared updates")
-    server_tau: float = Field(1e-3, gt=0, description="of the adaptive ones: updates far below it are not scaled up")
+    server_momentum: Annotated[float | None, unset("X", "0.9; 0 for fedadagrad")] = Field(
+        None, ge=0, lt=1, description="fedavgm: server's momentum; fedadagrad, fedadam, fedyogi: beta1"
+    )
+    server_beta2: float = Field(0.99, ge=0, lt=1, description="fedadam, fedyogi: memory of squared updates")
+    server_tau: float = Field(
+        1e-3, gt=0, description="fedadagrad, fedadam, fedyogi: updates far below it are not scaled up"
+    )
 
 
 class AggregationOptions(Options):
-    """What the server makes of the clients' updates, where it trusts them less, or is to tell less of them."""
+    """Aggregation: robust against attackers, or private (docs/robustness.md)."""
 
-    aggregation: Literal["mean"] | Rule = Field("mean", description="of the clients' values; docs/robustness.md")
-    byzantine: int = Field(1, ge=0, description="f, attackers in a round that trimmed_mean and the krums withstand")
-    max_update_norm: Annotated[float | None, unset("FLOAT", "none")] = Field(
-        None, gt=0, description="S, scale longer updates down to this 2-norm"
+    aggregation: Literal["mean"] | Rule = Field(
+        "mean", description="how the server joins updates; all but mean withstand attackers"
+    )
+    byzantine: int = Field(1, ge=0, description="trimmed_mean, krum, multi_krum: f, attackers in a round to withstand")
+    max_update_norm: Annotated[float | None, unset("X", "none")] = Field(
+        None, gt=0, description="S, largest 2-norm of an update; longer ones are scaled down"
     )
     attack: Literal["none"] | Attack = Field(
-        "none", description="to try: attackers send -1, -100, NaN times the update"
+        "none", description="simulated attack: attackers send -1, -100 or NaN times their update"
     )
-    attackers: int = Field(0, ge=0, description="clients of K that attack, drawn")
-    dp_noise: Annotated[float | None, unset("FLOAT", "none")] = Field(
-        None, gt=0, description="z, Gaussian noise of deviation z S on the sum of updates: differential privacy"
+    attackers: int = Field(0, ge=0, description="number of clients that attack, drawn at random")
+    dp_noise: Annotated[float | None, unset("X", "none")] = Field(
+        None, gt=0, description="differential privacy: z, for Gaussian noise of deviation z S on the sum of updates"
     )
-    dp_delta: float = Field(1e-5, gt=0, lt=1, description="delta for which epsilon is given; well below 1 / K")
+    dp_delta: float = Field(
+        1e-5, gt=0, lt=1, description="differential privacy: delta of the reported epsilon; well below 1/K"
+    )
 
 
 class FailureOptions(Options):
-    """Clients that fail: what to do then, and some to try it with."""
+    """Failures: clients that diverge, drop out or come late."""
 
     on_bad_client: OnBadClient = Field(
-        "stop", description="where a client's training or update is not finite: stop, or leave it out of the round"
+        "stop", description="what to do when a client diverges: stop the run, or leave it out of the round"
     )
-    dropout_rate: float = Field(0.0, ge=0, lt=1, description="chance that a sampled client sends nothing, drawn")
+    dropout_rate: float = Field(0.0, ge=0, lt=1, description="chance that a client of a round sends nothing back")
     slowest: float = Field(
-        1.0, ge=1, le=1e6, description="a client's step takes 1 to this many times the fastest's, drawn once"
+        1.0,
+        ge=1,
+        le=1e6,
+        description="how slow clients may be: a step takes 1 to X times the fastest client's, drawn once",
     )
     deadline: Annotated[float | None, unset("STEPS", "none")] = Field(
-        None, gt=0, description="steps of the fastest client, after which a round waits for nobody"
+        None, gt=0, description="when a round stops waiting for clients, in steps of the fastest one"
     )
 
 
 class PersonalOptions(Options):
-    """How each client fares with the final model, at the end."""
+    """Clients one by one: the final model tested, and fine-tuned, for each."""
 
-    client_evaluation: bool = Field(False, description="test accuracy by client, weighted by the classes it holds")
-    personalise_steps: int = Field(0, ge=0, description="fine-tune for each client so many steps, and test again")
+    client_evaluation: bool = Field(
+        False, description="report test accuracy by client, weighted by the classes it holds"
+    )
+    personalise_steps: int = Field(
+        0, ge=0, description="fine-tune the final model for each client by N steps, and test again"
+    )
     personalise_clients: Annotated[int | None, unset("M", "all")] = Field(
-        None, ge=1, description="personalise for only so many clients, drawn"
+        None, ge=1, description="personalise for M clients only, drawn at random"
     )
 
 
 class EditingOptions(Options):
-    """How the mask is made."""
+    """Mask: which entries may move, and how they are chosen."""
 
-    checkpoint: Annotated[Path | None, unset("RUN|FILE", "the --weights")] = Field(
-        None, description="run or file under checkpoints/ to edit, with its head"
+    checkpoint: Annotated[Path | None, EVERYDAY, unset("RUN|FILE", "start from --weights")] = Field(
+        None, description="trained run, or file under checkpoints/, to edit with its head"
     )
-    target_sparsity: float = Field(0.9, ge=0, lt=1, description="share of eligible entries that stay frozen")
-    num_iterations: int = Field(4, ge=1, description="R, rounds of scoring and excluding")
-    criterion: Criterion = Field("least_sensitive", description="which entries may move")
-    eligible: Eligible = Field("blocks", description="entries to choose from: all in the blocks, or only these")
-    granularity: Granularity = Field("entry", description="what stays or goes together; coarser saves more time")
-    soft_zero: float = Field(0.01, gt=0, le=1, description="factor on excluded entries while scoring (never 0)")
+    target_sparsity: Annotated[float, EVERYDAY] = Field(
+        0.9, ge=0, lt=1, description="share of the eligible entries that stay frozen"
+    )
+    num_iterations: Annotated[int, EVERYDAY] = Field(4, ge=1, description="R, rounds of scoring and excluding")
+    criterion: Annotated[
+        Criterion,
+        EVERYDAY,
+        tyro.conf.arg(constructor=str, metavar="NAME"),
+        BeforeValidator(lambda value: "least_sensitive" if value == "talos" else value),
+    ] = Field("least_sensitive", description="entries that may move; least_sensitive is TaLoS, and talos works too")
+    eligible: Eligible = Field(
+        "blocks", description="entries to choose among: all in the blocks, attention's, its q and k, or biases"
+    )
+    granularity: Granularity = Field("entry", description="what moves or freezes together; coarser trains faster")
+    soft_zero: float = Field(0.01, gt=0, le=1, description="factor on excluded entries while the others are scored")
     fisher: Annotated[FisherMode, BeforeValidator(lambda value: "true" if value is True else value)] = Field(  # YAML
-        "true", description="labels: drawn, all by probability, as given; batch: a common error, to compare"
+        "true",
+        description="labels of the scores: drawn from the model (true), every class by its probability (exact), the "
+        "data's (empirical); batch: summed gradients squared, a common error, to compare",
     )
-    fisher_samples: int = Field(1, ge=1, description="labels drawn per image, of true")
-    fisher_chunk: Annotated[int | None, unset("N", "as fits; at most 16 on cpu")] = Field(
-        None, ge=1, description="examples per backward pass of the scores"
+    fisher_samples: int = Field(1, ge=1, description="fisher true: labels drawn per image")
+    fisher_chunk: Annotated[int | None, unset("N", "as fits the memory; at most 16 on cpu")] = Field(
+        None, ge=1, description="images per backward pass of the scores"
     )
     calibration_images: int = Field(
-        640, ge=1, description="at most about this many images scored per iteration, in all"
+        640, ge=1, description="about how many images are scored per iteration, at most, by all clients together"
     )
-    calibration: Literal["central", "federated"] = Field(
-        "central", description="the calibration split, or every client's own training images"
+    calibration: Annotated[Literal["central", "federated"], EVERYDAY] = Field(
+        "central", description="images to score: the calibration split, or every client's own training images"
     )
     calibration_clients: Annotated[int | None, unset("N", "all")] = Field(
-        None, ge=1, description="federated: only so many clients score, drawn"
+        None, ge=1, description="calibration federated: only N clients score, drawn at random"
     )
-    merge: Literal["scores"] | JoinRule = Field(
-        "scores", description="federated: the server adds scores, or joins masks that clients made alone"
+    calibration_client: Annotated[int | None, unset("N", "all")] = Field(
+        None, ge=0, description="calibration federated: only client N scores, for a mask of its own"
     )
-    quorum: float = Field(0.5, gt=0, le=1, description="share of clients that must let an entry move, of merge vote")
-    personal_masks: bool = Field(False, description="also write every client's own mask, under masks/RUN/")
 
 
 class Config(Options):
-    """What the three training commands share."""
+    """Options that the three training commands share."""
 
     command: ClassVar[str]
 
@@ -323,26 +328,26 @@ class CentralizedConfig(Config):
 
     command: ClassVar[str] = "centralized"
 
+    num_epochs: Annotated[int, EVERYDAY] = Field(100, ge=1, description="passes over the training images")
     train: TrainOptions = TrainOptions()
-    num_epochs: int = Field(100, ge=1, description="passes over the training images")
 
 
 class FederatedConfig(Config):
-    """Train with federated averaging over clients that keep their images."""
+    """Train by federated averaging over clients that keep their images."""
 
     command: ClassVar[str] = "federated"
 
-    train: TrainOptions = TrainOptions()
-    split: SplitOptions = SplitOptions()
     federation: FederationOptions = FederationOptions()
+    split: SplitOptions = SplitOptions()
     algorithm: AlgorithmOptions = AlgorithmOptions()
+    train: TrainOptions = TrainOptions()
     aggregation: AggregationOptions = AggregationOptions()
     failures: FailureOptions = FailureOptions()
     personal: PersonalOptions = PersonalOptions()
 
 
 class EditingConfig(Config):
-    """Make a TaLoS mask: score weights on calibration images, keep the least sensitive."""
+    """Make a TaLoS mask: score the weights on calibration images, let the least sensitive move."""
 
     command: ClassVar[str] = "editing"
 

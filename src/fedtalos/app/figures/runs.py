@@ -1,12 +1,11 @@
 """Figures of runs and masks from plain data: each function draws one matplotlib Figure.
 
-Cells are one blue from light to dark. Importing this module takes up to a second: import it late.
+Cells are one blue, from light to dark. Importing this module takes up to a second: import it late.
 """
 
 import math
 import textwrap
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -16,44 +15,16 @@ from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
 from matplotlib.lines import Line2D
 
+from fedtalos.app.figures.records import History, Quantity, Row
 from fedtalos.app.figures.style import COLOURS, MOST_LINES, look, megabyte_axis, new_figure, plain, whole_numbers
-from fedtalos.training.editing.mask_file import KINDS, DensityRow
+from fedtalos.training.editing.describe import KINDS, DensityRow
 
 MOST_RUNS = MOST_LINES
-MOST_CLIENTS = 200  # of more, the first: they are drawn alike, and a column of five pixels can still be seen
+MOST_CLIENTS = 200  # the first ones: their columns are five pixels wide, and others would look alike
 
 _GREY = "#555555"
 _CELLS = LinearSegmentedColormap.from_list("blue", ["#C2DBED", "#0072B2", "#00263B"])
-_FEW = 25  # a line of at most so many points marks each of them
-
-
-@dataclass(frozen=True)
-class Row:
-    """One line of a run's metrics: accuracy 0 to 1, megabytes sent both ways since the start; nan where not known."""
-
-    step: int
-    split: str
-    loss: float
-    accuracy: float
-    megabytes: float
-
-
-Quantity = Callable[[Row], float]
-
-
-@dataclass(frozen=True)
-class History:
-    """A run's metrics by ``step_name`` (round or epoch)."""
-
-    name: str
-    step_name: str
-    rows: Sequence[Row]
-
-    def series(self, split: str, x: Quantity, y: Quantity) -> tuple[list[float], list[float]]:
-        """x and y of the rows of one split, in order, without those that lack either number."""
-        pairs = [(x(row), y(row)) for row in self.rows if row.split == split]
-        known = [pair for pair in pairs if np.isfinite(pair).all()]
-        return [a for a, _ in known], [b for _, b in known]
+_FEW = 25  # longer lines do not mark every point
 
 
 def _step(row: Row) -> float:
@@ -65,9 +36,9 @@ def _per_cent(row: Row) -> float:
 
 
 def curves(histories: Sequence[History]) -> Figure:
-    """Accuracy (%) and cross-entropy by round or epoch: train dashed, validation solid, test a marker at the end.
+    """Draw accuracy (%) and cross-entropy by round or epoch: train dashed, validation solid, test a marker at the end.
 
-    Of more than four runs the training lines are left out: they would hide the rest.
+    Beyond four runs the training lines are left out: they would hide the rest.
     """
     splits = ("train", "val", "test") if len(histories) <= 4 else ("val", "test")
     steps = sorted({history.step_name for history in histories}, reverse=True)
@@ -85,7 +56,10 @@ def curves(histories: Sequence[History]) -> Figure:
 
 
 def megabytes(histories: Sequence[History]) -> Figure:
-    """Validation accuracy (%) against megabytes sent, test a marker at the end; log x where totals lie far apart."""
+    """Draw validation accuracy (%) against megabytes sent, test a marker at the end.
+
+    x is on a log scale where the runs' totals lie far apart.
+    """
     figure = new_figure(3.8)
     axes = figure.subplots()
     for index, history in enumerate(histories):
@@ -100,7 +74,7 @@ def megabytes(histories: Sequence[History]) -> Figure:
 
 
 def clients(class_counts: npt.NDArray[np.int64], classes: Sequence[str], title: str) -> Figure:
-    """Images of each class at each client, from counts (K, C); classes are named where there is room."""
+    """Draw how many images of each class each client holds, from counts (K, C); name classes where there is room."""
     num_classes = len(classes)
     figure = new_figure(float(np.clip(1.2 + 0.22 * num_classes, 2.8, 5.0)))
     axes = figure.subplots()
@@ -116,7 +90,7 @@ def clients(class_counts: npt.NDArray[np.int64], classes: Sequence[str], title: 
 
 
 def density(rows: Sequence[DensityRow], title: str) -> Figure:
-    """Share of entries that may move per block and kind of tensor, cells in per cent."""
+    """Draw the share of entries that may move (%) by block and kind of tensor."""
     blocks = sorted({row.block for row in rows})
     kinds = [kind for kind in KINDS if any(row.kind == kind for row in rows)]
     shares = np.full((len(blocks), len(kinds)), np.nan)
@@ -135,7 +109,10 @@ def density(rows: Sequence[DensityRow], title: str) -> Figure:
 
 
 def iterations(report: Mapping[int, Sequence[DensityRow]], name: str) -> Figure:
-    """Share of entries that may move after each iteration, by kind of tensor, from the iterations' density rows."""
+    """Draw the share of entries that may move (%) after each iteration, by kind of tensor.
+
+    ``report`` maps each iteration's number to its density rows.
+    """
     figure = new_figure(3.8)
     axes = figure.subplots()
     numbers = [0, *report]
@@ -157,7 +134,7 @@ def iterations(report: Mapping[int, Sequence[DensityRow]], name: str) -> Figure:
 
 
 def overlap(names: Sequence[str], shares: npt.NDArray[np.float64]) -> Figure:
-    """Intersection over union of every two masks, from a matrix (M, M) of values 0 to 1."""
+    """Draw the intersection over union of every two masks, from a matrix (M, M) of values 0 to 1."""
     figure = new_figure(1.6 + 0.45 * len(names))
     axes = figure.subplots()
     image = axes.imshow(shares, cmap=_CELLS, vmin=0, vmax=1, aspect="auto")
@@ -189,7 +166,7 @@ def _draw_run(axes: Axes, history: History, index: int, splits: Sequence[str], x
 
 
 def _legend_of_splits(axes: Axes) -> None:
-    """What dashes, lines and diamonds mean: the first line of each split, in grey."""
+    """Explain dashes, lines and diamonds: the first line of each split, in grey."""
     first = {str(line.get_label()): line for line in reversed(axes.lines)}
     signs = []
     for split in ("train", "val", "test"):
@@ -202,7 +179,7 @@ def _legend_of_splits(axes: Axes) -> None:
 
 
 def _title(figure: Figure, words: str, histories: Sequence[History]) -> None:
-    """A title, with the run's name; below the axes the runs' colours where there are several."""
+    """Set the title, with the name of a single run; show the colours of several below the axes."""
     labels = [_label(history) for history in histories]
     if len(histories) == 1:
         figure.suptitle(f"{words}\n{labels[0]}", parse_math=False)
@@ -226,7 +203,7 @@ def _label(history: History) -> str:
 
 
 def _annotate(axes: Axes, image: AxesImage, values: npt.NDArray[np.float64], form: str) -> None:
-    """Write each cell's value in black or white, whichever stands out; a cell that is nan stays empty."""
+    """Write each cell's value in black or white, whichever stands out; leave a cell of nan empty."""
     for (row, column), value in np.ndenumerate(values):
         if np.isnan(value):
             continue

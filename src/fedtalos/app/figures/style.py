@@ -1,6 +1,6 @@
-"""How all figures look: size, colours, plain axes, and PNG.
+"""Common look of all figures: size, colours, plain axes, and PNG.
 
-Lines have Okabe and Ito's colours, which colour-blind eyes tell apart. Figures are made as objects: no pyplot, no
+Lines take Okabe and Ito's colours, which colour-blind eyes tell apart. Figures are made as objects: no pyplot, no
 global settings. Importing this module takes up to a second: import it late.
 """
 
@@ -19,29 +19,29 @@ _DPI = 160
 
 
 def new_figure(height: float) -> Figure:
-    """Of all figures' width, ``height`` in inches."""
+    """Make a figure of the common width, ``height`` in inches."""
     return Figure(figsize=(_WIDTH, height), dpi=_DPI, layout="constrained")
 
 
 def plain(axes: Axes) -> None:
-    """A light grid behind what is drawn, and no frame."""
+    """Put a light grid behind the lines, and take the frame away."""
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(color="#DDDDDD", linewidth=0.6)
     axes.set_axisbelow(True)
 
 
 def look(index: int) -> tuple[str, str]:
-    """Colour and marker of the line at a place in the comparison."""
+    """Colour and marker of a comparison's line number ``index``."""
     return COLOURS[index % len(COLOURS)], MARKERS[index // len(COLOURS)]
 
 
 def whole_numbers(most: int) -> MaxNLocator:
-    """At most so many ticks, on whole numbers."""
+    """Place at most ``most`` ticks, on whole numbers."""
     return MaxNLocator(most, integer=True, steps=[1, 2, 5, 10], min_n_ticks=1)
 
 
 def megabyte_axis(axes: Axes, smallest_total: float, largest_total: float, *, narrow: bool = False) -> None:
-    """x in plain megabytes, on a log scale where totals lie far apart; ``narrow`` axes have fewer ticks."""
+    """Show x in plain megabytes, on a log scale where totals lie far apart; ``narrow`` axes have fewer ticks."""
     if largest_total > 4 * smallest_total:
         axes.set_xscale("log", nonpositive="mask")  # a round 0 that sent nothing has no place on it
         axes.xaxis.set_major_locator(
@@ -54,7 +54,7 @@ def megabyte_axis(axes: Axes, smallest_total: float, largest_total: float, *, na
 
 
 def png(figure: Figure) -> bytes:
-    """The figure as PNG; equal figures give equal bytes."""
+    """Render a figure as PNG; equal figures give equal bytes."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", metadata={"Software": None})
     return buffer.getvalue()

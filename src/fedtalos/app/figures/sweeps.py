@@ -1,4 +1,4 @@
-"""Figures of a grid: mean over seeds with a band of a standard deviation, a panel per split, a line per method.
+"""Figures of a grid: mean over seeds in a band of one standard deviation, a panel per split, a line per method.
 
 Importing this module takes up to a second: import it late.
 """
@@ -12,7 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from fedtalos.app.figures.runs import History
+from fedtalos.app.figures.records import History
 from fedtalos.app.figures.style import look, megabyte_axis, new_figure, plain, whole_numbers
 
 PANELS_A_ROW = 3
@@ -20,7 +20,7 @@ PANELS_A_ROW = 3
 
 @dataclass(frozen=True)
 class Line:
-    """What one method did in one panel: its runs' metrics, one per seed, and mean and deviation of their test (%)."""
+    """One method in one panel: its runs' metrics, one per seed, and mean and deviation of their test accuracy (%)."""
 
     panel: str
     method: str
@@ -31,7 +31,7 @@ class Line:
 
 @dataclass(frozen=True)
 class Curve:
-    """Validation accuracy (%) over seeds at the steps that all of them have: mean and sample deviation, (S,) each."""
+    """Validation accuracy (%) at the steps that all seeds have: mean and sample deviation over seeds, (S,) each."""
 
     steps: np.ndarray
     megabytes: np.ndarray
@@ -40,7 +40,7 @@ class Curve:
 
 
 def curve(histories: Sequence[History]) -> Curve:
-    """Mean and deviation over the runs; the deviation of one run is nan."""
+    """Average runs of several seeds; the deviation of one run is nan."""
     runs = [{row.step: row for row in h.rows if row.split == "val" and math.isfinite(row.accuracy)} for h in histories]
     steps = sorted(set.intersection(*(set(run) for run in runs)))
     values = np.array([[100 * run[step].accuracy for step in steps] for run in runs])
@@ -50,7 +50,7 @@ def curve(histories: Sequence[History]) -> Curve:
 
 
 def by_step(lines: Sequence[Line], title: str) -> Figure:
-    """Validation accuracy by round or epoch."""
+    """Draw validation accuracy by round or epoch."""
     names = sorted({history.step_name for line in lines for history in line.histories}, reverse=True)
 
     def step(curve: Curve) -> np.ndarray:
@@ -63,7 +63,7 @@ def by_step(lines: Sequence[Line], title: str) -> Figure:
 
 
 def by_megabytes(lines: Sequence[Line], title: str) -> Figure:
-    """Validation accuracy against megabytes sent, by all clients together."""
+    """Draw validation accuracy against megabytes sent by all clients together."""
 
     def sent(curve: Curve) -> np.ndarray:
         return curve.megabytes
@@ -76,7 +76,7 @@ def by_megabytes(lines: Sequence[Line], title: str) -> Figure:
 
 
 def final(lines: Sequence[Line], title: str) -> Figure:
-    """Test accuracy at the end, with bars of a standard deviation, by panel along x."""
+    """Draw test accuracy at the end with bars of one standard deviation, panels side by side along x."""
     panels, methods = _names(lines)
     figure = new_figure(3.8)
     axes = figure.subplots()
@@ -134,7 +134,7 @@ def _panels(
 
 
 def _names(lines: Sequence[Line]) -> tuple[list[str], list[str]]:
-    """Panels and methods, in the order of the grid."""
+    """List panels and methods in the order of the grid."""
     return list(dict.fromkeys(line.panel for line in lines)), list(dict.fromkeys(line.method for line in lines))
 
 

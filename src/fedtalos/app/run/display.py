@@ -10,9 +10,21 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemaining
 from rich.table import Table
 
 from fedtalos.metrics import Metrics
-from fedtalos.training.editing.mask_file import KINDS, DensityRow
+from fedtalos.training.editing.describe import KINDS, DensityRow
 
 T = TypeVar("T")
+
+
+def say(console: Console, text: str) -> None:
+    """Print ``text`` as it is: not wrapped, so that paths can be copied, not coloured, nothing in it read as markup.
+
+    Characters that a terminal would act on, or cannot show, are spelled out: names in files may come from strangers.
+
+    >>> say(Console(), "plots/mine/accuracy.png")
+    plots/mine/accuracy.png
+    """
+    plain = "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text)
+    console.print(plain, highlight=False, markup=False, soft_wrap=True)
 
 
 class Display:

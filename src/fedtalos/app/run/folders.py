@@ -7,11 +7,15 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+import torch
 from filelock import FileLock, Timeout
+from rich.console import Console
 
 from fedtalos.app.config.files import flatten, read_yaml
 from fedtalos.app.config.schema import RunConfig
-from fedtalos.app.run.recorder import made_by, write_yaml
+from fedtalos.app.run.display import say
+from fedtalos.app.run.interruption import Interrupted
+from fedtalos.app.run.recorder import made_by, require_tracker, write_yaml
 from fedtalos.errors import InputError, shown
 from fedtalos.files import remove_leftovers
 
@@ -60,10 +64,6 @@ class RunPaths:
     def mask(self) -> Path:
         return self.root / "masks" / f"{self.name}.safetensors"
 
-    def personal_mask(self, client: int) -> Path:
-        """Of one client, where every client makes its own."""
-        return self.root / "masks" / self.name / f"client_{client:03d}.safetensors"
-
     @property
     def head(self) -> Path:
         return self.root / "masks" / f"{self.name}.head.safetensors"
@@ -93,6 +93,32 @@ def plain_name(flag: str, name: str) -> str:
     return name
 
 
+class AlreadyFinished(Exception):  # noqa: N818  it is no error
+    """The run that was asked for is finished; the message says where its summary is."""
+
+
+@contextmanager
+def begun(config: RunConfig, console: Console) -> Iterator[RunPaths]:
+    """Choose and claim the folders of a run, and say where it stands when it is stopped.
+
+    Raises AlreadyFinished where there is nothing left to do, InputError where the folders cannot be had.
+    """
+    if config.run.threads is not None:
+        torch.set_num_threads(config.run.threads)
+    require_tracker(config.run.tracker)
+    paths = choose_run(config)
+    if paths.finished:
+        raise AlreadyFinished(f"{paths.name} is finished already: {paths.results / 'summary.yaml'}")
+    say(console, f"{config.command}: run {paths.name} {'goes on' if paths.started else 'begins'}")
+    try:
+        with claimed(paths):
+            yield paths
+    except (Interrupted, KeyboardInterrupt):
+        place = "" if paths.root == Path() else f" --output_dir {paths.root}"
+        say(console, f"stopped; fedtalos {config.command} --resume --run_name {paths.name}{place} goes on")
+        raise
+
+
 @contextmanager
 def claimed(paths: RunPaths) -> Iterator[None]:
     """Inside, no other process works on the run; what a killed one left half-written is removed.
@@ -105,7 +131,7 @@ def claimed(paths: RunPaths) -> Iterator[None]:
     lock = FileLock(paths.lock, blocking=False)
     try:
         with lock:
-            for folder in (paths.results, paths.checkpoints, paths.plots, paths.personal_mask(0).parent):
+            for folder in (paths.results, paths.checkpoints, paths.plots):
                 remove_leftovers(folder)
             remove_leftovers(paths.mask.parent, f"{paths.name}.")
             try:
@@ -161,7 +187,7 @@ def choose_run(config: RunConfig) -> RunPaths:
     paths = RunPaths(options.output_dir, plain_name("--run_name", name))
     if not paths.free:
         raise InputError(f"{paths.results} exists: add --resume to go on with it, or choose another --run_name")
-    made = (paths.mask, paths.head, paths.personal_mask(0).parent) if config.command == "editing" else ()
+    made = (paths.mask, paths.head) if config.command == "editing" else ()
     for path in (paths.checkpoints, paths.plots, *made):
         if path.exists():
             raise InputError(f"{path} exists, of an earlier run: move it away, or choose another --run_name")

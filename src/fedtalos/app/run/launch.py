@@ -1,8 +1,9 @@
 """The processes of `federated --workers N`: started by us on one machine, or by torchrun on several."""
 
+import logging
 import os
 import shutil
-import subprocess
+import signal
 import sys
 import threading
 import time
@@ -12,10 +13,10 @@ from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, PContext, Std, start_processes
 
 from fedtalos.app.config.files import NOT_IN_FILES, flatten
 from fedtalos.app.config.schema import FederatedConfig
@@ -24,9 +25,11 @@ from fedtalos.devices import choose_device
 from fedtalos.errors import InputError
 from fedtalos.training.federated.processes import WorkerLostError
 
-START = "from fedtalos.cli import main; main()"
 MEETING_POINT = "FEDTALOS_MEETING_POINT"  # a file for the processes that we start; torchrun's meet by variables of its
+LEADER = "FEDTALOS_LEADER"  # process number of the one that started us
 PATIENCE = timedelta(days=7)  # a process that died is noticed by its connections, not by the time that it takes
+
+ENDING = {getattr(signal, name, None) for name in ("SIGTERM", "SIGINT", "SIGHUP", "SIGQUIT")}  # not all on Windows
 
 
 def rank() -> int:
@@ -35,7 +38,7 @@ def rank() -> int:
 
 
 def number_of_processes(config: FederatedConfig) -> int:
-    """How many share the run. InputError where torchrun started another number than asked for."""
+    """How many processes share the run. InputError where torchrun started another number than asked for."""
     started, asked = int(os.environ.get("WORLD_SIZE", 0)), config.federation.workers
     if started and asked not in (1, started):
         raise InputError(f"--workers {asked}: torchrun started {started} processes; leave out --workers")
@@ -70,38 +73,21 @@ def share_machine(config: FederatedConfig, size: int) -> None:
 
 
 @dataclass(frozen=True)
-class Child:
-    """A process that we started, with its rank and the file that takes what it has to say."""
-
-    rank: int
-    process: "subprocess.Popen[bytes]"
-    log: Path
-
-    @property
-    def epitaph(self) -> str:
-        """What became of it, in words."""
-        code = self.process.poll()
-        how = f"was killed by signal {-code}" if code is not None and code < 0 else f"ended with code {code}"
-        lines = self.log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
-        return f"worker {self.rank} {how}" + (f" ({lines[-1]})" if lines else "")
-
-
-@dataclass(frozen=True)
 class Others:
-    """The processes beside this one; ``meeting`` is a file's path where we started them, else None."""
+    """The processes beside this one, if any; ``meeting`` is a file where we started them, ``started`` what runs."""
 
     size: int
-    meeting: Path | None
-    children: list[Child]
+    meeting: Path | None = None
+    started: PContext | None = None
 
     def meet(self, device: torch.device) -> None:
         """Wait until all are there. WorkerLostError where one died."""
-        if self.meeting is not None and rank():
+        if self.meeting is not None:
             _here(self.meeting, rank()).touch()
-        there = False
-        while not there:
-            there = all(_here(child.log.with_name("meeting"), child.rank).exists() for child in self.children)
-            if any(child.process.poll() is not None for child in self.children):
+        while self.started is not None and self.meeting is not None:
+            if all(_here(self.meeting, number).exists() for number in range(self.size)):
+                break
+            if self.started.wait(timeout=0) is not None:
                 raise WorkerLostError("it never began")
             time.sleep(0.02)
         try:
@@ -115,64 +101,83 @@ class Others:
         except RuntimeError as error:
             raise WorkerLostError(f"the processes did not meet ({error})") from error
 
+    def epitaph(self) -> list[str]:
+        """Say what became of those that are gone."""
+        said: list[str] = []
+        # A connection breaks before its process is gone, so it may take a moment.
+        result = None if self.started is None else self.started.wait(timeout=2, period=0.05)
+        if self.started is None or result is None:
+            return said
+        for number, failure in sorted(result.failures.items()):
+            code = failure.exitcode
+            if code == -signal.SIGTERM and len(result.failures) > 1:
+                continue  # torch ended it when another was lost
+            how = f"was killed by signal {-code}" if code < 0 else f"ended with code {code}"
+            lines = Path(self.started.stderrs[number]).read_text(errors="replace").strip().splitlines()
+            said.append(f"worker {number + 1} {how}" + (f" ({lines[-1]})" if lines else ""))
+        return said
+
 
 @contextmanager
-def others(config: FederatedConfig) -> Iterator[Others]:
+def others(config: FederatedConfig, run_name: str = "") -> Iterator[Others]:
     """Start the other processes where they are ours to start; after the block none is left.
 
-    A WorkerLostError that leaves the block says what became of the process.
+    A WorkerLostError that leaves the block says what became of the process, and how the run goes on.
     """
     size = number_of_processes(config)
     share_machine(config, size)
     if "RANK" in os.environ or size == 1:
         point = os.environ.get(MEETING_POINT)
-        if point is not None:
-            threading.Thread(target=_end_with_the_leader, args=(Path(point).parent,), daemon=True).start()
-        yield Others(size, None if point is None else Path(point), [])
+        if point is None:
+            yield Others(size)
+            return
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # nothing to save here, and waiting in C++ runs no handler
+        watch = threading.Thread(target=_end_with_the_leader, args=(int(os.environ[LEADER]), Path(point).parent))
+        watch.daemon = True
+        watch.start()
+        yield Others(size, Path(point))
+        watch.join()  # the leader no longer answers: it is gone, or ends this process
         return
     with TemporaryDirectory(prefix="fedtalos-") as folder:
-        options = {key: value for key, value in flatten(config).items() if key not in NOT_IN_FILES}
-        write_yaml(Path(folder) / "config.yaml", options)
-        children = [_start(Path(folder), number, size) for number in range(1, size)]
+        beside = Others(size, Path(folder) / "meeting", _start(config, Path(folder), size))
         try:
-            yield Others(size, Path(folder) / "meeting", children)
+            yield beside
         except WorkerLostError as error:
-            time.sleep(0.2)  # a connection breaks before its process is gone
-            gone = [child.epitaph for child in children if child.process.poll() is not None]
-            raise WorkerLostError(": ".join([*gone, str(error)])) from error
+            said = ": ".join([*beside.epitaph(), str(error)])
+            raise WorkerLostError(f"{said}; --resume --run_name {run_name} goes on from what is saved") from error
         finally:
+            if beside.started is not None:
+                beside.started.close(signal.SIGKILL)
             if dist.is_initialized():
                 dist.destroy_process_group()
-            for child in children:
-                with child.process:  # closes its stdin and waits
-                    child.process.kill()
 
 
-def agreed(config: FederatedConfig) -> FederatedConfig:
-    """The leader's config, at the leader and everywhere else: what is settled by measuring is settled once."""
-    configs: list[Any] = [config]
-    dist.broadcast_object_list(configs, 0, device=torch.device("cpu"))
-    out: FederatedConfig = configs[0]
-    return out
-
-
-def _start(folder: Path, number: int, size: int) -> Child:
-    ranks = {"RANK": number, "LOCAL_RANK": number, "WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size}
-    log = folder / f"stderr-{number}"
-    with log.open("wb") as stderr:
-        process = subprocess.Popen(
-            [sys.executable, "-c", START, "federated", "--config", str(folder / "config.yaml")],
-            env={**os.environ, **{k: str(v) for k, v in ranks.items()}, MEETING_POINT: str(folder / "meeting")},
-            stdin=subprocess.PIPE,
-            stdout=subprocess.DEVNULL,
-            stderr=stderr,
-            start_new_session=True,  # Ctrl-C is for the leader, who ends the others
+def _start(config: FederatedConfig, folder: Path, size: int) -> PContext:
+    """Start processes 1 to ``size`` - 1 with torch's own process manager; what they say goes to files."""
+    options = {key: value for key, value in flatten(config).items() if key not in NOT_IN_FILES}
+    write_yaml(folder / "config.yaml", options)
+    shared = {"WORLD_SIZE": str(size), "LOCAL_WORLD_SIZE": str(size), LEADER: str(os.getpid())}
+    shared[MEETING_POINT] = str(folder / "meeting")
+    numbers = range(size - 1)  # torch counts from 0; rank 0 is this process
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # what became of them is ours to say
+    handlers = {number: signal.getsignal(number) for number in signal.valid_signals() & ENDING}
+    try:
+        return start_processes(
+            "fedtalos",
+            sys.executable,
+            args={n: ("-m", "fedtalos", "federated", "--config", str(folder / "config.yaml")) for n in numbers},
+            envs={n: {**shared, "RANK": str(n + 1), "LOCAL_RANK": str(n + 1)} for n in numbers},
+            logs_specs=DefaultLogsSpecs(log_dir=str(folder), redirects=Std.ALL),
         )
-    return Child(number, process, log)
+    finally:
+        for number, handler in handlers.items():  # torch puts its own in their place
+            signal.signal(number, handler)
 
 
-def _end_with_the_leader(folder: Path) -> None:
-    os.read(0, 1)  # of a pipe from the leader: it ends when the leader does, however that is
+def _end_with_the_leader(leader: int, folder: Path) -> None:
+    """End this process soon after the one that started it, however that ended, and remove its folder."""
+    while os.getppid() == leader:
+        time.sleep(0.2)
     shutil.rmtree(folder, ignore_errors=True)
     os._exit(1)
 

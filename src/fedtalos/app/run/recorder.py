@@ -16,7 +16,7 @@ from typing import Any, Protocol
 
 import yaml
 
-from fedtalos import __version__
+from fedtalos._version import __version__
 from fedtalos.errors import InputError, install
 from fedtalos.files import write_atomic
 from fedtalos.metrics import Metrics

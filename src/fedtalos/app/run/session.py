@@ -1,31 +1,36 @@
 """A training run from its first row to its summary: records, checkpoints, resuming, the final test.
 
-What centralized and federated share: both hand `follow` a generator of rounds (an epoch is a round without clients).
+Centralized and federated share it: an epoch is a round without clients.
 """
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from types import TracebackType
 from typing import Any, Self
 
+import yaml
+from rich.console import Console
 from torch import Tensor
 
 from fedtalos.app.config.files import flatten
 from fedtalos.app.config.schema import CentralizedConfig, FederatedConfig
-from fedtalos.app.run.display import Display
-from fedtalos.app.run.folders import MAY_DIFFER, RunPaths
-from fedtalos.app.run.interruption import Interrupted, deferred
+from fedtalos.app.load import Loaded
+from fedtalos.app.run.display import Display, say
+from fedtalos.app.run.folders import MAY_DIFFER, RunPaths, open_run
+from fedtalos.app.run.interruption import Interrupted, deferred, with_safe_points
 from fedtalos.app.run.recorder import Recorder, TensorBoardTracker, WandbTracker, write_yaml
-from fedtalos.app.setup import Setup
 from fedtalos.checkpoint import load_checkpoint, save_checkpoint
-from fedtalos.errors import InputError
+from fedtalos.errors import InputError, TrainingError
 from fedtalos.metrics import Metrics
+from fedtalos.training.entries import named_tensors
 from fedtalos.training.federated.fedavg import Round
 from fedtalos.training.federated.processes import WorkerLostError
-from fedtalos.training.loop import TrainingError
-from fedtalos.training.masked_parameters import named_tensors
+from fedtalos.training.loop import Batches
+
+Evaluate = Callable[[str], Metrics]
+"""Split -> metrics of the model as it is."""
 
 
 @dataclass
@@ -43,176 +48,225 @@ class Progress:
     evaluation_seconds: float = 0.0
     validated: int = -1
     epoch_so_far: Metrics = field(default_factory=Metrics)
-    """Of an epoch within which the run was stopped."""
+    """Figures of an epoch within which the run was stopped."""
     left_out: dict[str, int] = field(default_factory=dict)
     """How often clients that were sampled did not count, by why."""
 
 
-def resume(
-    config: CentralizedConfig | FederatedConfig, paths: RunPaths, setup: Setup
-) -> tuple[Progress, dict[str, Tensor]]:
-    """Where the last checkpoint stands, and its tensors, the model's in place; a fresh start where there is none."""
-    path = paths.checkpoints / "last.json"
-    if not path.exists():
-        return Progress(), {}
-    checkpoint = load_checkpoint(path)
-    try:
-        saved, options = checkpoint.facts["progress"], checkpoint.facts["options"]
-        progress = Progress(**{**saved, "epoch_so_far": Metrics(**saved["epoch_so_far"])})
-        differs = [key for key, now in flatten(config).items() if key not in MAY_DIFFER and options[key] != now]
-    except (KeyError, TypeError) as error:
-        raise InputError(f"checkpoint {path}: is of another version; start a run of another name") from error
-    if differs:
-        was = options[differs[0]]
-        raise InputError(f"{paths.config}: {differs[0]} was {was!r} when the checkpoint was saved; put that back")
-    restore_model(setup, checkpoint.tensors)
-    return progress, checkpoint.tensors
-
-
-def restore_model(setup: Setup, tensors: dict[str, Tensor]) -> None:
-    """Load a checkpoint's model tensors into the resident model."""
-    for name, tensor in named_tensors(setup.model).items():
-        if name not in tensors or tensors[name].shape != tensor.shape:
-            raise InputError(f"the checkpoint's {name} is not this model's; start a run of another name")
-        tensor.copy_(tensors[name])
-
-
 class Session:
-    """Follows a run's rounds: rows, checkpoints and display, then the test, once, and the summary."""
+    """Keeps a run's books: config.yaml, rows, checkpoints and display, then the test, once, and the summary.
+
+    Where there is a checkpoint the run goes on from it: the model is restored when the block begins, and ``saved`` has
+    the other tensors. ``state`` gives the tensors that checkpoints hold beside the model's. A run that is stopped while
+    its rounds are shown is saved when the block ends.
+
+        with Session(loaded, paths, console, unit="round", total=100) as session:
+            for round in session.shown(rounds):
+                session.record(round)
+                if session.due(round.number):
+                    session.validate(evaluate)
+            session.finish(evaluate)
+    """
 
     def __init__(
         self,
-        config: CentralizedConfig | FederatedConfig,
+        loaded: Loaded[CentralizedConfig] | Loaded[FederatedConfig],
         paths: RunPaths,
-        setup: Setup,
-        progress: Progress,
+        console: Console,
         *,
         unit: str,
-        fresh: bool,
-        evaluate: Callable[[str], Metrics],
-        extra_tensors: Callable[[], dict[str, Tensor]] = dict,
+        total: int,
+        rate: Callable[[float], float],
     ) -> None:
-        """``evaluate`` maps a split's name to metrics; ``extra_tensors`` is what checkpoints hold beside the model."""
-        self.config, self.paths, self.setup, self.progress = config, paths, setup, progress
-        self._unit, self._fresh = unit, fresh
-        self._evaluate, self._extra_tensors = evaluate, extra_tensors
-        keep_to = -1 if fresh else progress.done
-        self.recorder = Recorder(paths.results, unit, keep_to=keep_to, seconds=progress.seconds)
-        if config.run.tracker == "tensorboard":
-            self.recorder.track(TensorBoardTracker(paths.results / "tensorboard"))
-        elif config.run.tracker == "wandb":
-            self.recorder.track(WandbTracker(paths.root, paths.name, flatten(config)))
+        """``rate`` is the learning rate after so many ``unit``s, of which there are ``total``."""
+        self.loaded, self.paths, self.console = loaded, paths, console
+        self.config, self.model = loaded.config, loaded.model
+        self.unit, self.total, self.rate = unit, total, rate
+        self.progress, self.saved = Progress(), dict[str, Tensor]()
+        self.state: Callable[[], dict[str, Tensor]] = dict
+        self._showing = False
+        self._validated_now: Metrics | None = None
+
+    @property
+    def fresh(self) -> bool:
+        """Whether the run begins now: there is no checkpoint yet."""
+        return not self.saved
+
+    @property
+    def done(self) -> int:
+        """Rounds, or epochs, done."""
+        return self.progress.done
 
     def __enter__(self) -> Self:
+        open_run(self.config, self.paths, self.loaded.origin())
+        self._resume()
+        keep_to = -1 if self.fresh else self.progress.done
+        self.recorder = Recorder(self.paths.results, self.unit, keep_to=keep_to, seconds=self.progress.seconds)
+        if self.config.run.tracker == "tensorboard":
+            self.recorder.track(TensorBoardTracker(self.paths.results / "tensorboard"))
+        elif self.config.run.tracker == "wandb":
+            self.recorder.track(WandbTracker(self.paths.root, self.paths.name, flatten(self.config)))
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        if self._showing:
+            self.display.__exit__(kind, error, at)
+            if kind is not None and issubclass(kind, Interrupted | WorkerLostError):
+                self.save()  # the last whole round, or the epoch as far as it came
         self.recorder.close()
 
-    def follow(
-        self, rounds: Iterator[Round], total: int, learning_rate: Callable[[float], float], display: Display
-    ) -> None:
-        """Record, evaluate, checkpoint and show every round that the generator yields."""
-        progress = self.progress
+    def _resume(self) -> None:
+        path = self.paths.checkpoints / "last.json"
+        if not path.exists():
+            return
+        checkpoint = load_checkpoint(path)
         try:
-            with deferred():
-                self._validate_if_due(total)
-                for round_ in rounds:
-                    progress.done = round_.number
-                    progress.bytes_down += round_.bytes_down
-                    progress.bytes_up += round_.bytes_up
-                    progress.images += round_.train.examples
-                    self._record(round_.number, "train", round_.train, learning_rate(round_.number - 1))
-                    self._count_left_out(round_, display)
-                    display.finished(round_.number, round_.train, self._validate_if_due(total))
-        except (Interrupted, WorkerLostError):
-            self._save()  # the last whole round, or the epoch as far as it came
-            raise
+            saved, options = checkpoint.facts["progress"], checkpoint.facts["options"]
+            self.progress = Progress(**{**saved, "epoch_so_far": Metrics(**saved["epoch_so_far"])})
+            differs = [
+                key for key, now in flatten(self.config).items() if key not in MAY_DIFFER and options[key] != now
+            ]
+        except (KeyError, TypeError) as error:
+            raise InputError(f"checkpoint {path}: is of another version; start a run of another name") from error
+        if differs:
+            was = options[differs[0]]
+            raise InputError(
+                f"{self.paths.config}: {differs[0]} was {was!r} when the checkpoint was saved; put that back"
+            )
+        self._restore(checkpoint.tensors)
+        self.saved = checkpoint.tensors
 
-    def _count_left_out(self, round_: Round, display: Display) -> None:
-        for client, why in round_.bad.items():
-            display.note(f"round {round_.number}, client {client} left out: {why}")
-        for why in [*round_.absent.values(), *("bad update" for _ in round_.bad)]:
-            self.progress.left_out[why] = self.progress.left_out.get(why, 0) + 1
+    def _restore(self, tensors: dict[str, Tensor]) -> None:
+        """Load a checkpoint's model tensors."""
+        for name, tensor in named_tensors(self.model).items():
+            if name not in tensors or tensors[name].shape != tensor.shape:
+                raise InputError(f"the checkpoint's {name} is not this model's; start a run of another name")
+            tensor.copy_(tensors[name])
 
-    def _validate_if_due(self, total: int) -> Metrics | None:
-        """Validate and save where the rounds done ask for it, and it is not done yet."""
-        done, every = self.progress.done, self.config.train.eval_every
-        assert every is not None
-        if self.progress.validated == done or not (done % every == 0 or done == total):
-            return None
-        metrics = self._validate(done)
-        self._save()
-        return metrics
+    def restored(self, prefix: str) -> dict[str, Tensor]:
+        """Tensors that the checkpoint holds under ``prefix``, on the model's device."""
+        return {
+            name.removeprefix(prefix): tensor.to(self.loaded.device)
+            for name, tensor in self.saved.items()
+            if name.startswith(prefix)
+        }
 
-    def _record(self, number: int, split: str, metrics: Metrics, rate: float | None = None) -> None:
-        self.recorder.record(
-            number,
-            split,
-            metrics,
-            learning_rate=rate,
-            bytes_down=self.progress.bytes_down,
-            bytes_up=self.progress.bytes_up,
-        )
+    def watch(self, batches: Batches, share: float) -> Batches:
+        """Pass batches on, each with a safe point before it, and advance the display by their share of a round."""
+        return self.display.watch(with_safe_points(batches), share)
 
-    def _validate(self, number: int) -> Metrics:
-        metrics = self._timed_evaluation("val")
+    def shown(self, rounds: Iterator[Round]) -> Iterator[Round]:
+        """Pass rounds on while the display shows them; the process stops at safe points only."""
+        self.display = Display(self.console, self.unit, self.total, self.progress.done)
+        self.display.__enter__()
+        self._showing = True
+        with deferred():
+            for round_ in rounds:
+                self.progress.done = round_.number
+                self._validated_now = None
+                yield round_
+                self.display.finished(round_.number, round_.train, self._validated_now)
+
+    def record(self, round_: Round, bytes_down: int = 0, bytes_up: int = 0) -> None:
+        """Write the row of a round's training, and count what it sent and whom it lost."""
+        progress = self.progress
+        progress.bytes_down += bytes_down
+        progress.bytes_up += bytes_up
+        progress.images += round_.train.examples
+        self._row("train", round_.train, self.rate(round_.number - 1))
+        for client, lost in round_.lost.items():
+            why = "bad update" if lost.sent else lost.why
+            progress.left_out[why] = progress.left_out.get(why, 0) + 1
+            if lost.sent:
+                self.display.note(f"round {round_.number}, client {client} left out: {lost.why}")
+
+    def due(self, number: int) -> bool:
+        """Whether the run is to be validated after so many rounds or epochs, and is not yet."""
+        every = self.config.train.eval_every or 1
+        return self.progress.validated != number and (number % every == 0 or number == self.total)
+
+    def validate(self, evaluate: Evaluate) -> Metrics:
+        """Evaluate the validation split, keep the best model, and save.
+
+        Raises TrainingError for a loss that is not finite.
+        """
+        progress = self.progress
+        metrics = self._timed(evaluate, "val")
         if not math.isfinite(metrics.loss):
             raise TrainingError(
-                f"{self._unit} {number}: the validation loss became {metrics.loss}; the checkpoint before it is kept; "
-                "start a run with a lower --learning_rate"
+                f"{self.unit} {progress.done}: the validation loss became {metrics.loss}; the checkpoint before it is "
+                "kept; start a run with a lower --learning_rate"
             )
-        self._record(number, "val", metrics)
-        self.progress.validated = number
-        self.progress.val_accuracy = metrics.accuracy
-        if metrics.accuracy > self.progress.best_accuracy:
-            self.progress.best, self.progress.best_accuracy = number, metrics.accuracy
-            self._checkpoint("best", named_tensors(self.setup.model))
+        self._row("val", metrics)
+        progress.validated, progress.val_accuracy = progress.done, metrics.accuracy
+        if metrics.accuracy > progress.best_accuracy:
+            progress.best, progress.best_accuracy = progress.done, metrics.accuracy
+            self._checkpoint("best", named_tensors(self.model))
+        self.save()
+        self._validated_now = metrics
         return metrics
 
-    def _timed_evaluation(self, split: str) -> Metrics:
-        start = time.perf_counter()
-        metrics = self._evaluate(split)
-        self.progress.evaluation_seconds += time.perf_counter() - start
-        return metrics
+    def save(self) -> None:
+        """Write the checkpoint that the run goes on from."""
+        self._checkpoint("last", named_tensors(self.model) | self.state())
 
-    def _save(self) -> None:
-        self._checkpoint("last", named_tensors(self.setup.model) | self._extra_tensors())
+    def finish(self, evaluate: Evaluate, extra: Mapping[str, Any]) -> None:
+        """Read the test split, with the last and the best-on-validation model; write, draw and print the summary."""
+        from fedtalos.app.figures import draw  # slow to import
 
-    def _checkpoint(self, name: str, tensors: dict[str, Tensor]) -> None:
-        self.progress.seconds = self.recorder.seconds
-        facts = {
-            **self.setup.facts(),
-            "command": self.config.command,
-            "options": flatten(self.config),
-            "progress": asdict(self.progress),
-        }
-        save_checkpoint(self.paths.checkpoints, name, self.progress.done, tensors, facts)
-
-    def finish(self, extra: dict[str, Any]) -> dict[str, Any]:
-        """Read the test split, with the last and the best-on-validation model, and write the summary."""
         progress = self.progress
-        last = self._timed_evaluation("test")
+        last = self._timed(evaluate, "test")
         best = last
         if progress.best != progress.done:
-            restore_model(self.setup, load_checkpoint(self.paths.checkpoints / "best.json").tensors)
-            best = self._timed_evaluation("test")
-        self._record(progress.done, "test", last)
+            self._restore(load_checkpoint(self.paths.checkpoints / "best.json").tensors)
+            best = self._timed(evaluate, "test")
+        self._row("test", last)
         seconds = self.recorder.seconds
         summary = {
             "command": self.config.command,
-            f"{self._unit}s": progress.done,
+            f"{self.unit}s": progress.done,
             "val_accuracy": {"last": _share(progress.val_accuracy), "best": _share(progress.best_accuracy)},
             "test_accuracy": {"last": _share(last.accuracy), "best_on_val": _share(best.accuracy)},
             "test_loss": {"last": _share(last.loss), "best_on_val": _share(best.loss)},
-            f"best_{self._unit}": progress.best,
+            f"best_{self.unit}": progress.best,
             "images_trained_on": progress.images,
             **extra,
             "seconds": round(seconds, 2),
             "evaluation_share": _share(progress.evaluation_seconds / seconds),
         }
         write_yaml(self.paths.results / "summary.yaml", summary)
-        return summary
+        self._showing = False
+        drawn = draw.plot_run(self.paths.results, self.paths.plots)
+        say(self.console, yaml.safe_dump(summary, sort_keys=False).rstrip())
+        for path in [self.paths.results, self.paths.checkpoints, *drawn]:
+            say(self.console, str(path))
+
+    def _timed(self, evaluate: Evaluate, split: str) -> Metrics:
+        start = time.perf_counter()
+        metrics = evaluate(split)
+        self.progress.evaluation_seconds += time.perf_counter() - start
+        return metrics
+
+    def _row(self, split: str, metrics: Metrics, rate: float | None = None) -> None:
+        progress = self.progress
+        self.recorder.record(
+            progress.done,
+            split,
+            metrics,
+            learning_rate=rate,
+            bytes_down=progress.bytes_down,
+            bytes_up=progress.bytes_up,
+        )
+
+    def _checkpoint(self, name: str, tensors: dict[str, Tensor]) -> None:
+        self.progress.seconds = self.recorder.seconds
+        facts = {
+            **self.loaded.facts(),
+            "command": self.config.command,
+            "options": flatten(self.config),
+            "progress": asdict(self.progress),
+        }
+        save_checkpoint(self.paths.checkpoints, name, self.progress.done, tensors, facts)
 
 
 def _share(value: float) -> float:

@@ -1,60 +1,45 @@
-"""Clients as the experiments see them: who holds which training images."""
+"""split.npz, a federated run's record of who holds which training image."""
 
 import io
 import zipfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from fedtalos.app.config.schema import SplitOptions
-from fedtalos.app.run.folders import RunPaths
-from fedtalos.app.setup import Setup
 from fedtalos.errors import InputError
 from fedtalos.files import write_atomic
 from fedtalos.training.federated.clients import Clients, Integers
-from fedtalos.training.federated.partition import partition
-
-
-def split(setup: Setup, options: SplitOptions, seed: int) -> Clients:
-    """The training images of every client, as the options share them out."""
-    return partition(
-        setup.dataset.train.labels.cpu().numpy(),
-        scheme=options.partition,
-        num_clients=options.num_clients,
-        seed=seed,
-        classes_per_client=options.classes_per_client,
-        alpha=options.alpha,
-        min_size=options.min_client_size,
-    )
-
-
-def in_words(options: SplitOptions) -> str:
-    """How the images are shared out."""
-    detail = {"label_skew": f" of {options.classes_per_client} classes each", "iid": ""}
-    return options.partition + detail.get(options.partition, f" of alpha {options.alpha:g}")
 
 
 @dataclass(frozen=True, eq=False)
 class Manifest:
-    """What split.npz holds: client and label (N,) of every training image, and the names of the classes (C,)."""
+    """Content of split.npz: client and label (N,) of every training image, and the names of the classes (C,)."""
 
     client: Integers
     label: Integers
     classes: tuple[str, ...]
 
 
-def write_split(paths: RunPaths, setup: Setup, clients: Clients) -> None:
-    """split.npz: who holds which training image. How they were shared out, and of what data, is in config.yaml."""
-    classes = np.array(setup.dataset.classes, dtype=np.str_)
-    labels = setup.dataset.train.labels.cpu().numpy()
+def describe_split(options: SplitOptions) -> str:
+    """Describe a split in a few words, e.g. "label_skew of 5 classes each"; mask files record it."""
+    detail = {"label_skew": f" of {options.classes_per_client} classes each", "iid": ""}
+    return options.partition + detail.get(options.partition, f" of alpha {options.alpha:g}")
+
+
+def write_split(run_dir: Path, clients: Clients, classes: Sequence[str]) -> None:
+    """Write split.npz to a run's folder, whose config.yaml says of which data it is, and by which scheme."""
+    names = np.array(classes, dtype=np.str_)
+    labels = clients.images.labels.cpu().numpy()
     content = io.BytesIO()
-    np.savez(content, client=clients.owner, label=labels.astype(np.min_scalar_type(len(classes) - 1)), classes=classes)
-    write_atomic(paths.results / "split.npz", content.getvalue())
+    np.savez(content, client=clients.owner, label=labels.astype(np.min_scalar_type(len(names) - 1)), classes=names)
+    write_atomic(run_dir / "split.npz", content.getvalue())
 
 
 def read_split(run_dir: Path) -> Manifest | None:
-    """The split.npz of a run's folder; None where it has none, InputError where it is broken."""
+    """Read the split.npz of a run's folder; None where there is none, InputError where it is broken."""
     path = run_dir / "split.npz"
     if not path.is_file():
         return None

@@ -1,7 +1,7 @@
 """Grids: named entries of configs/experiment_configs.yaml that stand for many runs.
 
 A grid is a list of blocks. A block is a command, its options, and axes; every combination of one value per axis and a
-seed is a run. An option `run:NAME` of a run is what an earlier run of the grid made: a mask, a head, weights.
+seed is a run. An option `run:NAME` stands for the file that an earlier run of the grid made: a mask, a head, weights.
 """
 
 from collections.abc import Collection, Mapping, Sequence
@@ -13,8 +13,9 @@ from typing import Annotated, Any, Literal
 from pydantic import ConfigDict, Field, field_validator
 
 from fedtalos.app.config.checks import check_together
-from fedtalos.app.config.files import NOT_IN_FILES, flatten, groups, named_entry, nearest, override
-from fedtalos.app.config.schema import RUN_CONFIGS, Options, RunConfig
+from fedtalos.app.config.files import NOT_IN_FILES, FileError, flatten, groups, named_entry, nearest, override
+from fedtalos.app.config.options import Options
+from fedtalos.app.config.schema import RUN_CONFIGS, RunConfig
 from fedtalos.app.run.folders import MAY_DIFFER, RunPaths, plain_name
 from fedtalos.errors import InputError
 
@@ -22,13 +23,13 @@ MADE_BY_THE_SWEEP = {"run_name", "output_dir", "seed"}
 REFERENCE = "run:"
 
 Axis = Annotated[dict[str, dict[str, Any]], Field(min_length=1)]
-"""The values of an axis: name -> the options that it stands for."""
+"""Values of an axis: name -> the options that it stands for."""
 
 Seeds = Annotated[tuple[int, ...], Field(min_length=1)]
 
 
 class Block(Options):
-    """Runs of one command, over the product of its axes."""
+    """Runs of one command: every combination of its axes' values and its seeds."""
 
     model_config = ConfigDict(coerce_numbers_to_str=True)  # the values 4 and 0.9 are named "4" and "0.9"
 
@@ -41,7 +42,7 @@ class Block(Options):
     @field_validator("axes", mode="before")
     @classmethod
     def _lists_as_options(cls, axes: Any) -> Any:
-        """[4, 8] is short for {4: {AXIS: 4}, 8: {AXIS: 8}}, an empty value for no options."""
+        """Write out short forms: [4, 8] is {4: {AXIS: 4}, 8: {AXIS: 8}}, an empty value is no options."""
         return {axis: _named(axis, values) for axis, values in axes.items()} if isinstance(axes, dict) else axes
 
 
@@ -54,7 +55,7 @@ def _named(axis: str, values: Any) -> Any:
 
 
 class Grid(Options):
-    """Blocks in the order in which they run, and what they share."""
+    """Blocks in the order in which they run, with the seeds and options that they share."""
 
     grid: tuple[Block, ...] = Field(min_length=1)
     seeds: Seeds = (0,)
@@ -65,8 +66,8 @@ class Grid(Options):
 class Cell:
     """One run of a grid.
 
-    ``point`` is its value on each axis, ``label`` its name without the grid's and the seed; ``asked`` are the options
-    that make it another run than the defaults would be.
+    ``point`` is its value on each axis, ``label`` its name without the grid's and the seed. ``asked`` are its options
+    that are not at their defaults, ``needs`` the earlier runs whose files it uses.
     """
 
     label: str
@@ -87,7 +88,7 @@ class Cell:
 
     @property
     def recipe(self) -> dict[str, dict[str, Any]]:
-        """What it, and every run that it needs, is asked to be, by name: with the same recipe it is the same run."""
+        """Options asked for of this run and of every run that it needs, by name; the same recipe makes the same run."""
         recipe = {self.name: self.asked}
         for cell in self.needs:
             recipe |= cell.recipe
@@ -95,21 +96,21 @@ class Cell:
 
 
 def read_grid(name: str) -> Grid:
-    """The grid of that name. InputError where there is none, or it is not well formed."""
+    """Read the grid of that name. InputError where there is none, or it is not well formed."""
     values, source = named_entry("grid", plain_name("grid", name))
     if "grid" not in values:
         command = values.get("command", "COMMAND")
-        raise InputError(f"{name!r} is a preset, of one run: `fedtalos {command} --preset {name}` runs it")
+        raise InputError(f"{name!r} is a preset for one run: `fedtalos {command} --preset {name}` runs it")
     try:
         return Grid(**values)
     except InputError as error:
-        raise InputError(f"{source}: {error}") from error
+        raise FileError(f"{source}: {error}") from error
 
 
 def expand(name: str, grid: Grid, given: Mapping[str, Any], seeds: Sequence[int] | None = None) -> list[Cell]:
-    """All runs of the grid, in order; ``given`` options beat the grid's, ``seeds`` those that its blocks share.
+    """List all runs of a grid in order; ``given`` options beat the grid's, ``seeds`` the seeds that its blocks share.
 
-    Raises InputError, naming the run, where its options are not valid.
+    Raises InputError, naming the run, where a run's options are not valid.
     """
     every = {key for config_type in RUN_CONFIGS.values() for key in groups(config_type)}
     _check_known(f"grid {name!r}", grid.options, every)
@@ -129,15 +130,15 @@ def expand(name: str, grid: Grid, given: Mapping[str, Any], seeds: Sequence[int]
 def _check_known(where: str, options: Mapping[str, Any], known: Collection[str]) -> None:
     for key in options:
         if key in NOT_IN_FILES | MADE_BY_THE_SWEEP:
-            raise InputError(f"{where}: {key} is the sweep's to give; leave it out (seeds have a list of their own)")
+            raise FileError(f"{where}: {key} is set by the sweep; leave it out (seeds have a list of their own)")
         if key not in known:
-            raise InputError(f"{where}: unknown option {key!r}{nearest(key, known)}")
+            raise FileError(f"{where}: unknown option {key!r}{nearest(key, known)}")
 
 
 def _options(
     name: str, grid: Grid, block: Block, chosen: Sequence[Mapping[str, Any]], given: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """Those that the blocks share (each takes its own), the block's, its axes', and last the given ones."""
+    """Options of one run: the grid's that its command has, then the block's, its axes', and last the given ones."""
     mine = groups(RUN_CONFIGS[block.command])
     options = {key: value for key, value in grid.options.items() if key in mine}
     for values in (block.options, *chosen):
@@ -167,12 +168,12 @@ def _cell(
 
 
 def _not_default(options: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
-    """What makes a run another one. An option that a later version adds is not in it, at its default."""
+    """Options that make a run another one. Defaults are left out: an option that a version adds changes no recipe."""
     return {key: value for key, value in options.items() if key not in MAY_DIFFER and value != defaults[key]}
 
 
 def _referred(name: str, reference: str, point: Mapping[str, str], seed: int, before: Sequence[Cell]) -> Cell:
-    """The earlier run that `run:LABEL` means: of the same seed, else the only one; {AXIS} in it is this run's value."""
+    """Find the earlier run that `run:LABEL` means: of the same seed, else the only one. {AXIS} is this run's value."""
     try:
         label = reference.removeprefix(REFERENCE).format(**point)
     except (KeyError, ValueError, IndexError, AttributeError) as error:
@@ -186,7 +187,7 @@ def _referred(name: str, reference: str, point: Mapping[str, str], seed: int, be
 
 
 def _made_by(cell: Cell, option: str, name: str) -> Path:
-    """The file that an option takes of what an earlier run made."""
+    """Find the file of an earlier run that an option takes."""
     edits = cell.config.command == "editing"
     match option:
         case "mask" if edits:
@@ -202,7 +203,7 @@ def _made_by(cell: Cell, option: str, name: str) -> Path:
 
 
 def with_needs(cells: Sequence[Cell], text: str) -> list[Cell]:
-    """The runs with ``text`` in their names, and those that they need, in order. InputError where there are none."""
+    """List the runs with ``text`` in their names and the runs that they need, in order. InputError where none is."""
     wanted = [cell for cell in cells if text in cell.name]
     if not wanted:
         raise InputError(f"--only {text}: no run has that in its name; --dry_run lists them")

@@ -1,12 +1,13 @@
-"""Which runs of a grid are drawn in which figure: the last axis is a figure's lines, the one before it its panels."""
+"""Figures of a grid: the last axis becomes lines, the one before it panels, and every value of others a figure."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from fedtalos.app.config.schema import FederatedConfig
 from fedtalos.app.figures import sweeps as sweep_figures
-from fedtalos.app.figures.draw import read_history, write_figures
-from fedtalos.app.figures.runs import History
+from fedtalos.app.figures.draw import split_title, write_figures
+from fedtalos.app.figures.records import read_history
 from fedtalos.app.figures.style import MOST_LINES
 from fedtalos.app.figures.sweeps import Line
 from fedtalos.app.sweep.grid import Cell
@@ -16,7 +17,7 @@ from fedtalos.errors import InputError
 
 @dataclass(frozen=True)
 class Place:
-    """Where a run is drawn: line, panel, and its values on the axes before those, which have figures of their own."""
+    """Place of a run: its line, its panel, and its values on the axes before those two, which choose the figure."""
 
     method: str
     panel: str
@@ -24,7 +25,7 @@ class Place:
 
 
 def place(cell: Cell) -> Place | None:
-    """Where a run is drawn; None: nowhere, for it has no axes, or no accuracy."""
+    """Find where a run is drawn; None where it is not, for it has no axes, or no accuracy."""
     if not cell.point or cell.config.command == "editing":
         return None
     *before, method = cell.point.values()
@@ -33,7 +34,7 @@ def place(cell: Cell) -> Place | None:
 
 
 def check_lines(cells: Sequence[Cell]) -> None:
-    """InputError where the last axis has more values than lines can be told apart."""
+    """Raise InputError where the last axis has more values than there are lines that look different."""
     methods = {where.method for cell in cells if (where := place(cell)) is not None}
     if len(methods) > MOST_LINES:
         raise InputError(
@@ -43,10 +44,10 @@ def check_lines(cells: Sequence[Cell]) -> None:
 
 
 def plot_grid(name: str, results: Sequence[Result], plots_dir: Path) -> list[Path]:
-    """accuracy_by_round.png (or epoch), megabytes.png and final.png of the runs, straight into ``plots_dir``.
+    """Draw accuracy_by_round.png (or epoch), megabytes.png and final.png into ``plots_dir``; return the files.
 
     Where runs have further axes, there is one of each for every combination of their values, named by them; a run
-    that lacks an axis is in all of its figures. Returns the files; none where no run is drawn.
+    that lacks an axis is in all of its figures.
     """
     lines = _lines(results)
     drawn = {}
@@ -62,19 +63,33 @@ def plot_grid(name: str, results: Sequence[Result], plots_dir: Path) -> list[Pat
 
 
 def _lines(results: Sequence[Result]) -> list[tuple[Place, Line]]:
-    lines = []
+    lines, titles = [], _panel_titles(results)
     for row in over_seeds(results):
         where = place(row.cell)
         if where is None:
             continue
-        histories: list[History] = [read_history(result.cell.paths.results) for result in row.results]
-        test = row.figures["test_percent"]
-        lines.append((where, Line(where.panel, where.method, histories, test.mean, test.std)))
+        histories = [read_history(result.cell.paths.results) for result in row.results]
+        test, panel = row.spreads["test_percent"], titles.get(where.panel, where.panel)
+        lines.append((where, Line(panel, where.method, histories, test.mean, test.std)))
     return lines
 
 
+def _panel_titles(results: Sequence[Result]) -> dict[str, str]:
+    """Plain names of panels that are splits, such as "IID"; none where they differ in something else, too."""
+    splits: dict[str, set[str]] = {}
+    for cell in (result.cell for result in results):
+        where = place(cell)
+        if where is not None and isinstance(cell.config, FederatedConfig):
+            split = cell.config.split
+            title = split_title(split.partition, split.classes_per_client, split.alpha)
+            splits.setdefault(where.panel, set()).add(title)
+    titles = {title for those in splits.values() for title in those}
+    plain = len(titles) == len(splits) > 1 and all(len(those) == 1 for those in splits.values())
+    return {panel: next(iter(those)) for panel, those in splits.items()} if plain else {}
+
+
 def _by_figure(lines: Sequence[tuple[Place, Line]]) -> dict[str, list[Line]]:
-    """The lines of each figure, by its part of the name: a figure for all values that no other's values include."""
+    """Sort lines into figures, by the part of a figure's name: one for all values that no other's values include."""
     every = dict.fromkeys(where.apart for where, _ in lines)
     largest = [apart for apart in every if not any(apart < other for other in every)]
     parts = {apart: "".join(f"-{value}" for _, value in sorted(apart)) for apart in largest}

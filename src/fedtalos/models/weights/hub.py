@@ -1,41 +1,55 @@
-"""Weights on the Hugging Face hub: their names, and files in the usual hub cache (HF_HUB_OFFLINE is respected)."""
+"""Weights on the Hugging Face hub: their names, and their files in the usual cache (HF_HUB_OFFLINE is respected)."""
 
 import re
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from fedtalos.errors import InputError
-from fedtalos.models.vision_transformer import ModelSize
 
 FILES = (".safetensors", ".pth", ".pt", ".bin")
-"""What a weights file is called, as against a name on the hub."""
+"""Endings that tell a weights file from a name on the hub."""
 
 USUAL = ("model.safetensors", "pytorch_model.bin")
-"""What a repository calls its weights, best first."""
+"""Usual names of a repository's weights, best first."""
 
 NAMES = {
     "pretrained": {s: f"vit_{s}_patch16_224.augreg_in21k_ft_in1k" for s in ("tiny", "small", "base", "large")},
     "dino": {s: f"vit_{s}_patch16_224.dino" for s in ("small", "base")},
 }
+"""timm's names of our two short names, by model size."""
 
 
 @dataclass(frozen=True)
-class Download:
-    """A weights file in the hub's cache, JSON files that may state its mean and std, and what to call it."""
+class WeightsFile:
+    """A weights file on this machine.
 
-    weights: Path
+    >>> WeightsFile(Path("vit.safetensors"), configs=[Path("vit.json")], label="vit.safetensors").label
+    'vit.safetensors'
+    """
+
+    path: Path
     configs: list[Path]
+    """JSON files that may state the mean and deviation of its pixels; they need not be there."""
     label: str
+    """Name for messages and records."""
 
 
-def hub_address(source: str, size: ModelSize) -> tuple[str, str | None]:
-    """The repository, and the file in it where one is named, that ``source`` means; InputError where there is none."""
+def hub_address(source: str, size: str) -> tuple[str, str | None]:
+    """Give the repository that ``source`` means, and the file in it where one is named.
+
+    Raises InputError where it means none.
+
+    >>> hub_address("dino", "small")
+    ('timm/vit_small_patch16_224.dino', None)
+    >>> hub_address("hf:owner/repo/vit.pth", "small")
+    ('owner/repo', 'vit.pth')
+    """
     if source in NAMES:
         names = NAMES[source]
         if size not in names:
             raise InputError(
-                f"--weights {source}: published for model sizes {', '.join(names)}, not for {size}; "
-                "give one of those as --model_size, or --weights none or FILE"
+                f"weights {source}: published for model sizes {', '.join(names)}, not for {size}; "
+                "give one of those as model_size, or weights none or FILE"
             )
         return f"timm/{names[size]}", None
     if named := re.fullmatch(r"hf:([\w.-]+/[\w.-]+)(?:/(.+))?", source):
@@ -45,16 +59,19 @@ def hub_address(source: str, size: ModelSize) -> tuple[str, str | None]:
     elif re.fullmatch(r"(vit|deit3?)_[\w.]+", source):
         return f"timm/{source}", None
     raise InputError(
-        f"--weights {source}: expected none, pretrained, dino, a timm ViT's name such as vit_base_patch16_224.dino, "
+        f"weights {source}: expected none, pretrained, dino, a timm ViT's name such as vit_base_patch16_224.dino, "
         "hf:OWNER/REPO[/FILE], timm:NAME or torch:NAME (other models), a run's name, or a file; "
         f"files end in {', '.join(FILES)}"
     )
 
 
-def download(repo: str, file: str | None = None) -> Download:
-    """A repository's weights, its model.safetensors or else pytorch_model.bin where no ``file`` is named.
+def download(repo: str, file: str | None = None) -> WeightsFile:
+    """Fetch a repository's weights: ``file``, or else its model.safetensors or pytorch_model.bin.
 
     Raises InputError where they are neither in the cache nor to be had.
+
+    >>> download("timm/vit_small_patch16_224.dino").label
+    'hub:timm/vit_small_patch16_224.dino@3f2c...'
     """
     from huggingface_hub import constants
     from huggingface_hub.utils import logging
@@ -72,16 +89,16 @@ def download(repo: str, file: str | None = None) -> Download:
     except Exception as error:  # httpx's, requests' and the hub's own errors share no narrower base
         why = "HF_HUB_OFFLINE is set, and it is not in the cache" if constants.HF_HUB_OFFLINE else type(error).__name__
         raise InputError(
-            f"--weights: {repo} could not be fetched from {constants.ENDPOINT} ({why}); "
-            "check the name and the connection, or give --weights FILE or none"
+            f"weights: {repo} could not be fetched from {constants.ENDPOINT} ({why}); "
+            "check the name and the connection, or give weights FILE or none"
         ) from error
     if weights is None:
-        raise InputError(f"--weights: {repo} holds no {' or '.join(candidates)}; name its file: hf:{repo}/FILE")
-    return Download(weights, configs, f"hub:{repo}{f'/{file}' if file else ''}@{revision}")
+        raise InputError(f"weights: {repo} holds no {' or '.join(candidates)}; name its file: hf:{repo}/FILE")
+    return WeightsFile(weights, configs, f"hub:{repo}{f'/{file}' if file else ''}@{revision}")
 
 
 def _fetch(repo: str, name: str, revision: str | None = None) -> Path | None:
-    """A file in the hub's cache, fetched where it is not there; None where the repository holds none of that name."""
+    """Find a file in the hub's cache, or fetch it; None where the repository holds none of that name."""
     from huggingface_hub import hf_hub_download, try_to_load_from_cache
     from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 

@@ -1,4 +1,4 @@
-"""Parameter names of other publishers of plain ViTs, turned into timm's: DINO, DINOv2, Hugging Face transformers."""
+"""Parameter names of plain ViTs by DINO, DINOv2 and Hugging Face transformers, turned into timm's."""
 
 import re
 from collections.abc import Mapping
@@ -8,7 +8,7 @@ from torch import Tensor
 
 _DINOV2 = (
     (r"^register_tokens$", "reg_token"),
-    (r"^blocks\.\d+\.(\d+)\.", r"blocks.\1."),  # in chunks, as it trains on many GPUs: the second number is the block's
+    (r"^blocks\.\d+\.(\d+)\.", r"blocks.\1."),  # trained in chunks on many GPUs: the second number is the block's
 )
 
 _TRANSFORMERS = (
@@ -32,13 +32,16 @@ _TRANSFORMERS = (
 )
 
 _UNUSED = ("mask_token", "pooler.")
-"""Only for pretraining on masked patches; a layer behind the class token that transformers adds, never trained."""
+"""A token for pretraining on masked patches alone, and a layer that transformers adds but nobody trained."""
 
 
 def in_timms_names(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The state dict of a plain ViT in timm's names, whoever published it; names that nobody knows stay.
+    """Rename the state dict of a plain ViT to timm's names, whoever published it; unknown names stay.
 
-    A head for more than the class token (transformers' DINOv2 classifiers: its patches' mean too) is left out.
+    A head that sees more than the class token is left out: transformers' DINOv2 classifiers see the patches' mean too.
+
+    >>> list(in_timms_names({"register_tokens": torch.zeros(1, 4, 384)}))
+    ['reg_token']
     """
     transformers = any(name.endswith("embeddings.cls_token") for name in tensors)
     named = {_renamed(name, _TRANSFORMERS if transformers else _DINOV2): tensor for name, tensor in tensors.items()}
@@ -58,7 +61,7 @@ def _renamed(name: str, rules: tuple[tuple[str, str], ...]) -> str:
 
 
 def _join_query_key_value(tensors: dict[str, Tensor]) -> None:
-    """Put blocks.N.attn.query, .key and .value, each (D, D), together as blocks.N.attn.qkv, (3 D, D), in place."""
+    """Join blocks.N.attn.query, .key and .value, each (D, D), to blocks.N.attn.qkv, (3 D, D), in place."""
     for name in [name for name in tensors if ".attn.query." in name]:
         thirds = [name.replace(".query.", f".{part}.") for part in ("query", "key", "value")]
         parts = [tensors[third] for third in thirds if third in tensors]

@@ -1,4 +1,4 @@
-"""Mean and deviation of the pixels that weights were trained on, as their makers state them."""
+"""Pixel statistics: mean and deviation of the pixels that weights were trained on, as their makers state them."""
 
 import json
 import math
@@ -18,9 +18,14 @@ STATISTICS = {"imagenet": IMAGENET, "half": HALF}
 
 
 def statistics(label: str, configs: Sequence[Path], metadata: Mapping[str, str]) -> tuple[Channels, Channels]:
-    """Mean and std of the first JSON file that states them, else of safetensors metadata; else by the weights' name.
+    """Find mean and std: in the first JSON file that states them, else in safetensors metadata, else by the name.
 
-    A file that is not there states nothing. Raises InputError where a statement is unusable.
+    ``label`` is the weights' name; one that says dino means ImageNet's, any other 0.5. A missing file states nothing.
+
+    Raises InputError where a statement is unusable.
+
+    >>> statistics("vit_small.dino.safetensors", configs=[], metadata={}) == IMAGENET
+    True
     """
     for config in configs:
         if config.is_file() and (stated := _stated(str(config), config.read_text("utf-8", "replace"))) is not None:
@@ -30,7 +35,7 @@ def statistics(label: str, configs: Sequence[Path], metadata: Mapping[str, str])
 
 
 def _stated(where: str, text: str) -> tuple[Channels, Channels] | None:
-    """Mean and std in a JSON object: plain, as transformers has them, or under timm's pretrained_cfg; None: neither."""
+    """Read mean and std in a JSON object: plain, in transformers' names, or under timm's pretrained_cfg; else None."""
     try:
         config = json.loads(text)
         config = config.get("pretrained_cfg", config)
@@ -43,6 +48,6 @@ def _stated(where: str, text: str) -> tuple[Channels, Channels] | None:
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise InputError(
             f"{where}: expected a JSON object with three numbers each for mean and std (above 0); "
-            "mend it, or override it with --normalisation imagenet or half"
+            "mend it, or override it with normalisation imagenet or half"
         ) from error
     return cast(Channels, tuple(mean)), cast(Channels, tuple(std))

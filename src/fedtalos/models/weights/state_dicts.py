@@ -1,8 +1,9 @@
-"""State dicts out of safetensors and torch files: plain tensors only, float32 and finite."""
+"""State dicts, read from safetensors and torch files: plain tensors only, float32 and finite."""
 
 import argparse
 import hashlib
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +14,33 @@ from torch import Tensor
 from fedtalos.errors import InputError
 
 _PRETRAINING_HEADS = ("head.mlp.", "head.last_layer.", "dino_head.", "ibot_head.")
-"""What DINO's and DINOv2's teachers hold beside the ViT."""
+"""Parts of DINO's and DINOv2's teachers beside the ViT."""
 
 
-def read_tensors(path: Path, label: str, *, floats_only: bool = False) -> tuple[dict[str, Tensor], Mapping[str, str]]:
-    """Tensors of the model by plain name, float32, and the safetensors metadata.
+@dataclass(frozen=True)
+class StateDict:
+    """A file's tensors by name, float32 on the CPU.
 
-    Names with a "/" (optimiser state in our checkpoints) are left out, with ``floats_only`` integers too. Raises
-    InputError where the file is torn, holds more than tensors, or one that is not finite.
+    >>> read_state_dict(Path("vit.safetensors"), "vit.safetensors").tensors["cls_token"].shape
+    torch.Size([1, 1, 192])
+    """
+
+    tensors: dict[str, Tensor]
+    metadata: Mapping[str, str]
+    """Metadata of a safetensors file; empty for a torch file."""
+    sha256: str
+    """Checksum of the file."""
+
+
+def read_state_dict(path: Path, label: str, *, floats_only: bool = False) -> StateDict:
+    """Read the tensors of a model; ``label`` is their name in messages.
+
+    Prefixes of wrappers (module., backbone.) are dropped. Names with a "/" (optimiser state in our checkpoints) are
+    left out, with ``floats_only`` integers too.
+
+    Raises InputError where the file is torn, holds more than tensors, or one that is not finite.
+
+    >>> state = read_state_dict(Path("vit.safetensors"), "vit.safetensors")
     """
     content, metadata = _content(path)
     if not isinstance(content, dict):
@@ -35,13 +55,8 @@ def read_tensors(path: Path, label: str, *, floats_only: bool = False) -> tuple[
             continue
         if "/" not in name and not (key == "teacher" and name.startswith(_PRETRAINING_HEADS)):
             tensors[name] = _as_float32(label, name, tensor)
-    return tensors, metadata
-
-
-def sha256_of(path: Path) -> str:
-    """The file's checksum."""
     with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        return StateDict(tensors, metadata, hashlib.file_digest(file, "sha256").hexdigest())
 
 
 def _content(path: Path) -> tuple[Any, Mapping[str, str]]:
@@ -50,7 +65,7 @@ def _content(path: Path) -> tuple[Any, Mapping[str, str]]:
             with safe_open(path, framework="pt") as file:
                 tensors = {name: file.get_tensor(name) for name in file.keys() if "/" not in name}  # noqa: SIM118
                 return tensors, file.metadata() or {}
-        with torch.serialization.safe_globals([argparse.Namespace]):  # DINO keeps its options, which do nothing
+        with torch.serialization.safe_globals([argparse.Namespace]):  # DINO keeps its options beside the tensors
             return torch.load(path, map_location="cpu", weights_only=True), {}
     except Exception as error:  # a torn or hostile file makes either reader raise anything
         raise InputError(

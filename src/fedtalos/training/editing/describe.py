@@ -1,50 +1,102 @@
-"""What mask headers say: in words, in which of them masks differ, and of a mask joined from several."""
+"""Masks described for people: density by block and kind of layer, facts in words, and where facts differ."""
 
+import re
 from collections.abc import Sequence
-from typing import Any
+from dataclasses import dataclass
 
-from fedtalos import __version__
-from fedtalos.training.editing.mask_file import Mask, MaskFacts, fingerprint
+from fedtalos.models.vision_transformer import parts
+from fedtalos.training.editing.eligible import Eligible, eligible_masks
+from fedtalos.training.editing.mask_file import SEVERAL, MaskFacts
+from fedtalos.training.entries import Mask
 
-SEVERAL = "several"
-
-
-def joined_facts(rule: str, masks: Sequence[Mask], headers: Sequence[MaskFacts], active: int) -> MaskFacts:
-    """The header of a mask of so many True entries, joined from these: what agrees is kept."""
-    agreed = {name: _agreed([getattr(facts, name) for facts in headers]) for name in MaskFacts.model_fields}
-    criteria = ", ".join(sorted({facts.criterion for facts in headers}))
-    changes = {
-        "version": __version__,
-        "criterion": f"{rule} of {len(masks)} masks ({criteria})",
-        "model": {
-            key: value if all(facts.model.get(key) == value for facts in headers) else SEVERAL
-            for key, value in headers[0].model.items()
-        },
-        "active": active,
-        # These do not add up: the same clients and images may be behind several masks.
-        **{what: None for what in ("clients", "calibration_images") if any(getattr(f, what) != 0 for f in headers)},
-        "made_from": tuple(fingerprint(mask) for mask in masks),
-    }
-    return MaskFacts(**{**agreed, **changes})
+KINDS = ("q", "k", "v", "proj", "fc1", "fc2", "linear", "conv", "norms", "biases")
 
 
-def in_words(facts: MaskFacts) -> dict[str, str]:
-    """What the header says, for people."""
-    labels = f", labels drawn per image: {_number(facts.fisher_samples)}" if facts.fisher == "true" else ""
-    clients = f" of {_number(facts.clients)} clients" if facts.clients != 0 else ""
-    images = f", {_number(facts.calibration_images)} images{clients}" if facts.calibration_images != 0 else ""
+@dataclass(frozen=True)
+class DensityRow:
+    """True entries and entries of one kind of tensor in one block."""
+
+    block: int
+    kind: str
+    active: int
+    entries: int
+
+    @property
+    def density(self) -> float:
+        """Share of True entries."""
+        return self.active / self.entries
+
+
+def density_table(mask: Mask, eligible_in: Eligible = "blocks") -> list[DensityRow]:
+    """Density per block and kind (q, k, v, proj, fc1, fc2: weights; norms: both; biases: of the linear layers).
+
+    Only eligible entries count, and kinds that have some. A model of another library has the kinds linear, conv, norms
+    and biases; its blocks, in their order, are what shares a name up to the last number in it.
+
+    >>> for row in density_table(mask):
+    ...     print(row.block, row.kind, f"{row.density:.1%}")
+    """
+    eligible = eligible_masks({name: tensor.shape for name, tensor in mask.items()}, eligible_in)
+    totals: dict[tuple[int, str], list[int]] = {}
+    units: dict[str, int] = {}
+    for name, tensor in mask.items():
+        ours = name.startswith("blocks.")
+        block = int(name.split(".")[1]) if ours else units.setdefault(_unit(name), len(units))
+        kind = _kind(name) if ours else _library_kind(name, mask)
+        for part, chosen in parts(name, tensor).items():
+            row = totals.setdefault((block, kind if kind in ("norms", "biases") else part or kind), [0, 0])
+            row[0] += int(chosen.sum())
+            row[1] += int(parts(name, eligible[name])[part].sum())
+    ordered = sorted(totals, key=lambda key: (key[0], KINDS.index(key[1])))
+    return [DensityRow(block, kind, *totals[block, kind]) for block, kind in ordered if totals[block, kind][1]]
+
+
+def _kind(name: str) -> str:
+    """Kind of blocks.N.norm1.weight, blocks.N.mlp.fc1.weight and the like."""
+    layer = name.split(".", 2)[2]
+    return "norms" if layer.startswith("norm") else "biases" if layer.endswith(".bias") else layer.split(".")[1]
+
+
+def _library_kind(name: str, mask: Mask) -> str:
+    weight = mask.get(name.removesuffix("bias") + "weight") if name.endswith(".bias") else mask[name]
+    if weight is not None and weight.dim() == 1:
+        return "norms"
+    return "biases" if name.endswith(".bias") else "conv" if mask[name].dim() == 4 else "linear"
+
+
+def _unit(name: str) -> str:
+    """A layer's path up to its last number but its own: net.stages.1.blocks.2 of net.stages.1.blocks.2.mlp.fc1.bias."""
+    found = re.match(r".*\d(?=\.)", name.rsplit(".", 2)[0] + ".")
+    return found[0] if found else ""
+
+
+def describe_facts(facts: MaskFacts) -> dict[str, str]:
+    """A mask file's header in words, by topic.
+
+    >>> mask, facts = read_mask_file(Path("masks/mine.safetensors"))
+    >>> describe_facts(facts)["density"]
+    '10 %'
+    """
+    unknown = SEVERAL if facts.made_from else "unknown"
+
+    def number(value: float | None) -> str:
+        return unknown if value is None else str(value)
+
+    labels = f", labels drawn per image: {number(facts.fisher_samples)}" if facts.fisher == "true" else ""
+    clients = f" of {number(facts.clients)} clients" if facts.clients != 0 else ""
+    images = f", {number(facts.calibration_images)} images{clients}" if facts.calibration_images != 0 else ""
     return {
         "made by": f"fedtalos {facts.version} (format {facts.format})",
         "criterion": facts.criterion,
         "Fisher": facts.fisher + labels,
-        "rounds": f"{_number(facts.iterations)}, excluded entries times {_number(facts.soft_zero)}",
+        "rounds": f"{number(facts.iterations)}, excluded entries times {number(facts.soft_zero)}",
         "calibration": facts.calibration + images,
         "granularity": facts.granularity,
         "eligible": f"{facts.eligible} entries ({facts.eligible_in})",
         "may move": f"{facts.active} entries",
         "density": f"{100 * facts.density:.4g} %",
-        "density asked": SEVERAL if facts.target_density is None else f"{100 * facts.target_density:.4g} %",
-        "seed": _number(facts.seed),
+        "density asked": unknown if facts.target_density is None else f"{100 * facts.target_density:.4g} %",
+        "seed": number(facts.seed),
         "model": ", ".join(f"{what.replace('_', ' ')} {value}" for what, value in facts.model.items()),
         "weights": facts.weights,
         "data": facts.data,
@@ -54,7 +106,11 @@ def in_words(facts: MaskFacts) -> dict[str, str]:
 
 
 def differences(described: Sequence[dict[str, str]]) -> dict[str, str]:
-    """For each fact in which masks differ: its values, each with the numbers (from 1) of the masks that have it."""
+    """The facts in which masks differ: every value, each with the numbers (from 1) of the masks that have it.
+
+    >>> differences([{"seed": "0"}, {"seed": "1"}])
+    {'seed': '0 (1); 1 (2)'}
+    """
     found = {}
     for fact in dict.fromkeys(fact for words in described for fact in words):
         who: dict[str, list[str]] = {}
@@ -63,13 +119,3 @@ def differences(described: Sequence[dict[str, str]]) -> dict[str, str]:
         if len(who) > 1:
             found[fact] = "; ".join(f"{value} ({', '.join(numbers)})" for value, numbers in who.items())
     return found
-
-
-def _number(value: float | None) -> str:
-    return SEVERAL if value is None else str(value)
-
-
-def _agreed(values: Sequence[Any]) -> Any:
-    if all(value == values[0] for value in values):
-        return values[0]
-    return SEVERAL if isinstance(values[0], str) else None

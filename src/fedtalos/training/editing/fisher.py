@@ -2,9 +2,10 @@
 
     F_i = sum over examples x of  E_y [ (d log p(y | x) / d theta_i)^2 ],   y ~ p(. | x), the model's own prediction
 
-(Iurada, Ciccone and Tommasi, ICLR 2025, section 4.2; Kunstner et al., 2019, on why y is drawn and is not the label.)
-The square is taken example by example: a batch's gradient is a sum, and its square something else. One backward pass
-serves a chunk of examples: hooks form each example's weight gradient from a layer's input and its output's gradient.
+Source: Iurada, Ciccone and Tommasi, ICLR 2025, section 4.2. Kunstner et al., 2019, explain why y is drawn from the
+model and is not the label. The square is taken example by example: a batch's gradient is a sum, and its square is
+something else. One backward pass serves a chunk of examples: hooks form each example's weight gradient from a layer's
+input and the gradient of its output.
 
 Shapes: B examples of a chunk, T tokens, I in and O out features, C classes, S labels drawn per example.
 """
@@ -13,13 +14,21 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Literal
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.func import functional_call
 
-from fedtalos.training.loop import Precision, TrainingError, autocast
+from fedtalos.data.batches import evaluation_batches
+from fedtalos.data.images import LabelledImages
+from fedtalos.data.sampling import Ids
+from fedtalos.devices import Precision, autocast
+from fedtalos.errors import InputError, TrainingError
+from fedtalos.models.backbone import Backbone
+from fedtalos.randomness import generator
+from fedtalos.training.feature_cache import view_of
 
 Scores = dict[str, Tensor]
 """Tensor name -> float32 tensor of the parameter's shape."""
@@ -30,6 +39,31 @@ Scored = tuple[Tensor, Tensor, Tensor]
 """Images (B, 3, H, W), their labels (B,), and uniform numbers in [0, 1) (B, S), which draw labels from the model."""
 
 
+def scored_batches(
+    model: Backbone,
+    images: LabelledImages,
+    ids: Ids | None = None,
+    *,
+    samples: int = 1,
+    seed: int = 0,
+    number: int = 1,
+    batch_size: int = 250,
+) -> Iterator[Scored]:
+    """Batches of the images at ``ids`` (None: of all), with S = ``samples`` uniform numbers for each image.
+
+    An image's numbers depend on the seed, its id and the ``number`` of the iteration, and on nothing else: neither on
+    who holds the image, nor on the images beside it.
+
+    >>> scores = fisher_scores(model, scored_batches(model, data.calibration), mask)
+    """
+    ids = np.arange(len(images)) if ids is None else ids
+    draws = np.stack([generator(seed, "labels", number, int(id_)).random(samples) for id_ in ids])
+    uniforms = torch.from_numpy(draws).split(batch_size)
+    batches = evaluation_batches(images.subset(ids), view_of(model), batch_size)
+    for (x, labels), u in zip(batches, uniforms, strict=True):
+        yield x, labels, u
+
+
 def draw_labels(log_p: Tensor, uniforms: Tensor) -> Tensor:
     """Labels (B,) drawn from the predictive distribution ``log_p`` (B, C), inverting it at ``uniforms`` (B,)."""
     cumulative = log_p.detach().cpu().double().exp().cumsum(1)
@@ -38,11 +72,11 @@ def draw_labels(log_p: Tensor, uniforms: Tensor) -> Tensor:
 
 
 def targets(mode: FisherMode, log_p: Tensor, labels: Tensor, uniforms: Tensor) -> list[tuple[Tensor, Tensor | float]]:
-    """Classes (B,) and factors, (B,) or one, of every backward pass: the squared gradients of factor x log p(class | x)
-    add up to the mode's score.
+    """Classes (B,) and factors, (B,) or one, of every backward pass.
 
-    true: S drawn labels, averaged; exact: every class, weighted by its probability; empirical: the labels given, which
-    is no Fisher information; batch: drawn labels too, but its squares are taken of sums over examples.
+    The squared gradients of factor x log p(class | x) add up to the mode's score. true: S drawn labels, averaged.
+    exact: every class, weighted by its probability. empirical: the labels given, which is no Fisher information. batch:
+    drawn labels too, but squares are taken of sums over examples.
     """
     match mode:
         case "true" | "batch":
@@ -52,6 +86,8 @@ def targets(mode: FisherMode, log_p: Tensor, labels: Tensor, uniforms: Tensor) -
             return [(torch.full_like(labels, c), root_p[:, c]) for c in range(log_p.shape[1])]
         case "empirical":
             return [(labels, 1.0)]
+        case _:
+            raise InputError(f"fisher {mode!r}: expected true, exact, empirical or batch")
 
 
 def fisher_scores(
@@ -69,9 +105,14 @@ def fisher_scores(
     ``masks``: bool, of the parameters' shapes; rows of a weight before the first and after the last that holds a True
     are not scored and stay 0. ``weights`` replaces parameters by name in the forward pass (the softly masked copy); the
     model is not changed. Forward and backward take ``chunk`` examples at a time, so memory holds their activations and
-    one layer's gradients for each of them, never all layers'; mode batch takes, and squares, whole batches.
-    A layer is to be called once in a forward pass, and what follows it not to work in place.
+    one layer's gradients for each of them, never all layers'. Mode batch takes, and squares, whole batches. Every
+    scored layer must run once in a forward pass, and nothing after it may work in place.
+
     Raises TypeError for a parameter of another kind of layer, TrainingError where a score is not finite.
+
+    >>> scores = fisher_scores(model, scored_batches(model, data.calibration), eligible_entries(model).masks)
+    >>> scores["blocks.0.mlp.fc1.weight"].shape
+    torch.Size([768, 192])
     """
     scores = {name: torch.zeros_like(model.get_parameter(name), requires_grad=False) for name in masks}
     model.eval()
@@ -95,7 +136,7 @@ def _passes(
     mode: FisherMode,
     precision: Precision,
 ) -> None:
-    """One chunk's forward and backward passes; its activations go when it returns, before the next chunk's come."""
+    """Forward and backward passes of one chunk; its activations are freed on return, before the next chunk's come."""
     with autocast(images.device, precision):
         logits = functional_call(model, dict(weights), (images,))
     log_p = F.log_softmax(logits.float(), dim=1)
@@ -123,7 +164,7 @@ def activation_bytes(model: nn.Module, images: Tensor) -> int:
 
 @contextmanager
 def _frozen(model: nn.Module) -> Iterator[None]:
-    """No parameter asks for a gradient inside: the hooks form weight gradients, autograd only carries activations."""
+    """Ask for no parameter's gradient inside: hooks form weight gradients, and autograd carries activations only."""
     wanted = {parameter: parameter.requires_grad for parameter in model.parameters()}
     model.requires_grad_(False)
     try:
@@ -137,7 +178,7 @@ def _frozen(model: nn.Module) -> Iterator[None]:
 def _squares_added_to(
     scores: Scores, masks: Mapping[str, Tensor], model: nn.Module, *, per_example: bool
 ) -> Iterator[None]:
-    """Inside, every backward pass adds squared weight gradients to ``scores``: of each example, or of their sum."""
+    """Add squared weight gradients to ``scores`` in every backward pass inside: of each example, or of their sum."""
     handles = []
     for path in dict.fromkeys(name.rpartition(".")[0] for name in scores):
         layer, weight, bias = model.get_submodule(path), scores.get(f"{path}.weight"), scores.get(f"{path}.bias")
@@ -151,7 +192,7 @@ def _squares_added_to(
 
 
 def _rows(mask: Tensor) -> slice:
-    """From the first to the last row of a weight that holds a True."""
+    """Slice from the first to the last row of a weight that holds a True."""
     found = mask.reshape(len(mask), -1).any(1).nonzero()
     return slice(int(found.min()), int(found.max()) + 1) if len(found) else slice(0)
 
@@ -191,7 +232,7 @@ def _adder(
 
 
 def _token_view(layer: nn.Module) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
-    """How a layer's input and its output's gradient become (B, T, I) and (B, T, O), whose product is a gradient."""
+    """A function from a layer's input and output gradient to (B, T, I) and (B, T, O), whose product is a gradient."""
     match layer:
         case nn.Linear():
             return lambda x, g: (_flat(x), _flat(g))

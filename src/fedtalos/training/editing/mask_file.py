@@ -1,43 +1,44 @@
-"""Masks on disk (safetensors, one bit per entry, by tensor name) and what they look like per block and kind."""
+"""Masks on disk: safetensors, one bit per entry, by tensor name, with facts of how the mask was made."""
 
 import hashlib
 import json
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import Literal
+from types import UnionType
+from typing import Any, Literal, get_args, get_origin
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict
 from safetensors import SafetensorError
 from safetensors.numpy import load as load_safetensors
 from safetensors.numpy import save as save_safetensors
-from torch import Tensor, nn
+from torch import Tensor
 
+from fedtalos._version import __version__
 from fedtalos.errors import InputError, shown
 from fedtalos.files import UNSEALED, is_sealed, sealed, write_atomic
-from fedtalos.models.vision_transformer import parts
-from fedtalos.training.editing.talos import Eligible, eligible_masks
-
-Mask = dict[str, Tensor]
-"""Tensor name -> bool tensor of the parameter's shape; True = may move."""
-
-JoinRule = Literal["union", "intersection", "majority", "vote"]
+from fedtalos.models.backbone import Backbone
+from fedtalos.training.editing.eligible import Eligible, eligible_masks, eligible_shapes
+from fedtalos.training.entries import Mask
 
 FORMAT = 3
-KINDS = ("q", "k", "v", "proj", "fc1", "fc2", "linear", "conv", "norms", "biases")
+SEVERAL = "several"
+"""Said of a joined mask where its sources disagree; a number is None there."""
+
 _HEADER = "fedtalos_mask"
 _NAMES = re.compile(r"net\..+|blocks\.[0-9]+\.(norm[12]|attn\.(qkv|proj)|mlp\.fc[12])\.(weight|bias)")
 
 
-class MaskFacts(BaseModel):
-    """How a mask was made; stored in its header. Of a joined mask: what its sources agree on, else several or None."""
+@dataclass(frozen=True, kw_only=True)
+class MaskFacts:
+    """Facts of how a mask was made, as its file's header holds them.
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    Of a joined mask: what its sources agree on, else "several" or None. None also stands for what nobody knows.
+    """
 
     format: int = FORMAT
     version: str
@@ -61,24 +62,97 @@ class MaskFacts(BaseModel):
     head: str
     made_from: tuple[str, ...] = ()  # fingerprints of the masks that it joins, or is drawn like
 
+    def __post_init__(self) -> None:
+        # Files say 1, not true, of a yes or no: an architecture has both.
+        plain = {name: int(value) if isinstance(value, bool) else value for name, value in self.model.items()}
+        object.__setattr__(self, "model", plain)
+
     @property
     def density(self) -> float:
         """Density reached: True entries per eligible entry."""
         return self.active / self.eligible
 
 
-def save_mask(path: Path, mask: Mask, facts: MaskFacts) -> None:
+def save_mask(path: Path | str, mask: Mask, model: Backbone, *, criterion: str = "given") -> None:
+    """Write a mask of a model to a file, one bit per entry.
+
+    The file says for which weights the mask is; ``criterion`` says in a few words how it was made. Raises InputError
+    where the mask names other tensors or entries than the model's eligible ones.
+
+    >>> save_mask("masks/mine.safetensors", mask, model, criterion="talos")
+    """
+    write_mask_file(Path(path), mask, facts_of(mask, model, criterion))
+
+
+def load_mask(path: Path | str, model: Backbone, *, force_mask: bool = False) -> Mask:
+    """Read a mask that is to be used with this model.
+
+    Raises InputError where the file is missing, not what was written or no mask, where the mask does not fit the model,
+    and unless ``force_mask`` where it was made for another model or for other weights.
+
+    >>> mask = load_mask("masks/mine.safetensors", model)
+    """
+    mask, facts = read_mask_file(Path(path))
+    check_mask(Path(path), mask, facts, model, force=force_mask)
+    return mask
+
+
+def facts_of(mask: Mask, model: Backbone, criterion: str = "given") -> MaskFacts:
+    """Facts of a mask of which nothing is known but the model that it is for.
+
+    Raises InputError where the mask names other tensors or entries than the model's eligible ones.
+    """
+    if not criterion.isprintable() or not any(bool(tensor.any()) for tensor in mask.values()):
+        raise InputError("mask: expected at least one entry that may move, and a criterion in plain words")
+    rules: tuple[Eligible, ...] = get_args(Eligible)
+    found = {rule: eligible_masks(eligible_shapes(model), rule) for rule in rules}
+    rule = next((rule for rule in rules if found[rule].keys() == mask.keys()), rules[0])
+    for name, tensor in mask.items():
+        allowed = found[rule].get(name)
+        if allowed is None or allowed.shape != tensor.shape or bool((tensor.cpu() & ~allowed).any()):
+            raise InputError(
+                f"mask: {name} {tuple(tensor.shape)} is no eligible tensor of {model.architecture}, or more of it than "
+                "is eligible may move; a mask file holds weights and biases of the layers inside the blocks"
+            )
+    return MaskFacts(
+        version=__version__,
+        criterion=criterion,
+        fisher="unknown",
+        fisher_samples=0,
+        iterations=None,
+        granularity="unknown",
+        eligible_in=rule,
+        eligible=sum(int(tensor.sum()) for tensor in found[rule].values()),
+        active=sum(int(tensor.sum()) for tensor in mask.values()),
+        target_density=None,
+        soft_zero=None,
+        calibration="unknown",
+        clients=0,
+        calibration_images=0,
+        seed=None,
+        model=model.architecture.as_dict(),
+        weights=model.origin.fingerprint,
+        data="unknown",
+        head="unknown",
+    )
+
+
+def write_mask_file(path: Path, mask: Mask, facts: MaskFacts) -> None:
     """Write a mask file, one bit per entry, sealed."""
     shapes = {name: list(tensor.shape) for name, tensor in mask.items()}
-    header = json.dumps({"seal": UNSEALED, "facts": facts.model_dump(), "shapes": shapes})
+    header = json.dumps({"seal": UNSEALED, "facts": asdict(facts), "shapes": shapes})
     bits = {name: np.packbits(tensor.cpu().numpy().reshape(-1)) for name, tensor in mask.items()}
     write_atomic(path, sealed(save_safetensors(bits, metadata={_HEADER: header})))
 
 
-def load_mask(path: Path) -> tuple[Mask, MaskFacts]:
-    """Read a mask file.
+def read_mask_file(path: Path) -> tuple[Mask, MaskFacts]:
+    """Read a mask file, whatever model it is for.
 
     Raises InputError where the file is missing, not what was written, or not a mask.
+
+    >>> mask, facts = read_mask_file(Path("masks/mine.safetensors"))
+    >>> facts.density
+    0.1
     """
     if not path.is_file():
         raise InputError(f"mask {path}: no such file; `fedtalos editing` writes one under masks/")
@@ -90,11 +164,35 @@ def load_mask(path: Path) -> tuple[Mask, MaskFacts]:
             raise InputError(f"mask {path}: format {shown(made_in)}, this version reads {FORMAT}; make it anew")
         if not is_sealed(content):
             raise InputError(f"mask {path}: not what was written (checksum); make it anew with `fedtalos editing`")
-        return _checked(load_safetensors(content), header["shapes"], MaskFacts(**header["facts"]))
+        return _checked(load_safetensors(content), header["shapes"], _facts(header["facts"]))
     except (SafetensorError, KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
         raise InputError(
             f"mask {path}: not a readable fedtalos mask file; make it anew with `fedtalos editing`"
         ) from error
+
+
+def _facts(said: Mapping[str, Any]) -> MaskFacts:
+    """The facts that a file says; TypeError where names or types are others."""
+    for field in fields(MaskFacts):
+        if field.name in said and not _fits(said[field.name], field.type):
+            raise TypeError(field.name)
+    return MaskFacts(**{**said, "made_from": tuple(said.get("made_from", ()))})
+
+
+def _fits(value: object, kind: Any) -> bool:
+    """Whether a value that JSON gave is of the type that MaskFacts has for it."""
+    match get_origin(kind):
+        case origin if origin is UnionType:
+            return any(_fits(value, each) for each in get_args(kind))
+        case origin if origin is Literal:
+            return value in get_args(kind)
+        case origin if origin is tuple:
+            return isinstance(value, list) and all(_fits(each, get_args(kind)[0]) for each in value)
+        case origin if origin is dict:
+            return isinstance(value, dict) and all(_fits(each, get_args(kind)[1]) for each in value.values())
+    if isinstance(value, int) and not isinstance(value, bool):
+        return kind in (int, float) and abs(value) < 2**63
+    return type(value) is kind
 
 
 def _checked(
@@ -102,7 +200,7 @@ def _checked(
 ) -> tuple[Mask, MaskFacts]:
     """The mask of these bits; ValueError or TypeError where they are not what shapes and facts say.
 
-    A seal says that nothing changed, not that what wrote it meant well.
+    A seal says that nothing changed, not that whoever wrote it meant well.
     """
     mask = {name: _unpacked(bits[name], shape) for name, shape in shapes.items()}
     eligible = eligible_masks({name: tensor.shape for name, tensor in mask.items()}, facts.eligible_in)
@@ -110,7 +208,7 @@ def _checked(
         raise ValueError("other tensors")
     if sum(int(tensor.sum()) for tensor in mask.values()) != facts.active or facts.eligible < max(facts.active, 1):
         raise ValueError("other bits")
-    words = [*facts.model_dump().values(), *facts.model, *facts.model.values(), *facts.made_from]
+    words = [*asdict(facts).values(), *facts.model, *facts.model.values(), *facts.made_from]
     if not "".join(map(str, words)).isprintable():
         raise ValueError("words that a terminal would act on")
     return mask, facts
@@ -125,21 +223,13 @@ def _unpacked(bits: NDArray[np.uint8], shape: list[int]) -> Tensor:
     return torch.from_numpy(np.unpackbits(bits, count=count).astype(bool).reshape(shape))
 
 
-def check_mask(
-    path: Path,
-    mask: Mask,
-    facts: MaskFacts,
-    model: nn.Module,
-    *,
-    architecture: Mapping[str, str | int],
-    weights: str,
-    force: bool,
-) -> None:
+def check_mask(path: Path, mask: Mask, facts: MaskFacts, model: Backbone, *, force: bool = False) -> None:
     """Refuse a mask made for another model or other weights, saying what differs.
 
     ``force`` takes every mask that fits in names and shapes.
     """
-    differs = origin_differs([facts, facts.model_copy(update={"model": architecture, "weights": weights})])
+    here = replace(facts, model=model.architecture.as_dict(), weights=model.origin.fingerprint)
+    differs = origin_differs([facts, here])
     shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
     for name, tensor in mask.items():
         if (found := shapes.get(name, "no such tensor")) != tuple(tensor.shape):
@@ -151,12 +241,12 @@ def check_mask(
     if differs and not force:
         raise InputError(
             f"mask {path}: not made for this: {differs} (the mask's first); give what it was made for, make a mask for "
-            "this with `fedtalos editing`, or add --force_mask"
+            "this with `fedtalos editing`, or add force_mask"
         )
 
 
 def origin_differs(headers: Sequence[MaskFacts]) -> str:
-    """In what masks' models and weights differ, with all values; empty where they are the same."""
+    """The points in which masks' models and weights differ, with all values; empty where they are the same."""
     origins = [{**facts.model, "weights": facts.weights} for facts in headers]
     found = {
         what: list(dict.fromkeys(str(origin.get(what)) for origin in origins))
@@ -172,87 +262,3 @@ def fingerprint(mask: Mask) -> str:
         digest.update(f"{name} {tuple(tensor.shape)}".encode())
         digest.update(np.packbits(tensor.cpu().numpy().reshape(-1)).data)
     return digest.hexdigest()
-
-
-@dataclass(frozen=True)
-class DensityRow:
-    """True entries and entries of one kind of tensor in one block."""
-
-    block: int
-    kind: str
-    active: int
-    entries: int
-
-    @property
-    def density(self) -> float:
-        return self.active / self.entries
-
-
-def density_table(mask: Mask, eligible_in: Eligible) -> list[DensityRow]:
-    """Density per block and kind (q, k, v, proj, fc1, fc2: weights; norms: both; biases: of the linear layers).
-
-    Only eligible entries count, and kinds that have some. Of a foreign model: linear, conv, norms and biases, and as
-    blocks, in their order, what shares a name up to the last number in it.
-    """
-    eligible = eligible_masks({name: tensor.shape for name, tensor in mask.items()}, eligible_in)
-    totals: dict[tuple[int, str], list[int]] = {}
-    units: dict[str, int] = {}
-    for name, tensor in mask.items():
-        ours = name.startswith("blocks.")
-        block = int(name.split(".")[1]) if ours else units.setdefault(_unit(name), len(units))
-        kind = _kind(name) if ours else _foreign_kind(name, mask)
-        for part, chosen in parts(name, tensor).items():
-            row = totals.setdefault((block, kind if kind in ("norms", "biases") else part or kind), [0, 0])
-            row[0] += int(chosen.sum())
-            row[1] += int(parts(name, eligible[name])[part].sum())
-    ordered = sorted(totals, key=lambda key: (key[0], KINDS.index(key[1])))
-    return [DensityRow(block, kind, *totals[block, kind]) for block, kind in ordered if totals[block, kind][1]]
-
-
-def _kind(name: str) -> str:
-    """Of blocks.N.norm1.weight, blocks.N.mlp.fc1.weight and the like."""
-    layer = name.split(".", 2)[2]
-    return "norms" if layer.startswith("norm") else "biases" if layer.endswith(".bias") else layer.split(".")[1]
-
-
-def _foreign_kind(name: str, mask: Mask) -> str:
-    weight = mask.get(name.removesuffix("bias") + "weight") if name.endswith(".bias") else mask[name]
-    if weight is not None and weight.dim() == 1:
-        return "norms"
-    return "biases" if name.endswith(".bias") else "conv" if mask[name].dim() == 4 else "linear"
-
-
-def _unit(name: str) -> str:
-    """A layer's path up to its last number but its own: net.stages.1.blocks.2 of net.stages.1.blocks.2.mlp.fc1.bias."""
-    found = re.match(r".*\d(?=\.)", name.rsplit(".", 2)[0] + ".")
-    return found[0] if found else ""
-
-
-def overlap(first: Mask, second: Mask) -> float:
-    """Intersection over union of two masks' True entries (1 where both are empty); a tensor not there is all False.
-
-    Raises InputError where tensors of one name differ in shape.
-    """
-    shared = first.keys() & second.keys()
-    if any(first[name].shape != second[name].shape for name in shared):
-        raise InputError("masks: made for different models, so their overlap has no meaning")
-    both = sum(int((first[name] & second[name]).sum()) for name in shared)
-    either = sum(int(tensor.sum()) for mask in (first, second) for tensor in mask.values()) - both
-    return both / either if either else 1.0
-
-
-def check_same_tensors(masks: Sequence[Mask]) -> None:
-    """InputError where masks do not speak of the same tensors."""
-    shapes = [{name: tensor.shape for name, tensor in mask.items()} for mask in masks]
-    if any(shape != shapes[0] for shape in shapes):
-        raise InputError("masks: made for different models or eligible tensors, so they cannot be joined")
-
-
-def votes_needed(rule: JoinRule, masks: int, quorum: float) -> int:
-    """How many of so many masks must let an entry move for the joined mask to let it."""
-    return {
-        "union": 1,
-        "intersection": masks,
-        "majority": masks // 2 + 1,
-        "vote": max(1, math.ceil(quorum * masks - 1e-9)),  # 0.7 x 10 is a little above 7
-    }[rule]

@@ -1,29 +1,111 @@
-"""TaLoS: scores -> mask, refined in rounds (Iurada, Ciccone and Tommasi, ICLR 2025, section 4.2 and algorithm 1).
+"""TaLoS: let the entries move that the pretrained model is least sensitive to, and freeze all others.
 
-The mask keeps the entries with the lowest scores: what the pretrained task is least sensitive to may move, all else
-is frozen. Letters: E eligible entries, R iterations, G groups of entries that stay or go together.
+Source: Iurada, Ciccone and Tommasi, ICLR 2025 (arXiv 2504.02620), section 4.2 and algorithm 1:
+
+    kept <- all E eligible entries
+    for r = 1..R:
+        theta_r <- theta, entries no longer kept times soft_zero
+        scores  <- diagonal Fisher information at theta_r, from zero, summed over the images
+        kept    <- the round(density^(r/R) E) lowest-scored of the kept entries
+
+Letters: E eligible entries, R iterations.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from fedtalos.data.images import LabelledImages
+from fedtalos.devices import Precision
 from fedtalos.errors import InputError
-from fedtalos.models.library_model import ForeignModel
-from fedtalos.models.vision_transformer import parts
-from fedtalos.randomness import generator, torch_generator
-from fedtalos.training.masked_parameters import Entries, named_tensors
+from fedtalos.models.backbone import Backbone
+from fedtalos.training.editing.eligible import Eligible, eligible_entries, mask_of
+from fedtalos.training.editing.fisher import FisherMode
+from fedtalos.training.editing.ranking import (
+    Granularity,
+    Groups,
+    entries_kept,
+    group_entries,
+    keep_lowest,
+    keep_lowest_groups,
+)
+from fedtalos.training.editing.sensitivity import Holder, Sensitivity, chunk_that_fits, draw_holders
+from fedtalos.training.entries import Entries, Mask
 
 Criterion = Literal["least_sensitive", "most_sensitive", "lowest_magnitude", "highest_magnitude", "random"]
-Eligible = Literal["blocks", "attention", "qk", "biases"]
-Granularity = Literal["entry", "row", "head", "tensor"]
+
+Score = Callable[[int, Tensor], Tensor]
+"""(iteration 1..R, kept (E,)) -> fresh scores (E,), low = keep."""
 
 
-@dataclass(frozen=True)
+def talos_mask(
+    model: Backbone,
+    images: LabelledImages | Sequence[Holder],
+    *,
+    density: float = 0.1,
+    iterations: int = 4,
+    criterion: Literal["talos", "least_sensitive", "most_sensitive"] = "least_sensitive",
+    eligible: Eligible = "blocks",
+    granularity: Granularity = "entry",
+    soft_zero: float = 0.01,
+    fisher: FisherMode = "true",
+    fisher_samples: int = 1,
+    max_images: int | None = None,
+    chunk: int | None = None,
+    precision: Precision = "fp32",
+    seed: int = 0,
+) -> Mask:
+    """A mask of the share ``density`` of eligible entries that the model is least sensitive to.
+
+    ``images`` are one set, or several holders' (federated calibration: everyone's scores are added); about
+    ``max_images`` of them are drawn (None: all). ``criterion`` talos is another name of least_sensitive; most_sensitive
+    is its opposite, a control. ``eligible`` and ``granularity``: entries to choose from, and what stays or goes
+    together. ``soft_zero`` multiplies entries no longer kept while the next iteration scores. ``fisher_samples`` labels
+    are drawn for each image. ``chunk`` examples share a backward pass (None: as memory allows). The mask lies on the
+    CPU; the command `editing` makes the same one of the same images and seed.
+
+    Raises InputError for an untrained head, where there are no images, and for values outside their limits.
+
+    >>> mask = talos_mask(model, data.calibration, density=0.1)
+    """
+    refuse_untrained_head(model)
+    if criterion not in ("talos", "least_sensitive", "most_sensitive"):
+        raise InputError(
+            f"criterion {criterion!r}: expected least_sensitive, its other name talos, or most_sensitive; "
+            "random_mask and magnitude_mask make masks without images"
+        )
+    entries = eligible_entries(model, eligible)
+    holders = draw_holders(images, max_images, seed)
+    score = Sensitivity(
+        model,
+        entries,
+        holders,
+        rule="most_sensitive" if criterion == "most_sensitive" else "least_sensitive",
+        soft_zero=soft_zero,
+        fisher=fisher,
+        fisher_samples=fisher_samples,
+        chunk=chunk_that_fits(model, holders[0].images) if chunk is None else chunk,
+        precision=precision,
+        seed=seed,
+    )
+    groups = group_entries(entries, granularity, model.architecture)
+    *_, last = refine(score, entries, density=density, iterations=iterations, seed=seed, groups=groups)
+    return mask_of(entries, last.kept)
+
+
+def refuse_untrained_head(model: Backbone) -> None:
+    """Raise InputError where the model's head is random: scores through it would mean nothing."""
+    if model.head_source == "random":
+        raise InputError(
+            "head random: scores through an untrained head would mean nothing; fit one (ridge), give a head file, or "
+            "take a model that was trained on these classes"
+        )
+
+
+@dataclass(frozen=True, eq=False)
 class Iteration:
     """One refinement: its number (1..R), which eligible entries (E,) stay True, and their share."""
 
@@ -32,132 +114,8 @@ class Iteration:
     density: float
 
 
-@dataclass(frozen=True)
-class Groups:
-    """The group of every eligible entry, int64 (E,), and the groups' sizes (G,)."""
-
-    of: Tensor
-    sizes: Tensor
-
-
-def eligible_entries(model: nn.Module, which: Eligible = "blocks") -> Entries:
-    """Weights and biases of the layers inside the blocks, or only some, but for the key third of each qkv bias.
-
-    That third has exactly zero gradient: it shifts all logits of a softmax row alike. ``which``: blocks (all),
-    attention (qkv and proj), qk (their rows of qkv), biases (those of the norms too). Of a foreign model: of the layers
-    that it calls scorable, and blocks or biases only. Layer scale is no layer's weight, and not eligible.
-    """
-    shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
-    if isinstance(model, ForeignModel):
-        shapes = {name: shape for name, shape in shapes.items() if name.rpartition(".")[0] in model.scorable}
-        if which not in ("blocks", "biases") or not shapes:
-            raise InputError(
-                f"--eligible {which}: masks of {model.architecture} choose from blocks or biases, of its "
-                f"{len(model.scorable)} linear, convolution and norm layers; give one of these, or another model"
-            )
-    return Entries(eligible_masks(shapes, which, next(model.parameters()).device))
-
-
-def eligible_masks(
-    shapes: Mapping[str, torch.Size], which: Eligible, device: torch.device | str = "cpu"
-) -> dict[str, Tensor]:
-    """The same as one bool mask per tensor, from the names and shapes of a model's parameters."""
-    belongs = {"blocks": ".", "attention": ".attn.", "qk": ".attn.qkv.", "biases": ".bias"}[which]
-    masks = {}
-    for name, shape in shapes.items():
-        if name.startswith(("blocks.", "net.")) and belongs in name and not name.endswith(".gamma"):
-            masks[name] = torch.ones(shape, dtype=torch.bool, device=device)
-            if len(parts(name, masks[name])) > 1 and name.endswith(".bias"):
-                parts(name, masks[name])["k"].fill_(False)
-            if which == "qk":
-                parts(name, masks[name])["v"].fill_(False)
-    return masks
-
-
-def grouped(eligible: Entries, granularity: Granularity, heads: int) -> Groups | None:
-    """Which eligible entries stay or go together; None: each for itself.
-
-    row: the weights into one output; head: the rows of one of the ``heads`` attention heads in q, in k or in v, of
-    other layers all; tensor: a whole tensor, where q, k and v of a block count as three. An entry of a bias or of a
-    norm is a row of its own.
-    """
-    if granularity == "entry":
-        return None
-    ids, count = {}, 0
-    for name, mask in eligible.masks.items():
-        rows, tensors = len(mask), len(parts(name, mask))
-        members = {"row": rows, "head": tensors * heads if tensors > 1 else 1, "tensor": tensors}[granularity]
-        local = torch.arange(rows, device=mask.device) * members // rows + count
-        ids[name] = local.view(-1, *[1] * (mask.dim() - 1)).expand(mask.shape)
-        count += members
-    of = eligible.gather(ids)
-    return Groups(of, torch.bincount(of, minlength=count))
-
-
-def soften(model: nn.Module, eligible: Entries, kept: Tensor, soft_zero: float) -> dict[str, Tensor]:
-    """A copy of the eligible tensors in which entries no longer kept (E,) are multiplied by ``soft_zero``."""
-    weights = {name: named_tensors(model)[name].clone() for name in eligible.masks}
-    values = eligible.gather(weights)
-    eligible.scatter(torch.where(kept, values, values * soft_zero), weights)
-    return weights
-
-
-def score_by_weights(
-    criterion: Literal["lowest_magnitude", "highest_magnitude", "random"],
-    model: nn.Module,
-    eligible: Entries,
-    seed: int,
-    groups: Groups | None = None,
-) -> Tensor:
-    """Scores (E,), low = keep, of the rules that look at no data; the random ones are drawn per group."""
-    if criterion == "random":
-        count = len(eligible) if groups is None else len(groups.sizes)
-        drawn = torch.rand(count, generator=torch_generator(seed, "random mask")).to(eligible.device)
-        return drawn if groups is None else drawn[groups.of]
-    magnitude = eligible.gather(named_tensors(model)).abs()
-    return magnitude if criterion == "lowest_magnitude" else -magnitude
-
-
-def keep_lowest(scores: Tensor, kept: Tensor, count: int, seed: int, iteration: int) -> Tensor:
-    """The ``count`` lowest-scored of the ``kept`` entries as bool (E,): one global ranking, ties by a named draw.
-
-    ``scores`` (E,) float32, ``kept`` bool (E,) with at least ``count`` True. One copy of the candidates' scores is
-    partitioned, on the CPU; nothing is sorted.
-    """
-    values, candidates = scores.cpu().numpy(), kept.cpu().numpy()
-    if count == 0:
-        return torch.zeros_like(kept)
-    ranked = values[candidates]
-    ranked.partition(count - 1)
-    threshold = ranked[count - 1]
-    del ranked
-    chosen = candidates & (values < threshold)
-    ties = np.flatnonzero(candidates & (values == threshold))
-    order = generator(seed, "ties", iteration).permutation(len(ties))
-    chosen[ties[order[: count - np.count_nonzero(chosen)]]] = True
-    return torch.from_numpy(chosen).to(kept.device)
-
-
-def keep_lowest_groups(scores: Tensor, kept: Tensor, count: int, groups: Groups, seed: int, iteration: int) -> Tensor:
-    """The lowest-scored of the ``kept`` groups, until the next would exceed ``count`` entries, at least one: bool (E,).
-
-    A group's score is the sum of its entries' scores (E,) per entry: by the bare sum, small tensors would always win.
-    """
-    sizes = groups.sizes.cpu().numpy()
-    of = groups.of.cpu()
-    sums = torch.bincount(of, weights=scores.cpu().double(), minlength=len(sizes)).numpy()
-    alive = torch.bincount(of[kept.cpu()], minlength=len(sizes)).numpy() > 0
-    score = np.where(alive, sums / np.maximum(sizes, 1), np.inf)
-    order = np.lexsort((generator(seed, "ties", iteration).random(len(sizes)), score))
-    fits = sizes[order].cumsum() <= count
-    fits[0] = True
-    chosen = torch.zeros(len(sizes), dtype=torch.bool)
-    chosen[order[fits & alive[order]]] = True
-    return chosen[of].to(kept.device)
-
-
-def calibrate(
-    score: Callable[[int, Tensor], Tensor],
+def refine(
+    score: Score,
     eligible: Entries,
     *,
     density: float,
@@ -166,15 +124,23 @@ def calibrate(
     start: tuple[int, Tensor] | None = None,
     groups: Groups | None = None,
 ) -> Iterator[Iteration]:
-    """Yield R ever sparser masks; after round r exactly round(density^(r/R) E) eligible entries stay.
+    """Yield R ever sparser masks; after iteration r exactly round(density^(r/R) E) eligible entries stay.
 
     ``score(r, kept)`` gives fresh scores (E,), low = keep, of the weights softened by ``kept`` (E,). ``start`` is a
-    finished iteration to go on from. With ``groups``, whole groups stay, until the next would exceed that number. Once
-    excluded, always excluded.
+    finished iteration to go on from. With ``groups``, whole groups stay, until the next would exceed that number. An
+    entry once excluded stays excluded.
+
+    Raises InputError for values outside their limits.
+
+    >>> for iteration in refine(score, eligible, density=0.1, iterations=4, seed=0):
+    ...     print(iteration.number, iteration.density)
     """
+    if iterations < 1:
+        raise InputError(f"iterations {iterations}: expected at least 1")
+    entries_kept(density, len(eligible))
     done, kept = start or (0, torch.ones(len(eligible), dtype=torch.bool, device=eligible.device))
     for number in range(done + 1, iterations + 1):
-        count = round(density ** (number / iterations) * len(eligible))
+        count = entries_kept(density ** (number / iterations), len(eligible))
         scores = score(number, kept)
         if groups is None:
             kept = keep_lowest(scores, kept, count, seed, number)

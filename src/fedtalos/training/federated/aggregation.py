@@ -1,4 +1,4 @@
-"""What the server makes of the values that a round's clients send: their mean, or what attackers cannot pull away.
+"""Aggregation: what the server makes of a round's values, their mean or a rule that attackers cannot pull away.
 
 Shapes: N clients of a round, A entries that move.
 """
@@ -7,15 +7,15 @@ from collections.abc import Callable
 from typing import Literal, Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from fedtalos.training.loop import BadUpdateError, TrainingError
-from fedtalos.training.masked_parameters import Entries, Values, all_finite, named_tensors
+from fedtalos.errors import TrainingError
+from fedtalos.training.entries import Values
+from fedtalos.training.masked_parameters import MaskedParameters
 
 Rule = Literal["median", "trimmed_mean", "krum", "multi_krum"]
 RobustRule = Callable[[Tensor, int], Tensor]
 """(the clients' values (N, A), all finite; f, attackers among them) -> what is taken for their mean (A,)."""
-
 
 COLUMNS_AT_ONCE = 2**20  # sorting takes several times the memory of what it sorts
 
@@ -27,34 +27,31 @@ class TooFewError(ValueError):
 class Aggregation(Protocol):
     """Takes a round's clients one by one, then leaves what they come to in the model."""
 
-    def add(self, values: list[Tensor], weight: float, /) -> None:
-        """One client's values, in theta's parts, and how much it counts; the values are good for this call only.
+    needs_finite: bool
+    """True: values that are not finite are refused before they are added."""
 
-        Raises BadUpdateError, and is as before, where it cannot take them.
-        """
+    def add(self, values: list[Tensor], weight: float, /) -> None:
+        """Take one client's values, in theta's parts and good for this call only, and how much it counts."""
 
     def write(self, number: int, /) -> None:
         """Put what round ``number`` comes to into the model, which holds what it began with, and start anew."""
 
 
 class WeightedMean:
-    """sum of n_k theta_k / sum of n_k, as a running mean: memory does not grow with the number of clients.
+    """sum of n_k theta_k / sum of n_k, as a running mean: memory does not grow with the number of clients."""
 
-    One value that is not finite would be everybody's, so it takes none.
-    """
+    needs_finite = True  # one value that is not would be everybody's
 
-    def __init__(self, model: nn.Module, entries: Entries) -> None:
-        self._resident = entries.moving_rows(named_tensors(model))
-        self._mean, self._total = Values(self._resident), 0.0
+    def __init__(self, moving: MaskedParameters, _clients: int) -> None:
+        self._rows = moving.rows
+        self._mean, self._total = Values(self._rows), 0.0
 
     def add(self, values: list[Tensor], weight: float) -> None:
-        if not all_finite(values):
-            raise BadUpdateError("the update is not finite; nothing of it was kept; try a lower --learning_rate")
         self._total += weight
         torch._foreach_lerp_(self._mean.parts, values, weight / self._total)
 
     def write(self, _number: int) -> None:
-        torch._foreach_copy_(self._resident, self._mean.parts)
+        torch._foreach_copy_(self._rows, self._mean.parts)
         self._total = 0.0
 
 
@@ -64,16 +61,16 @@ class Robust:
     Clients count alike. Who sends a number that is not finite is left out of the round, as one of the attackers.
     """
 
-    def __init__(self, model: nn.Module, entries: Entries, rule: RobustRule, *, clients: int, byzantine: int) -> None:
+    needs_finite = False
+
+    def __init__(self, moving: MaskedParameters, clients: int, rule: RobustRule, byzantine: int) -> None:
         """At most ``clients`` take part in a round, f = ``byzantine`` of them attackers."""
-        self._tensors, self._entries = named_tensors(model), entries
-        self._resident = entries.moving_rows(self._tensors)
-        self._rule, self._byzantine = rule, byzantine
-        self._received, self._finite = torch.empty(clients, len(entries), device=entries.device), list[bool]()
+        self._moving, self._rule, self._byzantine = moving, rule, byzantine
+        self._received, self._finite = torch.empty(clients, len(moving), device=moving.device), list[bool]()
 
     def add(self, values: list[Tensor], _weight: float) -> None:
-        torch._foreach_copy_(self._resident, values)
-        vector = self._entries.gather(self._tensors)
+        torch._foreach_copy_(self._moving.rows, values)
+        vector = self._moving.vector()
         self._received[sum(self._finite)] = vector
         self._finite.append(bool(vector.isfinite().all()))
 
@@ -87,7 +84,15 @@ class Robust:
             raise TrainingError(
                 f"round {number}: {sent - kept} of {sent} clients sent no finite numbers; {error}"
             ) from error
-        self._entries.scatter(result, self._tensors)
+        self._moving.write(result)
+
+
+def robust(rule: RobustRule, byzantine: int = 1) -> Callable[[MaskedParameters, int], Robust]:
+    """Aggregate by ``rule`` (median, trimmed_mean, krum, multi_krum) against f = ``byzantine`` attackers in a round.
+
+    >>> algorithm = FedAvg(aggregation=robust(krum, byzantine=2))
+    """
+    return lambda moving, clients: Robust(moving, clients, rule, byzantine)
 
 
 def check_enough(rule: Rule, clients: int, byzantine: int) -> None:
@@ -134,3 +139,6 @@ def krum(values: Tensor, byzantine: int, *, chosen: int = 1) -> Tensor:
 def multi_krum(values: Tensor, byzantine: int) -> Tensor:
     """Multi-Krum with m = N - f, as in its authors' experiments."""
     return krum(values, byzantine, chosen=len(values) - byzantine)
+
+
+RULES: dict[Rule, RobustRule] = {"median": median, "trimmed_mean": trimmed_mean, "krum": krum, "multi_krum": multi_krum}

@@ -3,163 +3,250 @@
 Letters: K clients, C fraction sampled per round, theta the values of what may move.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from functools import reduce
+from typing import Any, Literal, Protocol
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import Tensor
 
+from fedtalos.errors import BadUpdateError, InputError
 from fedtalos.metrics import Metrics
+from fedtalos.models.backbone import Backbone
 from fedtalos.randomness import generator
+from fedtalos.training.entries import Values, all_finite
 from fedtalos.training.federated.aggregation import Aggregation, WeightedMean
-from fedtalos.training.federated.algorithms.server import ServerRule
-from fedtalos.training.loop import BadUpdateError
-from fedtalos.training.masked_parameters import Entries, Values, named_tensors
+from fedtalos.training.federated.clients import Clients, Integers
+from fedtalos.training.local_training import LocalTraining, Watch, unwatched
+from fedtalos.training.masked_parameters import MaskedParameters
 
-ClientUpdate = Callable[[int, int], Metrics]
-"""(round, client) -> training metrics; trains the resident model in place, from the values it finds there."""
 
-Outcome = tuple[Metrics, list[Tensor]] | BadUpdateError
-"""A client's metrics and trained values, in theta's parts; or what made its training of no use."""
+@dataclass(frozen=True)
+class Update:
+    """What a client sends back: its values in theta's parts, metrics of its training, and an algorithm's own reply.
 
-TrainClients = Callable[[int, Sequence[int], Values], Iterator[Outcome]]
-"""(round, clients, theta) -> each client's outcome, in the clients' order.
+    The values are good until the next client's update is asked for.
+    """
 
-Every client starts from theta; its values are good until the next client's are asked for.
-"""
+    values: list[Tensor]
+    metrics: Metrics
+    reply: Tensor | None = None
 
-Absence = Callable[[int, int], str | None]
-"""(round, client) -> why the client, though sampled, answers nothing in that round; None where it does."""
+
+@dataclass(frozen=True)
+class Lost:
+    """A client whose update does not count, and why; ``sent``: it sent something all the same."""
+
+    why: str
+    sent: bool = False
+
+
+Updates = Callable[[int, Sequence[int], Values], Iterator[tuple[int, Update | Lost]]]
+"""(round, clients, theta) -> each client with its update, in the clients' order; every client starts from theta."""
+
+Transform = Callable[[Updates], Updates]
+"""Changes updates on their way to the server: clipping, attacks, drop-outs."""
+
 
 OnBadClient = Literal["stop", "skip"]
 
 
 @dataclass(frozen=True)
 class Round:
-    """One aggregation: its number (1..), the clients sampled, the training metrics of those averaged, bytes sent."""
+    """One round: its number (1..), clients sampled, training metrics of those that count, and clients lost."""
 
     number: int
-    clients: tuple[int, ...]
-    train: Metrics
-    bytes_down: int
-    bytes_up: int
-    absent: dict[int, str] = field(default_factory=dict)
-    """Clients that sent nothing, and why."""
-    bad: dict[int, str] = field(default_factory=dict)
-    """Clients left out for what came of their training, and what that was."""
+    clients: tuple[int, ...] = ()
+    train: Metrics = field(default_factory=Metrics)
+    lost: Mapping[int, Lost] = field(default_factory=dict)
+
+
+class Correction(Protocol):
+    """What a client adds to its gradients, and, when it has trained, its reply to the server beside its values."""
+
+    @property
+    def reply(self) -> Tensor | None: ...
+    def __call__(self, gradient: Tensor, /) -> Tensor: ...
+
+
+class FedAvg:
+    """Federated averaging: clients train alone, the server takes their mean, weighted by their numbers of images.
+
+    Other algorithms override what they do differently. ``aggregation`` makes what takes the mean's place
+    (``robust``, ``noisy_mean``). ``state`` is all that an algorithm keeps between rounds.
+
+    >>> rounds = fedavg(model, clients, local=LocalTraining(), rounds=10, algorithm=FedAvg())
+    """
+
+    vectors_sent = 1
+    """Vectors of what moves that a client gets, and sends, in a round."""
+    corrects_gradients = False
+    """True: clients change their gradients, so they cannot train in one stack."""
+
+    def __init__(self, *, aggregation: "MakeAggregation" = WeightedMean) -> None:
+        self.aggregation = aggregation
+        self.state: dict[str, Tensor] = {}
+
+    # On the client
+
+    def client_side(self, moving: MaskedParameters, message: Tensor | None, steps: int) -> Correction | None:
+        """How a client corrects its gradients over its ``steps``; asked when the model holds theta."""
+        return None
+
+    # On the server
+
+    def weights(self, sizes: Integers, local: LocalTraining) -> NDArray[np.number[Any]]:
+        """How much each client counts in the mean, (K,), from its number of images."""
+        return sizes
+
+    def message(self, moving: MaskedParameters, client: int) -> Tensor | None:
+        """What the server sends a client beside theta, (A,)."""
+        return None
+
+    def server_side(self, moving: MaskedParameters, theta: Values, replies: Mapping[int, Tensor | None]) -> None:
+        """Make the new theta in the model, which holds the mean of the clients that ``replies`` names.
+
+        State changes here alone, so an update that was refused leaves no trace.
+        """
+
+
+MakeAggregation = Callable[[MaskedParameters, int], Aggregation]
+"""(what moves, clients of a round) -> what takes their updates in."""
+
+Engine = Callable[[MaskedParameters, Clients, LocalTraining, int, FedAvg], Updates]
+"""(what moves, clients, their training, seed, algorithm) -> how clients train: one by one, in a stack, in processes."""
 
 
 def clients_per_round(num_clients: int, fraction: float) -> int:
-    """max(1, round(C K))."""
+    """Number of clients in a round: max(1, round(C K))."""
     return max(1, round(fraction * num_clients))
 
 
 def sample_clients(num_clients: int, fraction: float, seed: int, round_number: int) -> tuple[int, ...]:
-    """The clients of a round: different, uniformly drawn, a function of seed and round only; ascending."""
+    """Draw a round's clients: different, uniformly, ascending; a function of seed and round only."""
     count = clients_per_round(num_clients, fraction)
     chosen = generator(seed, "clients", round_number).choice(num_clients, size=count, replace=False)
     return tuple(sorted(int(client) for client in chosen))
 
 
-def one_by_one(model: nn.Module, entries: Entries, update_client: ClientUpdate) -> TrainClients:
-    """Clients train one after another, on the resident model: memory does not grow with their number."""
-    resident = entries.moving_rows(named_tensors(model))
+def one_by_one(
+    moving: MaskedParameters,
+    clients: Clients,
+    local: LocalTraining,
+    seed: int,
+    algorithm: FedAvg,
+    *,
+    watch: Watch = unwatched,
+    message: Callable[[int], Tensor | None] | None = None,
+) -> Updates:
+    """Train clients one after another on the one model, so memory does not grow with their number.
 
-    def outcome(number: int, client: int) -> Outcome:
-        try:
-            return update_client(number, client), resident
-        except BadUpdateError as error:
-            return error
-
-    def train_clients(number: int, clients: Sequence[int], theta: Values) -> Iterator[Outcome]:
-        for client in clients:
-            torch._foreach_copy_(resident, theta.parts)
-            yield outcome(number, client)
-
-    return train_clients
-
-
-def useful(outcome: Outcome, theta: Values) -> tuple[Metrics, list[Tensor]]:
-    """The outcome's metrics and values.
-
-    Raises BadUpdateError where it is one, or values are not shaped as theta's parts: one too short would be spread
-    over all.
+    ``message`` replaces the algorithm's own, where another process is the server.
     """
-    if isinstance(outcome, BadUpdateError):
-        raise outcome
-    _, values = outcome
-    if [part.shape for part in values] != [part.shape for part in theta.parts]:
-        sent = sum(part.numel() for part in values)
-        raise BadUpdateError(
+
+    def updates(number: int, chosen: Sequence[int], theta: Values) -> Iterator[tuple[int, Update | Lost]]:
+        rate = local.rate(number - 1)
+        for client in chosen:
+            moving.load(theta)
+            ids = clients[client]
+            if len(ids) == 0:
+                yield client, Lost("no images")
+                continue
+            sent = algorithm.message(moving, client) if message is None else message(client)
+            correction = algorithm.client_side(moving, sent, local.steps_for(len(ids)))
+            try:
+                metrics = local.run(
+                    moving,
+                    clients.images,
+                    ids,
+                    generator(seed, "batches", number, client),
+                    correction,
+                    learning_rate=rate,
+                    watch=watch,
+                    share=1 / len(chosen),
+                )
+            except BadUpdateError as error:
+                yield client, Lost(str(error), sent=True)
+            else:
+                yield client, Update(moving.rows, metrics, None if correction is None else correction.reply)
+
+    return updates
+
+
+def checked(update: Update | Lost, theta: Values, *, finite: bool) -> Update | Lost:
+    """Count an update as lost where its values are not shaped as theta's, or not ``finite`` where they have to be.
+
+    Values that are too few would be spread over all.
+    """
+    if isinstance(update, Lost):
+        return update
+    if [part.shape for part in update.values] != [part.shape for part in theta.parts]:
+        sent = sum(part.numel() for part in update.values)
+        return Lost(
             f"expected {theta.vector.numel()} values in {len(theta.parts)} tensors, "
-            f"got {sent} in {len(values)} or in other shapes; nothing of it was kept"
+            f"got {sent} in {len(update.values)} or in other shapes; nothing of it was kept",
+            sent=True,
         )
-    return outcome
+    if finite and not all_finite(update.values):
+        return Lost("the update is not finite; nothing of it was kept; try a lower learning_rate", sent=True)
+    return update
 
 
 def fedavg(
-    model: nn.Module,
-    entries: Entries,
-    train_clients: TrainClients,
-    client_weights: NDArray[np.number[Any]],
+    model: Backbone | MaskedParameters,
+    clients: Clients,
+    mask: Mapping[str, Tensor] | None = None,
     *,
-    fraction: float,
+    local: LocalTraining,
     rounds: int,
-    seed: int,
-    done: int = 0,
-    first_contact_bytes: int = 0,
-    aggregation: Aggregation | None = None,
-    server: ServerRule | None = None,
-    vectors_sent: int = 1,
-    absent: Absence = lambda _number, _client: None,
+    fraction: float = 0.1,
+    seed: int = 0,
+    algorithm: FedAvg | None = None,
+    through: Sequence[Transform] = (),
+    engine: Engine = one_by_one,
     on_bad_client: OnBadClient = "stop",
+    done: int = 0,
 ) -> Iterator[Round]:
-    """Yield rounds done+1..rounds; after each, ``model`` holds the new global values.
+    """Train federatedly: yield rounds done+1..rounds; after each, the model holds the new global values.
 
-    theta <- sum over sampled clients of n_k theta_k / sum of n_k, or what another ``aggregation`` makes of them.
-    n_k are the ``client_weights`` (K,), numbers of images. What does not move, but lies between what does, is
-    averaged along: equal values stay as they are. Where there is a ``server`` rule, it makes the new theta of that
-    mean. Bytes are those of the entries that may move, ``vectors_sent`` times down and up for every client, and
-    ``first_contact_bytes`` (the mask's bits) down to each client the first time that it is sampled.
+    theta <- sum over sampled clients of n_k theta_k / sum of n_k, or what ``algorithm`` makes of their updates. Only
+    the ``mask``'s True entries move (None: everything). ``through`` are transforms of updates, the first nearest to
+    the client. A client whose training diverges, or whose update cannot be used, raises BadUpdateError and leaves
+    theta in place; with ``on_bad_client`` "skip" the round goes on without it.
 
-    Clients that are ``absent`` get theta and send nothing. One whose training, or whose values, are of no use raises
-    BadUpdateError, which leaves theta in place; with ``on_bad_client`` "skip" the mean is that of the others, and
-    theta, and what the server keeps, stay as they are where there is none.
+    >>> for round in fedavg(model, clients, mask, local=LocalTraining(steps=4, learning_rate=1e-3), rounds=100):
+    ...     print(round.number, round.train.accuracy)
     """
-    resident = entries.moving_rows(tensors := named_tensors(model))
-    theta = Values(resident)
-    aggregation = aggregation or WeightedMean(model, entries)
-    met = np.zeros(len(client_weights), dtype=np.bool_)
-    for number in range(1, done + 1):
-        met[list(sample_clients(len(client_weights), fraction, seed, number))] = True
+    if not 0 < fraction <= 1:
+        raise InputError(f"fraction {fraction}: expected a share of clients above 0 and at most 1, such as 0.1")
+    algorithm = algorithm or FedAvg()
+    moving = MaskedParameters.of(model, mask)
+    updates = reduce(
+        lambda inner, transform: transform(inner), through, engine(moving, clients, local, seed, algorithm)
+    )
+    weights = algorithm.weights(clients.sizes, local)
+    mean = algorithm.aggregation(moving, clients_per_round(len(clients), fraction))
     for number in range(done + 1, rounds + 1):
-        torch._foreach_copy_(theta.parts, resident)
-        before = None if server is None else entries.gather(tensors)
-        clients = sample_clients(len(client_weights), fraction, seed, number)
-        missing = {client: why for client in clients if (why := absent(number, client)) is not None}
-        present = [client for client in clients if client not in missing]
-        train, bad = Metrics(), dict[int, str]()
+        theta, metrics = moving.copy(), Metrics()
+        chosen = sample_clients(len(clients), fraction, seed, number)
+        replies, lost = dict[int, Tensor | None](), dict[int, Lost]()
         try:
-            for client, outcome in zip(present, train_clients(number, present, theta), strict=True):
-                try:
-                    metrics, values = useful(outcome, theta)
-                    aggregation.add(values, float(client_weights[client]))
-                    train += metrics
-                except BadUpdateError as error:
-                    if on_bad_client == "stop":
-                        raise BadUpdateError(f"round {number}, client {client}: {error}") from error
-                    bad[client] = str(error)
+            for client, answer in updates(number, chosen, theta):
+                update = checked(answer, theta, finite=mean.needs_finite)
+                if isinstance(update, Lost):
+                    if update.sent and on_bad_client == "stop":
+                        raise BadUpdateError(f"round {number}, client {client}: {update.why}")
+                    lost[client] = update
+                    continue
+                mean.add(update.values, float(weights[client]))
+                metrics += update.metrics
+                replies[client] = update.reply
         finally:
-            torch._foreach_copy_(resident, theta.parts)
-        if averaged := [client for client in present if client not in bad]:
-            aggregation.write(number)
-            if server is not None and before is not None:
-                entries.scatter(server(averaged, before, entries.gather(tensors)), tensors)
-        new = len(clients) - int(met[list(clients)].sum())
-        met[list(clients)] = True
-        wire = entries.nbytes * vectors_sent
-        bytes_down = wire * len(clients) + first_contact_bytes * new
-        yield Round(number, clients, train, bytes_down, wire * len(present), missing, bad)
+            moving.load(theta)
+        if replies:
+            mean.write(number)
+            moving.note_training()
+            algorithm.server_side(moving, theta, replies)
+        yield Round(number, chosen, metrics, lost)

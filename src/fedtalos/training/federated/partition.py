@@ -1,4 +1,4 @@
-"""Labels to K disjoint, covering sets of examples, one per client.
+"""Splits of labelled images over clients: disjoint sets that cover all, one per client.
 
 Letters: N examples, K clients, C classes present in the labels, Nc classes per client.
 Every scheme says who owns each example, an (N,) vector of client numbers: so a split is disjoint and covering
@@ -6,39 +6,44 @@ by construction, and a client's ids come out ascending. One client that holds ev
 """
 
 import math
-from typing import Literal
+from typing import Literal, get_args
 
 import numpy as np
 
-from fedtalos.data.sampling import largest_remainder
+from fedtalos.data.images import LabelledImages
+from fedtalos.data.sampling import Ids, largest_remainder
 from fedtalos.errors import InputError
 from fedtalos.randomness import generator
-from fedtalos.training.federated.clients import Clients, Ids, Integers
+from fedtalos.training.federated.clients import Clients, Integers
 
 Scheme = Literal["iid", "label_skew", "dirichlet", "quantity"]
 
 MAX_ALPHA = 1e6  # beyond it the shares are even to a thousandth, and far beyond it numpy's draws overflow
 
 
-def partition(
-    labels: Ids,
-    *,
-    scheme: Scheme,
+def split_clients(
+    images: LabelledImages,
     num_clients: int,
-    seed: int,
-    classes_per_client: int,
-    alpha: float,
-    min_size: int,
+    scheme: Scheme = "iid",
+    *,
+    seed: int = 0,
+    classes_per_client: int = 5,
+    alpha: float = 0.3,
+    min_client_size: int = 10,
 ) -> Clients:
-    """Share the examples among the clients.
+    """Share images among K clients: every image has one owner, and no client is without any.
 
-    ``labels`` is (N,); each client's ids are positions in it, and no client is without any.
-    ``classes_per_client`` counts for label_skew alone, ``alpha`` and ``min_size`` (examples) for dirichlet and
-    quantity. Raises InputError where no such split exists.
+    ``classes_per_client`` (Nc) counts for label_skew alone; ``alpha``, the concentration of the draw, and
+    ``min_client_size`` count for dirichlet and quantity.
+
+    Raises InputError where no such split exists.
+
+    >>> clients = split_clients(data.train, 100, "label_skew", classes_per_client=5)
     """
+    labels = images.labels.cpu().numpy()
     if not 1 <= num_clients <= len(labels):
         raise InputError(
-            f"--num_clients {num_clients} with {len(labels)} training examples: every client needs an example, "
+            f"num_clients {num_clients} with {len(labels)} training examples: every client needs an example, "
             f"choose 1 to {len(labels)}"
         )
     rng = generator(seed, "partition", scheme)
@@ -48,13 +53,15 @@ def partition(
         case "label_skew":
             owner = label_skew(labels, num_clients, classes_per_client, rng)
         case "dirichlet":
-            _check_dirichlet(len(labels), num_clients, alpha, min_size)
-            owner = raise_to_min_size(dirichlet(labels, num_clients, alpha, rng), num_clients, min_size, rng)
+            _check_dirichlet(len(labels), num_clients, alpha, min_client_size)
+            owner = raise_to_min_size(dirichlet(labels, num_clients, alpha, rng), num_clients, min_client_size, rng)
         case "quantity":
-            _check_dirichlet(len(labels), num_clients, alpha, min_size)
+            _check_dirichlet(len(labels), num_clients, alpha, min_client_size)
             owner = quantity(len(labels), num_clients, alpha, rng)
-            owner = raise_to_min_size(owner, num_clients, min_size, rng)
-    return Clients.of(owner, num_clients)
+            owner = raise_to_min_size(owner, num_clients, min_client_size, rng)
+        case _:
+            raise InputError(f"scheme {scheme!r}: expected {', '.join(get_args(Scheme))}")
+    return Clients.of(images, owner, num_clients)
 
 
 def iid(num_examples: int, num_clients: int, rng: np.random.Generator) -> Ids:
@@ -93,22 +100,22 @@ def _owned_classes(
     """
     if not 1 <= classes_per_client <= num_classes:
         raise InputError(
-            f"--classes_per_client {classes_per_client}: the training set has {num_classes} classes, "
+            f"classes_per_client {classes_per_client}: the training set has {num_classes} classes, "
             f"choose 1 to {num_classes}"
         )
     places = num_clients * classes_per_client
     if places < num_classes:
         raise InputError(
             f"{num_clients} clients with {classes_per_client} classes each cannot hold all {num_classes} classes: "
-            f"raise --num_clients to {math.ceil(num_classes / classes_per_client)} or "
-            f"--classes_per_client to {math.ceil(num_classes / num_clients)}"
+            f"raise num_clients to {math.ceil(num_classes / classes_per_client)} or "
+            f"classes_per_client to {math.ceil(num_classes / num_clients)}"
         )
     if math.ceil(places / num_classes) > smallest_class:
         most = num_classes * smallest_class
         raise InputError(
             f"{num_clients} clients with {classes_per_client} classes each share a class among up to "
             f"{math.ceil(places / num_classes)}, but the smallest class has {smallest_class} examples: keep "
-            f"--num_clients times --classes_per_client at or below {most}, or choose --partition dirichlet"
+            f"num_clients times classes_per_client at or below {most}, or choose the dirichlet split"
         )
     left = largest_remainder(np.full(num_classes, places / num_classes), places, rng)
     owned = np.empty((num_clients, classes_per_client), np.min_scalar_type(num_classes - 1))
@@ -145,10 +152,10 @@ def _dirichlet_owners(num_examples: int, num_clients: int, alpha: float, rng: np
 
 def _check_dirichlet(num_examples: int, num_clients: int, alpha: float, min_size: int) -> None:
     if not 0 < alpha <= MAX_ALPHA:
-        raise InputError(f"--alpha {alpha}: expected a number above 0 and at most {MAX_ALPHA:g}")
+        raise InputError(f"alpha {alpha}: expected a number above 0 and at most {MAX_ALPHA:g}")
     if not 1 <= min_size <= num_examples // num_clients:
         raise InputError(
-            f"--min_client_size {min_size} with {num_clients} clients and {num_examples} training examples: "
+            f"min_client_size {min_size} with {num_clients} clients and {num_examples} training examples: "
             f"choose 1 to {num_examples // num_clients}, or fewer clients"
         )
 

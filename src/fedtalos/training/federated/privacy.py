@@ -4,26 +4,29 @@ A trusted server clips each client's update to 2-norm S, averages N of K with eq
 deviation z S / N to every entry that moves: one that does not move gets none. Letters: z noise multiplier.
 """
 
+from collections.abc import Callable
 from importlib import import_module
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from fedtalos.errors import InputError, install
 from fedtalos.randomness import generator
 from fedtalos.training.federated.aggregation import WeightedMean
-from fedtalos.training.masked_parameters import Entries, named_tensors
+from fedtalos.training.masked_parameters import MaskedParameters
 
 
 class NoisyMean:
     """The mean of updates that were clipped to S before, each counting alike, with noise drawn by (seed, round)."""
 
-    def __init__(self, model: nn.Module, entries: Entries, *, noise_multiplier: float, clip: float, seed: int) -> None:
-        self._mean, self._clients = WeightedMean(model, entries), 0
-        self._tensors, self._entries = named_tensors(model), entries
-        self._deviation, self._seed = noise_multiplier * clip, seed
+    needs_finite = True
+
+    def __init__(self, moving: MaskedParameters, clients: int, deviation: float, seed: int) -> None:
+        """``deviation`` is z S, that of the sum."""
+        self._mean, self._clients = WeightedMean(moving, clients), 0
+        self._moving, self._deviation, self._seed = moving, deviation, seed
 
     def add(self, values: list[Tensor], _weight: float) -> None:
         self._mean.add(values, 1.0)
@@ -31,11 +34,22 @@ class NoisyMean:
 
     def write(self, number: int) -> None:
         self._mean.write(number)
-        noise = generator(self._seed, "privacy noise", number).standard_normal(len(self._entries), dtype=np.float32)
-        noisy = self._entries.gather(self._tensors)
+        noise = generator(self._seed, "privacy noise", number).standard_normal(len(self._moving), dtype=np.float32)
+        noisy = self._moving.vector()
         noisy.add_(torch.from_numpy(noise).to(noisy.device), alpha=self._deviation / self._clients)
-        self._entries.scatter(noisy, self._tensors)
+        self._moving.write(noisy)
         self._clients = 0
+
+
+def noisy_mean(noise_multiplier: float, clip: float, seed: int = 0) -> Callable[[MaskedParameters, int], NoisyMean]:
+    """Aggregate by a mean with Gaussian noise of deviation z S on the sum; updates are to be ``clipped`` to S.
+
+    >>> rounds = fedavg(
+    ...     model, clients, local=local, rounds=10,
+    ...     algorithm=FedAvg(aggregation=noisy_mean(1.0, clip=0.5)), through=[clipped(0.5)],
+    ... )
+    """
+    return lambda moving, clients: NoisyMean(moving, clients, noise_multiplier * clip, seed)
 
 
 def accountant() -> Any:
@@ -43,7 +57,7 @@ def accountant() -> Any:
     try:
         return import_module("dp_accounting")
     except ImportError as error:
-        raise InputError(f"--dp_noise: dp-accounting cannot be imported ({error}); {install('privacy')}") from error
+        raise InputError(f"dp-accounting cannot be imported ({error}); {install('privacy')}") from error
 
 
 def epsilon(*, noise_multiplier: float, delta: float, clients: int, sampled: int, rounds: int) -> float:

@@ -7,17 +7,20 @@ processes, but adds in an order that depends on W.)
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor
 
+from fedtalos.errors import TrainingError
 from fedtalos.metrics import Metrics
-from fedtalos.training.federated.algorithms.drift import Exchange
-from fedtalos.training.federated.fedavg import Outcome, TrainClients
-from fedtalos.training.loop import BadUpdateError, TrainingError
-from fedtalos.training.masked_parameters import Entries, Values, named_tensors
+from fedtalos.training.entries import Values, named_tensors
+from fedtalos.training.federated.clients import Clients
+from fedtalos.training.federated.fedavg import Engine, FedAvg, Lost, Update, Updates, one_by_one
+from fedtalos.training.local_training import LocalTraining
+from fedtalos.training.masked_parameters import MaskedParameters
 
 EvaluatePart = Callable[[str, int, int], list[Metrics]]
 """(split, first, every) -> metrics of each batch first, first + every, ... of that split."""
@@ -27,82 +30,94 @@ class WorkerLostError(TrainingError):
     """A process that shares the work is gone; the round that it worked on has no result."""
 
 
-class Leader:
-    """Rank 0: spreads clients, and batches to evaluate, over all processes, itself among them."""
+def in_processes(
+    moving: MaskedParameters,
+    clients: Clients,
+    local: LocalTraining,
+    seed: int,
+    algorithm: FedAvg,
+    *,
+    within: Engine = one_by_one,
+) -> Updates:
+    """Train a round's clients on all processes of the group, this one among them; to be called by rank 0.
 
-    def __init__(self, model: nn.Module, entries: Entries) -> None:
-        """Every process gets all of the model's values; later on, ``entries`` is what moves."""
-        tensors = named_tensors(model)
-        self._entries = entries
-        self._resident = entries.moving_rows(tensors)
-        self._received = Values(self._resident)
-        _checked(_order, ("take",))
-        for tensor in tensors.values():
-            _checked(dist.broadcast, tensor, 0)
+    The others are in ``serve``, and get all of the model's values now. ``within`` is how each process trains its part
+    of the clients.
+    """
+    send_model(moving)
+    size, received = dist.get_world_size(), moving.copy()
+    part = within(moving, clients, local, seed, algorithm)
 
-    def spread(self, train_clients: TrainClients, exchange: Exchange) -> TrainClients:
-        """``train_clients`` on every process, for its part of the clients; what ``exchange`` holds for them travels."""
-        size = dist.get_world_size()
+    def updates(number: int, chosen: Sequence[int], theta: Values) -> Iterator[tuple[int, Update | Lost]]:
+        messages = {client: algorithm.message(moving, client) for client in chosen}
+        controlled = any(message is not None for message in messages.values())
+        _checked(_order, ("train", number, chosen, controlled))
+        _checked(dist.broadcast, theta.vector, 0)
+        for rank in range(1, size) if controlled else ():
+            for client in chosen[rank::size]:
+                _checked(dist.send, messages[client], rank)
+        own = part(number, chosen[::size], theta)
+        for position, client in enumerate(chosen):
+            rank = position % size
+            yield next(own) if rank == 0 else (client, _receive(rank, received, len(moving) if controlled else 0))
 
-        def spread_clients(number: int, clients: Sequence[int], theta: Values) -> Iterator[Outcome]:
-            controlled = bool(exchange.terms)
-            _checked(_order, ("train", number, clients, controlled))
-            _checked(dist.broadcast, theta.vector, 0)
-            for rank in range(1, size) if controlled else ():
-                for client in clients[rank::size]:
-                    _checked(dist.send, exchange.terms.pop(client), rank)
-            own = train_clients(number, clients[::size], theta)
-            for position, client in enumerate(clients):
-                rank = position % size
-                if rank == 0:
-                    yield next(own)
-                    continue
-                outcome = _receive(rank, self._received)
-                if controlled and not isinstance(outcome, BadUpdateError):
-                    exchange.gradients[client] = theta.vector.new_empty(len(self._entries))
-                    _checked(dist.recv, exchange.gradients[client], rank)
-                yield outcome
+    return updates
 
-        return spread_clients
 
-    def evaluate(self, evaluate_part: EvaluatePart, split: str) -> Metrics:
-        """Summed metrics of a split, the batches in their order; every process takes a part of them."""
-        _checked(_order, ("evaluate", split))
-        torch._foreach_copy_(self._received.parts, self._resident)
-        _checked(dist.broadcast, self._received.vector, 0)
-        parts: list[Any] = [None] * dist.get_world_size()
-        _checked(dist.gather_object, evaluate_part(split, 0, dist.get_world_size()), parts)
-        batches = (parts[n % len(parts)][n // len(parts)] for n in range(sum(map(len, parts))))
-        return sum(batches, Metrics())
+def send_model(moving: MaskedParameters) -> None:
+    """Give all of the model's values to the other processes, which are in ``serve``; later on, only what moves."""
+    _checked(_order, ("take",))
+    for tensor in named_tensors(moving.model).values():
+        _checked(dist.broadcast, tensor, 0)
+
+
+def evaluate_in_processes(moving: MaskedParameters, evaluate_part: EvaluatePart, split: str) -> Metrics:
+    """Sum the metrics of a split, its batches in their order; every process takes a part of them.
+
+    What does not move is to have been sent before, by ``send_model`` or ``in_processes``.
+    """
+    _checked(_order, ("evaluate", split))
+    _checked(dist.broadcast, moving.copy().vector, 0)
+    parts: list[Any] = [None] * dist.get_world_size()
+    _checked(dist.gather_object, evaluate_part(split, 0, dist.get_world_size()), parts)
+    batches = (parts[n % len(parts)][n // len(parts)] for n in range(sum(map(len, parts))))
+    return sum(batches, Metrics())
 
 
 def serve(
-    model: nn.Module,
-    entries: Entries,
-    train_clients: TrainClients,
+    moving: MaskedParameters,
+    clients: Clients,
+    local: LocalTraining,
+    seed: int,
+    algorithm: FedAvg,
     evaluate_part: EvaluatePart,
-    exchange: Exchange,
+    *,
+    within: Engine = one_by_one,
 ) -> None:
-    """What every other rank does: follow the leader's orders, until it is gone."""
+    """Follow the leader's orders until it is gone: what every other rank does."""
     rank, size = dist.get_rank(), dist.get_world_size()
-    resident = entries.moving_rows(named_tensors(model))
-    theta, sent = Values(resident), Values(resident)
+    theta, sent = moving.copy(), moving.copy()
+    messages: dict[int, Tensor] = {}
+    if algorithm.corrects_gradients:
+        within = partial(one_by_one, message=messages.get)
+    part = within(moving, clients, local, seed, algorithm)
     try:
         while True:
             match _order(None):
                 case ("take",):
-                    for tensor in named_tensors(model).values():
+                    for tensor in named_tensors(moving.model).values():
                         dist.broadcast(tensor, 0)
-                case ("train", number, clients, controlled):
-                    own = clients[rank::size]
+                case ("train", number, chosen, controlled):
+                    own = chosen[rank::size]
                     dist.broadcast(theta.vector, 0)
+                    messages.clear()
                     for client in own if controlled else ():
-                        exchange.terms[client] = theta.vector.new_empty(len(entries))
-                        dist.recv(exchange.terms[client], 0)
-                    _send_all(own, train_clients(number, own, theta), sent, exchange)
+                        messages[client] = theta.vector.new_empty(len(moving))
+                        dist.recv(messages[client], 0)
+                    _send_all(part(number, own, theta), sent)
                 case ("evaluate", split):
                     dist.broadcast(theta.vector, 0)
-                    torch._foreach_copy_(resident, theta.parts)
+                    moving.load(theta)
                     dist.gather_object(evaluate_part(split, rank, size))
     except RuntimeError as error:
         if isinstance(error, TrainingError) or "onnection" not in str(error):
@@ -117,30 +132,29 @@ def _order(order: tuple[object, ...] | None) -> tuple[Any, ...]:
     return out
 
 
-def _send_all(clients: Sequence[int], outcomes: Iterator[Outcome], sent: Values, exchange: Exchange) -> None:
-    """Send each client's outcome, and mean gradient if any, to the leader, while the next client trains."""
+def _send_all(updates: Iterator[tuple[int, Update | Lost]], sent: Values) -> None:
+    """Send each client's update, and reply if any, to the leader, while the next client trains."""
     under_way: list[Any] = []
-    for client, outcome in zip(clients, outcomes, strict=True):
+    for _, update in updates:
         for work in under_way:
             work.wait()
-        gradient = exchange.gradients.pop(client, None)
-        if isinstance(outcome, BadUpdateError):
+        if isinstance(update, Lost):
             under_way = []
             dist.send(torch.full((3,), torch.nan, dtype=torch.float64), 0)
-            dist.send_object_list([str(outcome)], 0, device=torch.device("cpu"))
+            dist.send_object_list([(update.why, update.sent)], 0, device=torch.device("cpu"))
             continue
-        metrics, values = outcome
+        metrics = update.metrics
         figures = torch.tensor([metrics.loss_sum, metrics.correct, metrics.examples], dtype=torch.float64)
-        torch._foreach_copy_(sent.parts, values)
+        torch._foreach_copy_(sent.parts, update.values)
         under_way = [dist.isend(figures, 0), dist.isend(sent.vector, 0)]
-        if gradient is not None:
-            under_way.append(dist.isend(gradient, 0))
+        if update.reply is not None:
+            under_way.append(dist.isend(update.reply, 0))
     for work in under_way:
         work.wait()
 
 
-def _receive(rank: int, received: Values) -> Outcome:
-    """The outcome of the client that ``rank`` trained, its values in ``received``.
+def _receive(rank: int, received: Values, reply_size: int) -> Update | Lost:
+    """The update of the client that ``rank`` trained, its values in ``received``.
 
     Raises WorkerLostError where the process is gone.
     """
@@ -149,10 +163,13 @@ def _receive(rank: int, received: Values) -> Outcome:
     if bool(figures.isnan().all()):
         reasons: list[Any] = [None]
         _checked(dist.recv_object_list, reasons, rank, device=torch.device("cpu"))
-        return BadUpdateError(reasons[0])
+        return Lost(*reasons[0])
     _checked(dist.recv, received.vector, rank)
+    reply = received.vector.new_empty(reply_size) if reply_size else None
+    if reply is not None:
+        _checked(dist.recv, reply, rank)
     loss_sum, correct, examples = figures.tolist()
-    return Metrics(loss_sum, int(correct), int(examples)), received.parts
+    return Update(received.parts, Metrics(loss_sum, int(correct), int(examples)), reply)
 
 
 def _checked(communicate: Callable[..., object], *arguments: object, **options: object) -> None:

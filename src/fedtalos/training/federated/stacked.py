@@ -1,4 +1,4 @@
-"""Clients of a round trained together, for devices that one client's batch does not fill.
+"""Clients of a round trained in one stack, for devices that one client's batch does not fill.
 
 The tensors that move are stacked, a copy per client; torch.func's vmap takes the gradients of all clients at once, and
 one optimiser steps the stacks, since its rules work entry by entry. Frozen tensors are shared.
@@ -6,7 +6,7 @@ one optimiser steps the stacks, since its rules work entry by entry. Frozen tens
 Shapes: V clients that train together, B images of a batch, A chosen entries.
 """
 
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import lru_cache
 from itertools import groupby
 
@@ -14,77 +14,137 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call, grad_and_value, vmap
-from torch.optim import Optimizer
 
-from fedtalos.models.vision_transformer import without_fused_attention
-from fedtalos.training.federated.fedavg import Outcome, TrainClients
-from fedtalos.training.loop import (
-    BadUpdateError,
-    Batches,
-    Precision,
-    Step,
-    add_up,
-    autocast,
-    check_values,
-    correct_answers,
-    fetch,
-)
-from fedtalos.training.masked_parameters import Entries, Values, named_tensors
+from fedtalos.data.batches import batch_sizes, stacked_batches
+from fedtalos.devices import autocast
+from fedtalos.errors import BadUpdateError, InputError
+from fedtalos.models.transformer_layers import without_fused_attention
+from fedtalos.randomness import generator
+from fedtalos.training.entries import Entries, Values
+from fedtalos.training.feature_cache import view_of
+from fedtalos.training.federated.clients import Clients
+from fedtalos.training.federated.fedavg import FedAvg, Lost, Update, Updates, one_by_one
+from fedtalos.training.local_training import LocalTraining, Watch, unwatched
+from fedtalos.training.loop import Batches, Step, add_up, check_values, fetch
+from fedtalos.training.masked_parameters import MaskedParameters
+from fedtalos.training.micro_batches import correct_answers
+from fedtalos.training.sparse_optimizer import make_optimizer
 
-OptimizerOf = Callable[[Mapping[str, nn.Parameter], Entries], Optimizer]
-"""An optimiser of the named parameters' entries; ``make_optimizer`` with all else given."""
+
+def stacked(
+    moving: MaskedParameters,
+    clients: Clients,
+    local: LocalTraining,
+    seed: int,
+    algorithm: FedAvg,
+    *,
+    size: int,
+    watch: Watch = unwatched,
+) -> Updates:
+    """Train up to ``size`` neighbours of a round at once where their batches have one shape, the others one by one.
+
+    Each client trains as it would by itself, up to the rounding of sums. Figures are read from the device once, at
+    the end of a stack: what went wrong is known only then. Raises InputError for algorithms that correct gradients.
+
+    >>> rounds = fedavg(model, clients, local=local, rounds=10, engine=partial(stacked, size=10))
+    """
+    if algorithm.corrects_gradients:
+        raise InputError(f"{type(algorithm).__name__}: its clients correct their gradients, so they train one by one")
+
+    @lru_cache(maxsize=2)  # a round's stacks, and the smaller one that may be left over
+    def stack_of(count: int) -> Stack:
+        return Stack(moving, local, count)
+
+    def together(number: int, group: Sequence[int], theta: Values, share: float) -> Iterator[tuple[int, Update | Lost]]:
+        stack, steps = stack_of(len(group)), local.steps_for(len(clients[group[0]]))
+        stack.load(theta)
+        batches = stacked_batches(
+            clients.images,
+            [clients[client] for client in group],
+            view_of(moving.model),
+            steps=steps,
+            batch_size=local.batch_size,
+            augmentation=local.augmentation,
+            rngs=[generator(seed, "batches", number, client) for client in group],
+        )
+        taken = stack.train(watch(batches, share / steps), local.rate(number - 1))
+        for client, figures, values in zip(group, fetch(taken).unbind(2), stack.clients, strict=True):
+            try:
+                metrics = add_up(taken, figures)
+                check_values(values, taken[-1])
+                yield client, Update(values, metrics)
+            except BadUpdateError as error:
+                yield client, Lost(str(error), sent=True)
+
+    def plan(client: int) -> tuple[int, ...]:
+        """Sizes of the client's batches: only batches of one shape can be stacked."""
+        count = len(clients[client])
+        return batch_sizes(count, local.batch_size, local.steps_for(count)) if count else ()
+
+    def updates(number: int, chosen: Sequence[int], theta: Values) -> Iterator[tuple[int, Update | Lost]]:
+        def of_one(batches: Batches, share: float) -> Batches:
+            return watch(batches, share / len(chosen))
+
+        alone = one_by_one(moving, clients, local, seed, algorithm, watch=of_one)
+        for sizes, neighbours in groupby(chosen, key=plan):
+            same = list(neighbours)
+            for start in range(0, len(same), size):
+                group = same[start : start + size]
+                if len(group) == 1 or not sizes:
+                    yield from alone(number, group, theta)
+                else:
+                    yield from together(number, group, theta, len(group) / len(chosen))
+
+    return updates
 
 
 class Stack:
     """V copies of the tensors that move, (V, *shape) each, and the one optimiser of them all."""
 
-    def __init__(self, model: nn.Module, entries: Entries, size: int, optimizer_of: OptimizerOf) -> None:
-        tensors = named_tensors(model)
-        self.model = model
-        self.parameters = {name: nn.Parameter(torch.stack([tensors[name]] * size)) for name in entries.masks}
-        self.entries = Entries({name: mask.expand(size, *mask.shape) for name, mask in entries.masks.items()})
-        self.optimizer = optimizer_of(self.parameters, self.entries)
+    def __init__(self, moving: MaskedParameters, local: LocalTraining, size: int) -> None:
+        self.moving, self.model, self.local = moving, moving.model, local
+        self.parameters = {name: nn.Parameter(torch.stack([tensor] * size)) for name, tensor in moving.tensors.items()}
+        self.entries = Entries({name: mask.expand(size, *mask.shape) for name, mask in moving.entries.masks.items()})
+        self.optimizer = make_optimizer(
+            self.parameters,
+            self.entries,
+            rule=local.optimizer,
+            learning_rate=local.rate(0),
+            momentum=local.momentum,
+            weight_decay=local.weight_decay,
+        )
         self.clients = [
-            entries.moving_rows({name: stack[client] for name, stack in self.parameters.items()})
+            moving.entries.moving_rows({name: stack[client] for name, stack in self.parameters.items()})
             for client in range(size)
         ]
         """Each client's values, views in the parts of ``Entries.moving_rows``."""
 
     def load(self, theta: Values) -> None:
         """Every client starts from theta, and with an optimiser that has seen nothing."""
+        self.moving.freeze()
         for values in self.clients:
             torch._foreach_copy_(values, theta.parts)
         self.optimizer.state.clear()
 
-    def train(
-        self, batches: Batches, *, learning_rate: float, clip_norm: float | None, precision: Precision
-    ) -> list[Step]:
-        """A step of all clients per batch, (V, B, 3, H, W) and (V, B); nothing is read from the device."""
+    def train(self, batches: Batches, learning_rate: float) -> list[Step]:
+        """Take a step of all clients per batch, (V, B, 3, H, W) and (V, B); nothing is read from the device."""
         self.model.train()
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
         with without_fused_attention(self.model):
             return [
-                self._step(number, images, labels, learning_rate, clip_norm, precision)
-                for number, (images, labels) in enumerate(batches)
+                self._step(number, images, labels, learning_rate) for number, (images, labels) in enumerate(batches)
             ]
 
-    def _step(
-        self,
-        number: int,
-        images: Tensor,
-        labels: Tensor,
-        learning_rate: float,
-        clip_norm: float | None,
-        precision: Precision,
-    ) -> Step:
+    def _step(self, number: int, images: Tensor, labels: Tensor, learning_rate: float) -> Step:
         def loss_and_correct(moving: dict[str, Tensor], images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-            with autocast(images.device, precision):
+            with autocast(images.device, self.local.precision):
                 logits = functional_call(self.model, moving, (images,))
             return F.cross_entropy(logits.float(), labels), correct_answers(logits, labels)
 
         values = {name: stack.detach() for name, stack in self.parameters.items()}
         gradients, (losses, correct) = vmap(grad_and_value(loss_and_correct, has_aux=True))(values, images, labels)
+        clip_norm = self.local.clip_norm
         norms = losses if clip_norm is None else clip_each(gradients, self.entries, clip_norm)
         for name, stack in self.parameters.items():
             stack.grad = gradients[name]
@@ -94,65 +154,10 @@ class Stack:
 
 
 def clip_each(gradients: Mapping[str, Tensor], entries: Entries, max_norm: float) -> Tensor:
-    """``clip_gradients`` of every client by itself, on stacks (V, *shape), in place; returns the norms found, (V,)."""
+    """Clip every client's gradient by itself, on stacks (V, *shape), in place; returns the norms found, (V,)."""
     size = len(next(iter(gradients.values())))
     norms: Tensor = torch.stack([part.view(size, -1).norm(dim=1) for part in entries.parts(gradients)]).norm(dim=0)
     factors = (max_norm / (norms + 1e-6)).clamp(max=1.0)  # as torch.nn.utils.clip_grads_with_norm_
     for gradient in gradients.values():
         gradient.mul_(factors.view(-1, *[1] * (gradient.dim() - 1)))
     return norms
-
-
-def together(
-    model: nn.Module,
-    entries: Entries,
-    batches_of: Callable[[int, Sequence[int]], Batches],
-    optimizer_of: OptimizerOf,
-    *,
-    learning_rate: Callable[[int], float],
-    clip_norm: float | None,
-    precision: Precision = "fp32",
-) -> TrainClients:
-    """All clients that are asked for train at once, each as by itself, up to the rounding of sums.
-
-    ``batches_of`` gives their batches side by side, (V, B, 3, H, W) and (V, B); ``learning_rate`` that of a round.
-    Their figures are read from the device once, at the end: what went wrong is known only then.
-    """
-
-    @lru_cache(maxsize=2)  # a round's groups, and the smaller one that may be left over
-    def stack_of(size: int) -> Stack:
-        return Stack(model, entries, size, optimizer_of)
-
-    def outcome(steps: Sequence[Step], figures: Tensor, values: list[Tensor]) -> Outcome:
-        try:
-            metrics = add_up(steps, figures)
-            check_values(values, steps[-1])
-            return metrics, values
-        except BadUpdateError as error:
-            return error
-
-    def train_clients(number: int, clients: Sequence[int], theta: Values) -> Iterator[Outcome]:
-        stack = stack_of(len(clients))
-        stack.load(theta)
-        batches, rate = batches_of(number, clients), learning_rate(number)
-        steps = stack.train(batches, learning_rate=rate, clip_norm=clip_norm, precision=precision)
-        for figures, values in zip(fetch(steps).unbind(2), stack.clients, strict=True):
-            yield outcome(steps, figures, values)
-
-    return train_clients
-
-
-def in_groups(alone: TrainClients, together: TrainClients, size: int, plan: Callable[[int], Hashable]) -> TrainClients:
-    """Neighbours of a round with the same ``plan`` train ``together``, up to ``size`` of them; who has none, ``alone``.
-
-    A client's plan is its ``batch_sizes``: only batches of one shape can be stacked.
-    """
-
-    def train_clients(number: int, clients: Sequence[int], theta: Values) -> Iterator[Outcome]:
-        for _, neighbours in groupby(clients, key=plan):
-            same = list(neighbours)
-            for start in range(0, len(same), size):
-                group = same[start : start + size]
-                yield from (together if len(group) > 1 else alone)(number, group, theta)
-
-    return train_clients

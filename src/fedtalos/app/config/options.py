@@ -1,0 +1,60 @@
+"""The base of every group of options: limits, one-sentence errors, and marks for the help."""
+
+from pathlib import Path
+from typing import Any, Self, get_args
+
+import tyro
+from pydantic import BaseModel, ConfigDict, ModelWrapValidatorHandler, ValidationError, model_validator
+
+from fedtalos.errors import InputError, shown
+
+
+class Everyday:
+    """Mark of the options that people need: `--help` shows these, `--help_all` every one."""
+
+
+EVERYDAY = Everyday()
+
+
+def unset(metavar: str, default: str) -> object:
+    """Say in the help what an option comes to that is None until it is worked out.
+
+    >>> threads: Annotated[int | None, unset("N", "all cores")] = None
+    """
+    return tyro.conf.arg(metavar=metavar, help_behavior_hint=f"(default: {default})")
+
+
+class Options(BaseModel):
+    """A group of options; its docstring is its heading in the help.
+
+    Raises InputError, in one sentence, for unknown options and for values outside their limits.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    @model_validator(mode="wrap")
+    @classmethod
+    def _one_sentence(cls, values: Any, handler: ModelWrapValidatorHandler[Self]) -> Self:
+        for name, value in values.items() if isinstance(values, dict) else ():
+            expected = cls.model_fields[name].annotation if name in cls.model_fields else bool
+            if isinstance(value, bool) and expected is not bool and str(value).lower() not in get_args(expected):
+                raise InputError(f"{name}: expected no yes or no, got {str(value).lower()}")  # True would count as 1
+        try:
+            options = handler(values)
+        except ValidationError as error:
+            raise InputError(sentence(error)) from error
+        for name, value in options:
+            if isinstance(value, int) and abs(value) >= 2**63:
+                raise InputError(f"{name}: expected a number below 2**63, got {shown(value)}")
+            if isinstance(value, float) and abs(value) > 1e15:  # float32 has no room for products of larger ones
+                raise InputError(f"{name}: expected a number up to 1e15, got {shown(value)}")
+            if isinstance(value, str | Path) and "\0" in str(value):
+                raise InputError(f"{name}: expected text without NUL characters, got {shown(str(value))}")
+        return options
+
+
+def sentence(error: ValidationError) -> str:
+    """Put the first thing that is wrong into one sentence with the option's name."""
+    first = error.errors()[0]
+    option = str(first["loc"][-1])
+    return f"{option}: {first['msg'][0].lower()}{first['msg'][1:]}, got {shown(first['input'])}"

@@ -1,0 +1,81 @@
+"""Defaults that are worked out: what `auto` and unset options come to for given weights and device."""
+
+from typing import Any, TypeVar
+
+import torch
+
+from fedtalos.app.config.schema import (
+    ADAPTIVE,
+    AlgorithmOptions,
+    CentralizedConfig,
+    Config,
+    FederatedConfig,
+    ModelOptions,
+    TrainOptions,
+)
+from fedtalos.devices import choose_precision
+from fedtalos.errors import InputError
+from fedtalos.models.vision_transformer import Architecture
+from fedtalos.models.weights import Weights
+
+ConfigT = TypeVar("ConfigT", bound=Config)
+
+
+def settle(config: ConfigT, weights: Weights | None, device: torch.device) -> ConfigT:
+    """The config with `auto` and None settled (but for the head), so that what is recorded is what ran."""
+    groups: dict[str, Any] = {
+        "run": {"device": device.type, "precision": choose_precision(config.run.precision, device)},
+        "model": _model_defaults(config.model, weights),
+    }
+    if isinstance(config, CentralizedConfig | FederatedConfig):
+        groups["train"] = _training_defaults(config, config.train, from_scratch=weights is None)
+    if isinstance(config, FederatedConfig):
+        groups["algorithm"] = _algorithm_defaults(config.algorithm)
+    settled = {name: getattr(config, name).model_copy(update=values) for name, values in groups.items()}
+    return config.model_copy(update=settled)
+
+
+def _model_defaults(options: ModelOptions, weights: Weights | None) -> dict[str, Any]:
+    if weights is None:
+        return {
+            "model_size": options.model_size or "small",
+            "image_size": options.image_size or 32,
+            "patch_size": options.patch_size or 4,
+        }
+    theirs = weights.architecture
+    has: dict[str, Any] = {"model_size": None, "patch_size": None}  # what is no ViT of ours has neither
+    if isinstance(theirs, Architecture):
+        has = {"model_size": theirs.size, "patch_size": theirs.patch_size}
+    for flag, asked in (("model_size", options.model_size), ("patch_size", options.patch_size)):
+        if asked not in (None, has[flag]):
+            raise InputError(f"--{flag} {asked}: {weights.source} is a {theirs}; leave it out")
+    return has | {"image_size": options.image_size or theirs.image_size}
+
+
+def _training_defaults(config: Config, train: TrainOptions, *, from_scratch: bool) -> dict[str, Any]:
+    rate = 1e-3 if from_scratch or train.mask else 1e-4  # docs/results.md: 3e-4 is slow under a mask
+    # Digits fill their 8 pixels; where the head alone learns, features of plain images are computed once.
+    plain = config.data.dataset == "digits" or train.trainable == "head"
+    augmentation = "none" if plain else "crop_flip"
+    return {
+        "learning_rate": train.learning_rate or (rate if train.optimizer == "adamw" else 10 * rate),
+        "augmentation": augmentation if train.augmentation == "auto" else train.augmentation,
+        "eval_every": train.eval_every or (10 if isinstance(config, FederatedConfig) else 1),
+        **(_head_defaults(config, train) if config.model.head == "linear" else {}),
+    }
+
+
+def _head_defaults(config: Config, train: TrainOptions) -> dict[str, Any]:
+    return {
+        "head_rounds": train.head_rounds or (100 if isinstance(config, FederatedConfig) else 10),
+        "head_learning_rate": train.head_learning_rate or 0.1,
+    }
+
+
+def _algorithm_defaults(options: AlgorithmOptions) -> dict[str, Any]:
+    name, values = options.algorithm, dict[str, Any]()
+    if name in ("fedavgm", "scaffold", *ADAPTIVE) and options.server_learning_rate is None:
+        values["server_learning_rate"] = 1e-3 if name in ADAPTIVE else 1.0
+    if name in ("fedavgm", *ADAPTIVE) and options.server_momentum is None:
+        values["server_momentum"] = 0.0 if name == "fedadagrad" else 0.9
+    return values

@@ -1,0 +1,182 @@
+"""From options to the library's objects: local training, algorithm, aggregation, transforms, engine."""
+
+from functools import partial
+from typing import Any, TypeVar
+
+from fedtalos.app.config.schema import CentralizedConfig, FederatedConfig, SplitOptions, TrainOptions
+from fedtalos.data.images import LabelledImages
+from fedtalos.errors import InputError
+from fedtalos.models.vision_transformer import WIDTH_DEPTH_HEADS, VisionTransformer
+from fedtalos.training.federated.aggregation import RULES, WeightedMean, robust
+from fedtalos.training.federated.algorithms import ALGORITHMS
+from fedtalos.training.federated.clients import Clients
+from fedtalos.training.federated.fedavg import Engine, FedAvg, MakeAggregation, Transform, clients_per_round, one_by_one
+from fedtalos.training.federated.partition import split_clients
+from fedtalos.training.federated.privacy import epsilon, noisy_mean
+from fedtalos.training.federated.stacked import stacked
+from fedtalos.training.federated.transforms import attacked, clipped, draw_attackers, dropouts, stragglers
+from fedtalos.training.local_training import LocalTraining, Watch
+from fedtalos.training.masked_parameters import MaskedParameters
+from fedtalos.training.schedule import Schedule
+
+T = TypeVar("T")
+
+ACTIVATIONS_THAT_FILL = 2_000_000
+"""Images x tokens x width of a step that keeps a large GPU busy by itself; smaller ones are stacked."""
+
+
+def local_training(config: CentralizedConfig | FederatedConfig) -> LocalTraining:
+    """What a client, or the one holder of all images, does: the training options as one object."""
+    train = config.train
+    steps: dict[str, Any] = {"epochs": 1}
+    total = config.num_epochs if isinstance(config, CentralizedConfig) else config.federation.num_rounds
+    if isinstance(config, FederatedConfig):
+        steps = {"steps": config.federation.local_steps, "epochs": config.federation.local_epochs}
+    return LocalTraining(
+        **steps,
+        batch_size=train.batch_size,
+        optimizer=train.optimizer,
+        learning_rate=schedule(train, settled(train.learning_rate), total),
+        momentum=train.momentum,
+        weight_decay=train.weight_decay,
+        clip_norm=train.clip_norm,
+        augmentation="none" if train.augmentation == "auto" else train.augmentation,
+        precision="bf16" if config.run.precision == "bf16" else "fp32",
+    )
+
+
+def head_training(config: CentralizedConfig | FederatedConfig) -> LocalTraining:
+    """How a linear head is trained before the run: by SGD on plain images, whatever moves the rest.
+
+    AdamW's steps are as large for classes that a client lacks (docs/heads.md).
+    """
+    train = config.train
+    rate = schedule(
+        train.model_copy(update={"warmup": 0}), settled(train.head_learning_rate), settled(train.head_rounds)
+    )
+    return local_training(config).but(optimizer="sgd", learning_rate=rate, augmentation="none")
+
+
+def schedule(train: TrainOptions, peak: float, total: int) -> Schedule:
+    """Learning rate over so many epochs or rounds."""
+    return Schedule(peak, total, train.schedule, train.warmup, train.step_every, train.step_gamma)
+
+
+def clients_of(images: LabelledImages, options: SplitOptions, seed: int) -> Clients:
+    """Share the training images out as the options say."""
+    return split_clients(
+        images,
+        options.num_clients,
+        options.partition,
+        seed=seed,
+        classes_per_client=options.classes_per_client,
+        alpha=options.alpha,
+        min_client_size=options.min_client_size,
+    )
+
+
+def algorithm_of(config: FederatedConfig) -> FedAvg:
+    """The algorithm that the options name, with its options."""
+    options, make = config.algorithm, ALGORITHMS[config.algorithm.algorithm]
+    values: dict[str, Any] = {"learning_rate": options.server_learning_rate, "aggregation": aggregation_of(config)}
+    match options.algorithm:
+        case "fedavg" | "fedprox":
+            del values["learning_rate"]
+            values |= {"mu": options.prox_mu} if options.algorithm == "fedprox" else {}
+        case "fedavgm":
+            values["momentum"] = options.server_momentum
+        case "fedadagrad":
+            values |= {"beta1": options.server_momentum, "tau": options.server_tau}
+        case "fedadam" | "fedyogi":
+            values |= {"beta1": options.server_momentum, "beta2": options.server_beta2, "tau": options.server_tau}
+        case "scaffold":  # made for means, as is fednova
+            del values["aggregation"]
+        case "fednova":
+            values.clear()
+    return make(**values)
+
+
+def aggregation_of(config: FederatedConfig) -> MakeAggregation:
+    """What the server makes of a round's clients."""
+    options = config.aggregation
+    if options.dp_noise is not None:
+        return noisy_mean(options.dp_noise, settled(options.max_update_norm), config.run.seed)
+    if options.aggregation == "mean":
+        return WeightedMean
+    return robust(RULES[options.aggregation], options.byzantine)
+
+
+def transforms_of(config: FederatedConfig, clients: Clients, local: LocalTraining) -> list[Transform]:
+    """What happens to updates on their way: drop-outs, stragglers, attacks, clipping."""
+    failures, options, seed = config.failures, config.aggregation, config.run.seed
+    through: list[Transform] = []
+    if failures.deadline is not None:
+        sizes = clients.sizes
+        through.append(
+            stragglers(failures.deadline, failures.slowest, seed, lambda client: local.steps_for(int(sizes[client])))
+        )
+    if failures.dropout_rate:
+        through.append(dropouts(failures.dropout_rate, seed))
+    if options.attack != "none":
+        through.append(attacked(options.attack, draw_attackers(len(clients), options.attackers, seed)))
+    if options.max_update_norm is not None:
+        through.append(clipped(options.max_update_norm))
+    return through
+
+
+def engine_of(config: FederatedConfig, watch: Watch) -> Engine:
+    """How clients train: one by one, or several in one stack."""
+    size = config.federation.clients_at_once or 1
+    return partial(one_by_one, watch=watch) if size == 1 else partial(stacked, size=size, watch=watch)
+
+
+def clients_at_once(config: FederatedConfig, moving: MaskedParameters, algorithm: FedAvg) -> int:
+    """How many clients train in one stack: as asked, else 1, but on CUDA as many as fill the card.
+
+    It depends on the sizes alone. InputError where another library's model is to be stacked.
+    """
+    asked, model = config.federation.clients_at_once, moving.model
+    ours = isinstance(model, VisionTransformer)
+    if asked is not None:
+        if asked > 1 and not ours:
+            raise InputError(f"--clients_at_once {asked}: {model.architecture} cannot be stacked; leave it out")
+        return asked
+    # Stacks compute kept features anew, and gradients that are corrected are corrected client by client.
+    alone = (moving.frozen_stages and config.train.augmentation == "none") or algorithm.corrects_gradients
+    if not isinstance(model, VisionTransformer) or moving.device.type != "cuda" or alone:
+        return 1
+    width = WIDTH_DEPTH_HEADS[model.architecture.size][0]
+    step = config.train.batch_size * (model.patch_embed.grid**2 + 1) * width
+    per_round = clients_per_round(config.split.num_clients, config.federation.client_fraction)
+    return 1 if step > ACTIVATIONS_THAT_FILL else -(-per_round // config.federation.workers)
+
+
+def privacy_spent(config: FederatedConfig) -> dict[str, Any]:
+    """What the summary says of privacy after all rounds. InputError where the accountant's library is missing."""
+    options = config.aggregation
+    if options.dp_noise is None:
+        return {}
+    clients = config.split.num_clients
+    spent = epsilon(
+        noise_multiplier=options.dp_noise,
+        delta=options.dp_delta,
+        clients=clients,
+        sampled=clients_per_round(clients, config.federation.client_fraction),
+        rounds=config.federation.num_rounds,
+    )
+    return {
+        "privacy": {
+            "epsilon": round(spent, 4),
+            "delta": options.dp_delta,
+            "adjacency": "replace one client",
+            "noise_multiplier": options.dp_noise,
+            "clip": options.max_update_norm,
+        }
+    }
+
+
+def settled(value: T | None) -> T:
+    """An option's value once ``settle`` has worked out its default."""
+    if value is None:
+        raise ValueError("an option is not settled yet; see app/config/settle.py")
+    return value

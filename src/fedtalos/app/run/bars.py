@@ -1,0 +1,35 @@
+"""Progress bars on the terminal, for the library's hook (progress.py)."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    Progress,
+    ProgressColumn,
+    TaskProgressColumn,
+    TextColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
+
+from fedtalos.progress import Advance
+
+
+@contextmanager
+def bar(title: str, total: int | None, unit: str) -> Iterator[Advance]:
+    """Show a bar on stderr as long as the context lasts, and nothing where stderr is no terminal.
+
+    >>> with bar("decoding images", 2, "images") as advance:
+    ...     advance(1)
+    """
+    console = Console(stderr=True)
+    counts: list[ProgressColumn] = (
+        [DownloadColumn(), TransferSpeedColumn()] if unit == "bytes" else [TaskProgressColumn()]
+    )
+    columns = [TextColumn("{task.description}"), BarColumn(), *counts, TimeRemainingColumn()]
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+        task = progress.add_task(title, total=total)
+        yield lambda count: progress.advance(task, count)

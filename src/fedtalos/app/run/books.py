@@ -1,0 +1,85 @@
+"""Books of an edit: what each iteration let move and sent, saved so that the edit can be resumed."""
+
+import time
+from dataclasses import asdict
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fedtalos.app.run.folders import RunPaths
+from fedtalos.checkpoint import load_checkpoint, save_checkpoint
+from fedtalos.errors import InputError
+from fedtalos.training.editing.describe import density_table
+from fedtalos.training.editing.eligible import Eligible, mask_of
+from fedtalos.training.editing.ranking import Groups
+from fedtalos.training.editing.talos import Iteration
+from fedtalos.training.entries import Entries
+
+Rows = list[dict[str, Any]]
+
+
+class Books:
+    """The entries ``kept`` (E,) so far, and the ``rows`` and ``report`` of iterations.csv and report.csv.
+
+    ``senders`` clients send scores, and ``sent`` are the bytes down and up before the first iteration. Bytes of an
+    iteration: of each candidate a number from every sender, and a bit to it; a candidate is an entry, or group, that is
+    still in. The weights that all start from are not counted.
+
+    Raises InputError where the checkpoint to go on from is not of this edit.
+    """
+
+    def __init__(
+        self, paths: RunPaths, eligible: Entries, groups: Groups | None, senders: int, sent: tuple[int, int]
+    ) -> None:
+        self._folder, self._eligible, self._groups, self._senders = paths.checkpoints, eligible, groups, senders
+        self.kept: Tensor = torch.ones(len(eligible), dtype=torch.bool, device=eligible.device)
+        self.rows: Rows = []
+        self.report: Rows = []
+        self._down, self._up = sent
+        self._resume()
+        self._start = time.perf_counter() - (self.rows[-1]["seconds"] if self.rows else 0.0)
+
+    @property
+    def done(self) -> int:
+        """Iterations done."""
+        return len(self.rows)
+
+    def record(self, iteration: Iteration, eligible_in: Eligible) -> None:
+        """Write down an iteration, and save."""
+        groups = self._groups
+        candidates = int(self.kept.sum()) if groups is None else len(groups.of[self.kept].unique())
+        self._up += self._senders * candidates * torch.float32.itemsize
+        self._down += self._senders * -(-candidates // 8)
+        self.kept = iteration.kept
+        self.rows.append(
+            {
+                "iteration": iteration.number,
+                "active": int(self.kept.sum()),
+                "density": iteration.density,
+                "bytes_down": self._down,
+                "bytes_up": self._up,
+                "seconds": round(time.perf_counter() - self._start, 2),
+            }
+        )
+        table = density_table(mask_of(self._eligible, self.kept), eligible_in)
+        self.report += [{"iteration": iteration.number, **asdict(row)} for row in table]
+        self.save()
+
+    def save(self) -> None:
+        """Write the checkpoint that the edit goes on from."""
+        save_checkpoint(
+            self._folder, "last", self.done, {"state": self.kept}, {"rows": self.rows, "report": self.report}
+        )
+
+    def _resume(self) -> None:
+        path = self._folder / "last.json"
+        if not path.exists():
+            return
+        checkpoint = load_checkpoint(path)
+        state, facts = checkpoint.tensors.get("state"), checkpoint.facts
+        fits = state is not None and (state.shape, state.dtype) == (self.kept.shape, torch.bool)
+        if state is None or not fits or not facts.get("rows") or "report" not in facts:
+            raise InputError(f"checkpoint {path}: is of another version, or not of this edit; start another run")
+        self.kept, self.rows, self.report = state.to(self.kept.device), facts["rows"], facts["report"]
+        self._down, self._up = self.rows[-1]["bytes_down"], self.rows[-1]["bytes_up"]

@@ -1,0 +1,27 @@
+"""Evaluation of a run's splits: validation reads kept features, the test split, which is read once, does not."""
+
+from typing import Any
+
+from fedtalos.app.load import Loaded
+from fedtalos.app.run.interruption import with_safe_points
+from fedtalos.metrics import Metrics
+from fedtalos.training.evaluation import evaluate_batches
+from fedtalos.training.masked_parameters import MaskedParameters
+
+
+def evaluate_part(loaded: Loaded[Any], moving: MaskedParameters, split: str, first: int, every: int) -> list[Metrics]:
+    """Metrics of batches first, first + every, ... of a split's first ``eval_limit`` images."""
+    return evaluate_batches(
+        moving.model if split == "test" else moving,
+        loaded.limited(split),
+        batch_size=loaded.config.data.eval_batch_size,
+        precision="bf16" if loaded.config.run.precision == "bf16" else "fp32",
+        watch=with_safe_points,
+        first=first,
+        every=every,
+    )
+
+
+def evaluate_split(loaded: Loaded[Any], moving: MaskedParameters, split: str) -> Metrics:
+    """Loss and accuracy on a split."""
+    return sum(evaluate_part(loaded, moving, split, 0, 1), Metrics())
