@@ -20,13 +20,13 @@ from measure import environment, markdown_table, scattered, timed_ratios
 from rounds import Load, Rounds, Setting, Variant, each, products, random_images
 from torch import Tensor
 
-from fedtalos.devices import bf16_speedup
 from fedtalos.models.transformer_layers import Attention
 from fedtalos.models.vision_transformer import VisionTransformer
 from fedtalos.training.editing.eligible import eligible_entries
-from fedtalos.training.federated.algorithms.drift import Exchange
-from fedtalos.training.federated.processes import Leader, serve
-from fedtalos.training.masked_parameters import Entries, Values, named_tensors
+from fedtalos.training.entries import Values
+from fedtalos.training.federated.fedavg import FedAvg
+from fedtalos.training.federated.processes import in_processes, serve
+from fedtalos.training.masked_parameters import MaskedParameters
 
 CPU = torch.device("cpu")
 TINY = Setting("tiny", 32, 4)
@@ -59,7 +59,7 @@ def choices(options: Options) -> str:
         "2 clients in one stack": each(Rounds(TINY, Variant("fp32", "all", at_once=2), load, images)),
         f"1 thread instead of {threads}": on_threads(1, each(Rounds(TINY, Variant("fp32", "all"), load, images))),
     }
-    speedup = bf16_speedup(CPU)
+    speedup = bf16_speedup()
     if speedup > 0.5:
         calls["bf16"] = each(Rounds(TINY, Variant("bf16", "all"), load, images))
     with second_process(base) as spread:
@@ -90,7 +90,7 @@ def masks(options: Options) -> str:
     }
     lines = rows({name: each(work) for name, work in works.items()}, options)
     counts = [work.multiply_adds / works["everything"].multiply_adds for work in works.values()]
-    sent = [len(work.entries) / len(works["everything"].entries) for work in works.values()]
+    sent = [len(work.moving) / len(works["everything"].moving) for work in works.values()]
     lines = [(*line, f"{c:.2f}", f"{s:.3f}") for line, c, s in zip(lines, counts, sent, strict=True)]
     header = ("", "s", "ratio", "multiply-adds", "bytes a round")
     return f"## What moves\n\n{TINY}, 2 clients, 1 step; the floor is the multiply-adds.\n\n" + markdown_table(
@@ -141,22 +141,31 @@ def aggregation(options: Options) -> str:
     }
     lines = []
     for name, chosen in kinds.items():
-        entries = Entries(chosen)
-        found = timed_ratios(means_of_ten(model, entries), 3 * options.repeats)
-        lines.append((name, f"{len(entries):,}", *(f"{1e3 * t.seconds:.0f}" for t in found.values())))
+        moving = MaskedParameters(model, chosen)
+        found = timed_ratios(means_of_ten(moving), 3 * options.repeats)
+        lines.append((name, f"{len(moving):,}", *(f"{1e3 * t.seconds:.0f}" for t in found.values())))
     header = ("ViT-S", "entries", "floor, ms", "whole rows (ours), ms", "gathered by index, ms")
     return "## The mean of ten clients\n\n" + markdown_table(header, lines)
 
 
-def means_of_ten(model: VisionTransformer, entries: Entries) -> dict[str, Callable[[], object]]:
-    tensors = named_tensors(model)
-    mean, values = Values(entries.moving_rows(tensors)), entries.moving_rows(tensors)
-    left, right = torch.randn(len(entries)), torch.randn(len(entries))
+def means_of_ten(moving: MaskedParameters) -> dict[str, Callable[[], object]]:
+    mean, values = Values(moving.rows), moving.rows
+    left, right = torch.randn(len(moving)), torch.randn(len(moving))
     return {
         "floor": lambda: [torch.add(left, right, out=left) for _ in range(10)],
         "rows": lambda: [torch._foreach_lerp_(mean.parts, values, 0.1) for _ in range(10)],
-        "by index": lambda: [left.lerp_(entries.gather(tensors), 0.1) for _ in range(10)],
+        "by index": lambda: [left.lerp_(moving.vector(), 0.1) for _ in range(10)],
     }
+
+
+def bf16_speedup() -> float:
+    """Time of a small matrix product in fp32 over bf16's, the median of four each."""
+    calls = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        left, right = (torch.ones(shape, dtype=dtype) for shape in ((256, 384), (384, 384)))
+        calls[str(dtype)] = lambda left=left, right=right: left @ right
+    fp32, bf16 = timed_ratios(calls, repeats=4).values()
+    return fp32.seconds / bf16.seconds
 
 
 def rows(calls: dict[str, Callable[[], object]], options: Options) -> list[tuple[str, ...]]:
@@ -214,9 +223,9 @@ def second_process(alone: Rounds) -> Iterator[Callable[[], object]]:
     with TemporaryDirectory() as folder:
         other = get_context("spawn").Process(target=follow, args=(alone.setting, alone.load, folder), daemon=True)
         other.start()
-        work = Rounds(alone.setting, alone.variant, alone.load, alone.images)
+        work = Rounds(alone.setting, alone.variant, alone.load, alone.clients.images)
         meet(0, folder)
-        yield each(work.rounds(Leader(work.model, work.entries).spread(work.train_clients(), Exchange())))
+        yield each(work.rounds(in_processes))
         other.kill()
         other.join()
         dist.destroy_process_group()
@@ -226,7 +235,7 @@ def follow(setting: Setting, load: Load, folder: str) -> None:
     torch.set_num_threads(1)
     work = Rounds(setting, Variant("fp32", "all"), load, random_images(setting, load, CPU))
     meet(1, folder)
-    serve(work.model, work.entries, work.train_clients(), lambda *_: [], Exchange())
+    serve(work.moving, work.clients, work.local, 0, FedAvg(), lambda *_: [])
 
 
 def meet(rank: int, folder: str) -> None:

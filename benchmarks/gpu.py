@@ -5,8 +5,9 @@
 
 A round is fedtalos' own: 10 of 20 clients, 4 steps of 64 images each, random uint8 images that live on the device,
 cropped and flipped there, AdamW, clipping, averaging; no evaluation. Clients train one by one or V together
-(training/federated/stacked.py). FLOPs are counted from the model's matrix products (two per multiply-add), what a mask spares
-left out. "of peak" is the share of a large square product's speed in the same precision, measured in the same run.
+(training/federated/stacked.py). FLOPs are counted from the model's matrix products (two per multiply-add), what a mask
+spares left out. "of peak" is the share of a large square product's speed in the same precision, measured in the same
+run.
 """
 
 import argparse

@@ -22,14 +22,14 @@ from torch.optim import Optimizer
 
 from fedtalos.models.load import load_into
 from fedtalos.models.vision_transformer import Architecture, ModelSize, VisionTransformer
-from fedtalos.models.weights import Weights
-from fedtalos.models.weights.read import load_weights
+from fedtalos.models.weights.read import Weights, load_weights
 from fedtalos.randomness import torch_generator
 from fedtalos.training.editing.eligible import eligible_entries
 from fedtalos.training.editing.mask_file import read_mask_file
-from fedtalos.training.entries import Mask
-from fedtalos.training.loop import freeze_all_but, make_optimizer, train
-from fedtalos.training.masked_parameters import Entries
+from fedtalos.training.entries import Entries, Mask
+from fedtalos.training.loop import train
+from fedtalos.training.masked_parameters import MaskedParameters, head_mask
+from fedtalos.training.sparse_optimizer import make_optimizer
 
 CLASSES = 100
 
@@ -69,10 +69,7 @@ def variants(model: VisionTransformer, mask_file: Path | None) -> dict[str, Mask
     whole = {name: torch.ones_like(p, dtype=torch.bool, requires_grad=False) for name, p in model.named_parameters()}
     blocks, qk = eligible_entries(model), eligible_entries(model, "qk")
     upper = [f"blocks.{number}." for number in range(len(model.blocks) // 2, len(model.blocks))]
-    chosen: dict[str, Mask] = {
-        "dense": whole,
-        "head": {name: mask for name, mask in whole.items() if name.startswith("head.")},
-    }
+    chosen: dict[str, Mask] = {"dense": whole, "head": head_mask(model)}
     for percent in (90, 99):
         count = round((100 - percent) / 100 * len(blocks))
         chosen[f"q and k, scattered entries, {percent} %"] = scattered(qk, count)
@@ -99,10 +96,8 @@ def steps(
 ) -> tuple[Callable[[], object], Optimizer]:
     """A call that takes ``count`` training steps, and the optimiser that it steps."""
     torch.set_num_threads(options.threads)
-    model = build(options, weights)
-    entries = Entries({name: tensor.to(options.device) for name, tensor in mask.items()})
-    freeze_all_but(model, entries)
-    optimizer = make_optimizer(model, entries, rule="adamw", learning_rate=1e-4, momentum=0.0, weight_decay=0.01)
+    moving = MaskedParameters(build(options, weights), mask)
+    optimizer = make_optimizer(moving.parameters, moving.entries, rule="adamw", learning_rate=1e-4, weight_decay=0.01)
     images = torch.randn(
         options.batch_size, 3, options.image_size, options.image_size, generator=torch_generator(0, "images")
     ).to(options.device)
@@ -110,10 +105,9 @@ def steps(
     batches = [(images, labels)] * count
     call = partial(
         train,
-        model,
+        moving,
         batches,
         optimizer,
-        entries,
         learning_rate=lambda _: 1e-4,
         clip_norm=1.0,
         precision=options.precision,

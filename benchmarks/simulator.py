@@ -18,10 +18,10 @@ import tyro
 from measure import environment, markdown_table, peak_memory, timed_ratios
 from rounds import Load, Rounds, Setting, Variant, each, products, random_images
 
-from fedtalos.data.images import LabelledImages
-from fedtalos.metrics import Metrics
 from fedtalos.data.batches import training_batches
+from fedtalos.data.images import LabelledImages
 from fedtalos.data.view import View
+from fedtalos.metrics import Metrics
 from fedtalos.randomness import generator, torch_generator
 from fedtalos.training.entries import Values
 from fedtalos.training.feature_cache import view_of
@@ -81,9 +81,7 @@ def rounds_and_steps(options: Options) -> str:
     return title + markdown_table(("model", "what", "s", "ratio"), lines)
 
 
-def idle(
-    moving: MaskedParameters, _clients: Clients, _local: LocalTraining, _seed: int, _algorithm: FedAvg
-) -> Updates:
+def idle(moving: MaskedParameters, _clients: Clients, _local: LocalTraining, _seed: int, _algorithm: FedAvg) -> Updates:
     """Clients that get theta and send it back."""
 
     def updates(_number: int, chosen: Sequence[int], theta: Values) -> Iterator[tuple[int, Update | Lost]]:

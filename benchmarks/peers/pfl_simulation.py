@@ -109,7 +109,7 @@ class Clock(TrainingProcessCallback):
     def __init__(self, meter: Meter) -> None:
         self.meter = meter
 
-    def on_train_begin(self, *, model: PyTorchModel) -> Metrics:  # noqa: ARG002
+    def on_train_begin(self, *, model: PyTorchModel) -> Metrics:
         self.meter.mark()
         return Metrics()
 

@@ -20,7 +20,7 @@ from fedtalos.app.config.options import Options
 from fedtalos.app.config.schema import RUN_CONFIGS, RunConfig
 from fedtalos.app.config.tools import MASK_TOOLS, TOOL_CONFIGS, MaskConfig, ToolConfig
 from fedtalos.app.run import interruption
-from fedtalos.app.run.display import say
+from fedtalos.app.run.display import say, warnings_shown
 from fedtalos.app.run.folders import AlreadyFinished, run_to_resume
 from fedtalos.app.run.interruption import Interrupted
 from fedtalos.devices import out_of_memory
@@ -44,7 +44,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     errors = Console(stderr=True)
     try:
-        with interruption.handled():
+        with interruption.handled(), warnings_shown(errors):
             config = parse(arguments)
             import_module(f"fedtalos.experiments.{config.command}").run(config, Console())
     except AlreadyFinished as finished:

@@ -3,7 +3,6 @@
 from contextlib import AbstractContextManager
 from typing import Literal
 
-import psutil
 import torch
 
 from fedtalos.errors import InputError
@@ -72,6 +71,8 @@ def total_memory(device: torch.device) -> int:
         case "mps":
             return int(torch.mps.recommended_max_memory())
         case _:
+            import psutil  # only here, so that benchmarks on a GPU do without it
+
             return int(psutil.virtual_memory().total)
 
 

@@ -13,7 +13,12 @@ class InputError(Exception):
 
 
 class TrainingError(RuntimeError):
-    """Training cannot go on: the message says where it stopped and what to try."""
+    """Training cannot go on: the message says where it stopped and what to try.
+
+    >>> raise TrainingError("round 3, client 7: the loss became nan; try a lower learning_rate")
+    Traceback (most recent call last):
+    fedtalos.errors.TrainingError: round 3, client 7: the loss became nan; try a lower learning_rate
+    """
 
 
 class BadUpdateError(TrainingError):

@@ -6,7 +6,8 @@ from pathlib import Path
 SRC = Path(__file__).parents[2] / "src" / "fedtalos"
 
 LAYERS = (
-    ("cli", "__main__"),
+    ("__main__",),
+    ("cli",),
     ("experiments",),
     ("app", "fleet"),
     ("training.federated", "training.editing"),

@@ -1,6 +1,7 @@
 """The library's public face: names, docstrings, the quickstart."""
 
 import ast
+import importlib
 import inspect
 import runpy
 from pathlib import Path
@@ -37,8 +38,15 @@ def test_public_names_have_an_example(name):
     assert ">>>" in text, f"{name} has no example"
 
 
-def test_the_package_shows_what_is_public():
-    assert set(ft.__all__) <= set(dir(ft))
+def test_the_package_shows_what_is_public_to_people_and_to_type_checkers():
+    assert set(ft.__all__) == set(dir(ft)) == {*ft._HOMES, "__version__"}
+    tree = ast.parse((SRC / "__init__.py").read_text(encoding="utf-8"))
+    imported = [node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.col_offset]
+    for node in imported:
+        for alias in node.names:
+            assert node.module == f"fedtalos.{ft._HOMES[alias.name]}"
+            assert getattr(ft, alias.name) is getattr(importlib.import_module(node.module), alias.name)
+    assert sum(len(node.names) for node in imported) == len(ft._HOMES)
     assert ">>>" in ft.__doc__ or "import fedtalos as ft" in ft.__doc__
 
 

@@ -8,12 +8,13 @@ import pytest
 import torch
 import yaml
 
-from fedtalos.app import aggregation, setup
+from fedtalos.app import federation
 from fedtalos.checkpoint import load_checkpoint
 from fedtalos.cli import main, parse
 from fedtalos.errors import InputError
 from fedtalos.models.vision_transformer import Architecture, VisionTransformer
 from fedtalos.randomness import torch_generator
+from fedtalos.training import local_training
 from fedtalos.training.editing.mask_file import read_mask_file
 
 DIGITS = shlex.split(
@@ -29,7 +30,7 @@ pytestmark = pytest.mark.usefixtures("in_a_folder_of_its_own", "without_figures"
 
 @pytest.fixture
 def without_the_library(monkeypatch):
-    monkeypatch.setattr(aggregation, "epsilon", lambda **known: 1.23456 * known["rounds"])
+    monkeypatch.setattr(federation, "epsilon", lambda **known: 1.23456 * known["rounds"])
 
 
 def federate(name: str, options: str = "") -> None:
@@ -77,7 +78,7 @@ def test_under_attack_robust_rules_keep_the_accuracy_and_the_mean_does_not():
 )
 def test_a_resumed_run_equals_an_uninterrupted_one(options, monkeypatch, without_the_library):
     federate("whole", options)
-    original, seen = setup.train, []
+    original, seen = local_training.train, []
 
     def train(*args, **kwargs):
         seen.append(1)
@@ -86,7 +87,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(options, monkeypatch, without
         return original(*args, **kwargs)
 
     with monkeypatch.context() as patched:
-        patched.setattr(setup, "train", train)
+        patched.setattr(local_training, "train", train)
         with pytest.raises(SystemExit, match="130"):
             federate("cut", options)
     main(["federated", "--resume", "--run_name", "cut"])

@@ -9,14 +9,15 @@ import pytest
 import torch
 import yaml
 
-from fedtalos.app import setup
-from fedtalos.app.personal import accuracy_by_client, mean_and_worst
 from fedtalos.checkpoint import load_checkpoint
 from fedtalos.cli import main
+from fedtalos.data.images import LabelledImages
 from fedtalos.models.vision_transformer import Architecture, VisionTransformer
 from fedtalos.randomness import torch_generator
+from fedtalos.training import local_training
 from fedtalos.training.editing.mask_file import read_mask_file
 from fedtalos.training.federated.clients import Clients
+from fedtalos.training.federated.personal import accuracy_by_client, mean_and_worst
 
 DIGITS = shlex.split(
     "--dataset digits --model_size micro --image_size 8 --patch_size 4 --eval_limit 40 --weights none --threads 1 "
@@ -108,7 +109,7 @@ def test_scaffold_sends_its_control_variates_both_ways():
 @pytest.mark.parametrize("name", ["fedavgm", "fedadam", "scaffold", "scaffold --server_learning_rate 0.5"])
 def test_a_resumed_run_equals_an_uninterrupted_one(name, monkeypatch):
     federate("whole", f"--algorithm {name}")
-    original, seen = setup.train, []
+    original, seen = local_training.train, []
 
     def train(*args, **kwargs):
         seen.append(1)
@@ -117,7 +118,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(name, monkeypatch):
         return original(*args, **kwargs)
 
     with monkeypatch.context() as patched:
-        patched.setattr(setup, "train", train)
+        patched.setattr(local_training, "train", train)
         with pytest.raises(SystemExit, match="130"):
             federate("cut", f"--algorithm {name}")
     main(["federated", "--resume", "--run_name", "cut"])
@@ -157,7 +158,8 @@ def test_accuracy_by_client_is_the_mean_over_its_images():
     owner, labels = draw.integers(0, 5, 200), draw.integers(0, 7, 200)
     by_class = np.array([0.1, 0.5, np.nan, 0.9, 1.0, 0.0, 0.3])
     labels[owner == 4] = 2  # its only class has no test image
-    found = accuracy_by_client(Clients.of(owner, 5), labels, by_class)
+    images = LabelledImages(torch.zeros(200, 0), torch.from_numpy(labels))
+    found = accuracy_by_client(Clients.of(images, owner, 5), by_class)
     for client in range(4):
         own = [by_class[label] for label in labels[owner == client] if label != 2]
         assert found[client] == pytest.approx(sum(own) / len(own))

@@ -16,11 +16,11 @@ import torch
 import yaml
 from safetensors.torch import load_file, save_file
 
-from fedtalos.app import setup
 from fedtalos.checkpoint import load_checkpoint
 from fedtalos.cli import main
 from fedtalos.models.vision_transformer import Architecture, VisionTransformer
 from fedtalos.randomness import torch_generator
+from fedtalos.training import local_training
 from fedtalos.training.editing.mask_file import read_mask_file, write_mask_file
 
 ROOT = Path(__file__).parents[2]
@@ -80,7 +80,7 @@ def test_a_seed_fixes_every_figure_and_another_seed_changes_them(command):
 
 
 def interrupt_after(monkeypatch, calls: int):
-    original = setup.train
+    original = local_training.train
     seen = []
 
     def train(*args, **kwargs):
@@ -89,7 +89,7 @@ def interrupt_after(monkeypatch, calls: int):
             raise KeyboardInterrupt
         return original(*args, **kwargs)
 
-    monkeypatch.setattr(setup, "train", train)
+    monkeypatch.setattr(local_training, "train", train)
 
 
 @pytest.mark.parametrize(
@@ -117,10 +117,10 @@ def test_a_resumed_run_equals_an_uninterrupted_one(command, calls, monkeypatch):
 
 
 def test_a_resumed_edit_equals_an_uninterrupted_one(monkeypatch):
-    from fedtalos.app import scoring
+    from fedtalos.training.editing import sensitivity
 
     main([*EDITING, "--run_name", "whole"])
-    original, seen = scoring.fisher_scores, []
+    original, seen = sensitivity.fisher_scores, []
 
     def scores(*args, **kwargs):
         seen.append(1)
@@ -129,7 +129,7 @@ def test_a_resumed_edit_equals_an_uninterrupted_one(monkeypatch):
         return original(*args, **kwargs)
 
     with monkeypatch.context() as patched:
-        patched.setattr(scoring, "fisher_scores", scores)
+        patched.setattr(sensitivity, "fisher_scores", scores)
         with pytest.raises(SystemExit):
             main([*EDITING, "--run_name", "cut"])
     main([*EDITING, "--run_name", "cut", "--resume"])

@@ -2,27 +2,30 @@
 
 import csv
 import shlex
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import yaml
-from torch import nn
 
-from fedtalos.app.absence import absence_for
-from fedtalos.app.setup import Setup
 from fedtalos.checkpoint import load_checkpoint
 from fedtalos.cli import main, parse
-from fedtalos.errors import InputError
+from fedtalos.data.images import LabelledImages
+from fedtalos.errors import BadUpdateError, InputError
+from fedtalos.experiments import federated
 from fedtalos.metrics import Metrics
-from fedtalos.models.vision_transformer import VisionTransformer
-from fedtalos.training.federated.aggregation import Robust, median
-from fedtalos.training.federated.algorithms.server import ServerSGD
+from fedtalos.models.vision_transformer import Architecture, VisionTransformer
+from fedtalos.randomness import torch_generator
+from fedtalos.training.federated.aggregation import WeightedMean, median, robust
+from fedtalos.training.federated.algorithms.fedopt import FedAvgM
 from fedtalos.training.federated.clients import Clients
-from fedtalos.training.federated.fedavg import fedavg
-from fedtalos.training.loop import BadUpdateError
-from fedtalos.training.masked_parameters import Entries
+from fedtalos.training.federated.fedavg import FedAvg, Lost, Update, fedavg, one_by_one
+from fedtalos.training.federated.traffic import Traffic
+from fedtalos.training.federated.transforms import dropouts, stragglers
+from fedtalos.training.local_training import LocalTraining
+from fedtalos.training.masked_parameters import MaskedParameters
 
 SIZES = np.array([1, 2, 3, 4])
 START = 5.0
@@ -34,48 +37,65 @@ SMALL = shlex.split(
 
 
 class Federation:
-    """One entry; client k sends k, or what it fails with."""
+    """One entry moves; client k sends k, or what it fails with."""
 
-    def __init__(self, fails=None, **options):
-        self.model = nn.Module()
-        self.model.x = nn.Parameter(torch.full((1,), START))
-        self.entries = Entries({"x": torch.ones(1, dtype=torch.bool)})
-        self.fails, self.options, self.asked = fails or {}, options, []
+    def __init__(self, fails=None, through=(), **options):
+        self.model = VisionTransformer(Architecture("micro", 8, 4, 2), torch_generator(0, "test"))
+        with torch.no_grad():
+            self.model.norm.bias[0] = START
+        self.moving = MaskedParameters(self.model, {"norm.bias": torch.arange(96) == 0})
+        images = LabelledImages(torch.zeros(10, 3, 8, 8, dtype=torch.uint8), torch.zeros(10, dtype=torch.long))
+        self.clients = Clients.of(images, np.repeat(np.arange(4), SIZES), 4)
+        self.fails, self.through, self.options, self.asked = fails or {}, list(through), options, []
 
-    def train_clients(self, number, clients, theta):
+    def updates(self, number, clients, theta):
         self.asked.append(list(clients))
         for client in clients:
             failure = self.fails.get(client)
-            if isinstance(failure, BadUpdateError):
-                yield failure
+            if isinstance(failure, Lost):
+                yield client, failure
             else:
-                yield Metrics(1.0, 1, 1), [torch.full((1,), float(client if failure is None else failure))]
+                value = torch.full((1,), float(client if failure is None else failure))
+                yield client, Update([value], Metrics(1.0, 1, 1))
 
     def rounds(self, count=1):
         return list(
             fedavg(
-                self.model,
-                self.entries,
-                self.train_clients,
-                SIZES,
-                fraction=1.0,
+                self.moving,
+                self.clients,
+                local=LocalTraining(),
                 rounds=count,
-                seed=0,
-                first_contact_bytes=100,
+                fraction=1.0,
+                through=self.through,
+                engine=lambda *_: self.updates,
                 **self.options,
             )
         )
 
     @property
     def value(self):
-        return self.model.x.item()
+        return self.model.norm.bias[0].item()
 
 
 BAD = {
-    "training": (BadUpdateError("the loss became nan at local step 2, learning rate 0.1"), "the loss became nan"),
+    "training": (Lost("the loss became nan at local step 2, learning rate 0.1", sent=True), "the loss became nan"),
     "nan": (float("nan"), "the update is not finite"),
     "infinity": (float("-inf"), "the update is not finite"),
 }
+
+
+def late(which):
+    """A transform that loses the clients that ``which`` (round, client) names."""
+
+    def transform(updates):
+        def present(number, clients, theta):
+            answers = updates(number, [client for client in clients if not which(number, client)], theta)
+            for client in clients:
+                yield (client, Lost("late")) if which(number, client) else next(answers)
+
+        return present
+
+    return transform
 
 
 @pytest.mark.parametrize(("failure", "said"), BAD.values(), ids=BAD.keys())
@@ -91,31 +111,36 @@ def test_skipped_it_leaves_the_mean_of_the_others(failure, said):
     federation = Federation({2: failure}, on_bad_client="skip")
     (result,) = federation.rounds()
     assert federation.value == pytest.approx((0 * 1 + 1 * 2 + 3 * 4) / 7)
-    assert list(result.bad) == [2]
-    assert result.bad[2].startswith(said)
+    assert list(result.lost) == [2]
+    assert result.lost[2].why.startswith(said)
+    assert result.lost[2].sent
     assert result.train.examples == 3
-    assert result.bytes_up == 4 * 4
+    assert Traffic(federation.moving, FedAvg(), 4).count(result) == (4 * 4, 4 * 4)
 
 
 def test_values_of_another_shape_are_a_bad_update_too():
     federation = Federation(on_bad_client="skip")
-    right = federation.train_clients
-    federation.train_clients = lambda *args: (
-        (metrics, values * 2 if client == 3 else values) for client, (metrics, values) in enumerate(right(*args))
-    )
+    right = federation.updates
+
+    def twice_as_many(*arguments):
+        for client, update in right(*arguments):
+            yield client, replace(update, values=update.values * 2) if client == 3 else update
+
+    federation.updates = twice_as_many
     (result,) = federation.rounds()
-    assert "expected 1 values in 1 tensors, got 2 in 2" in result.bad[3]
+    assert "expected 1 values in 1 tensors, got 2 in 2" in result.lost[3].why
     assert federation.value == pytest.approx((0 * 1 + 1 * 2 + 2 * 3) / 6)
 
 
 def test_absent_clients_are_not_trained_and_send_nothing_but_were_sent_theta():
-    federation = Federation(absent=lambda number, client: "late" if client == number else None)
+    federation = Federation(through=[late(lambda number, client: client == number)])
     first, second = federation.rounds(2)
     assert federation.asked == [[0, 2, 3], [0, 1, 3]]
-    assert first.absent == {1: "late"}
+    assert first.lost == {1: Lost("late")}
     assert first.clients == (0, 1, 2, 3)
-    assert (first.bytes_down, first.bytes_up) == (4 * 4 + 400, 3 * 4)
-    assert (second.bytes_down, second.bytes_up) == (4 * 4, 3 * 4)
+    traffic = Traffic(federation.moving, FedAvg(), 4, first_contact=100)
+    assert traffic.count(first) == (4 * 4 + 400, 3 * 4)
+    assert traffic.count(second) == (4 * 4, 3 * 4)
     assert federation.value == pytest.approx((0 * 1 + 1 * 2 + 3 * 4) / 7)
 
 
@@ -123,17 +148,16 @@ def test_absent_clients_are_not_trained_and_send_nothing_but_were_sent_theta():
 @pytest.mark.parametrize("why", ["bad", "absent"])
 def test_a_round_without_anybody_leaves_theta_and_what_the_server_keeps(why, rule):
     fails = dict.fromkeys(range(4), BAD["training"][0]) if why == "bad" else {}
-    absent = (lambda *_: None) if why == "bad" else (lambda *_: "dropped out")
-    state = {"velocity": torch.ones(1)}
-    server = ServerSGD(state, learning_rate=1.0, momentum=0.9)
-    federation = Federation(fails, absent=absent, on_bad_client="skip", server=server)
-    if rule is not None:
-        federation.options["aggregation"] = Robust(federation.model, federation.entries, rule, clients=4, byzantine=0)
+    through = [] if why == "bad" else [late(lambda *_: True)]
+    aggregation = WeightedMean if rule is None else robust(rule, byzantine=0)
+    algorithm = FedAvgM(aggregation=aggregation)
+    algorithm.state["velocity"] = torch.ones(1)
+    federation = Federation(fails, through, on_bad_client="skip", algorithm=algorithm)
     (result,) = federation.rounds()
     assert federation.value == START
-    assert state["velocity"].item() == 1
+    assert algorithm.state["velocity"].item() == 1
     assert result.train.examples == 0
-    federation.fails, federation.options["absent"] = {}, lambda *_: None
+    federation.fails, federation.through = {}, []
     assert len(federation.rounds(2)) == 2
     assert federation.value != START
 
@@ -158,32 +182,40 @@ def assert_same(first: str, second: str) -> None:
     assert all(torch.equal(tensor, theirs[name]) for name, tensor in tensors(first).items())
 
 
-def absence(options: str):
-    config = parse([*SMALL, *shlex.split(options)])
-    return absence_for(config, Clients.of(np.repeat(np.arange(1, 200), 2), 200), lambda client: 2)
+def why_lost(transform, number=1):
+    """Why each of 200 clients is lost in a round, or None."""
+
+    def everybody_trains(_number, clients, _theta):
+        yield from ((client, Update([], Metrics())) for client in clients)
+
+    lost = dict(transform(everybody_trains)(number, range(200), None))
+    return [lost[client].why if isinstance(lost[client], Lost) else None for client in range(200)]
 
 
 def test_drop_outs_are_as_often_as_asked_and_a_function_of_seed_round_and_client():
-    absent = absence("--dropout_rate 0.3")
-    drawn = [[absent(number, client) for client in range(1, 200)] for number in range(1, 21)]
-    assert drawn == [[absent(number, client) for client in range(1, 200)] for number in range(1, 21)]
+    drawn = [why_lost(dropouts(0.3, seed=0), number) for number in range(1, 21)]
+    assert drawn == [why_lost(dropouts(0.3, seed=0), number) for number in range(1, 21)]
     assert np.mean([why == "dropped out" for row in drawn for why in row]) == pytest.approx(0.3, abs=0.03)
-    assert {row[0] for row in drawn} == {None, "dropped out"}
-    other = absence("--dropout_rate 0.3 --seed 1")
-    assert drawn[0] != [other(1, client) for client in range(1, 200)]
+    assert {why for row in drawn for why in row} == {None, "dropped out"}
+    assert drawn[0] != drawn[1]
+    assert drawn[0] != why_lost(dropouts(0.3, seed=1))
 
 
 def test_the_slow_are_late_in_every_round():
-    absent = absence("--slowest 4 --deadline 4")
-    late = [absent(1, client) == "late" for client in range(1, 200)]
-    assert late == [absent(2, client) == "late" for client in range(1, 200)]
+    slow = stragglers(deadline=4, slowest=4, seed=0, steps_of=lambda _client: 2)
+    late = [why == "late" for why in why_lost(slow)]
+    assert late == [why == "late" for why in why_lost(slow, number=2)]
     assert np.mean(late) == pytest.approx(0.5, abs=0.1)  # two steps of 4**u, u uniform, last over 4 where u > 1/2
 
 
-def test_who_holds_no_image_is_absent():
-    absent = absence("")
-    assert absent(1, 0) == "no images"
-    assert absent(1, 1) is None
+def test_who_holds_no_image_is_lost():
+    federation = Federation()
+    clients = Clients.of(federation.clients.images, np.repeat([1, 2], 5), 3)
+    algorithm = FedAvg()
+    updates = one_by_one(federation.moving, clients, LocalTraining(steps=1), 0, algorithm)
+    lost, trained = updates(1, [0, 1], federation.moving.copy())
+    assert lost == (0, Lost("no images"))
+    assert isinstance(trained[1], Update)
 
 
 @pytest.mark.usefixtures("in_a_folder_of_its_own", "without_figures")
@@ -236,7 +268,7 @@ def test_runs_with_failures_repeat_resume_and_are_shared(options, monkeypatch):
     assert sum(whole["clients_left_out"].values()) > 0
     assert whole["megabytes_sent"]["up"] <= whole["megabytes_sent"]["down"]
     with monkeypatch.context() as patched:
-        patched.setattr(Setup, "evaluate", failing_from(Setup.evaluate, call=3))
+        patched.setattr(federated, "evaluate_split", failing_from(federated.evaluate_split, call=3))
         with pytest.raises(SystemExit) as stop:
             federate("parts", options)
     assert stop.value.code == 130

@@ -93,7 +93,7 @@ WEIGHT_FILES = [
     case(WEIGHTS + "infinite.safetensors", "infinite.safetensors: norm.bias holds NaN or infinity"),
     case(WEIGHTS + "integers.safetensors", "integers.safetensors: norm.bias is torch.int64", "float32"),
     case(WEIGHTS + "fp8.safetensors", "fp8.safetensors: norm.bias is torch.float8_e4m3fn", "bfloat16"),
-    case(WEIGHTS + "misshapen.safetensors", "1 misshapen (norm.bias (97,) instead of (96,))", "--weights none"),
+    case(WEIGHTS + "misshapen.safetensors", "1 misshapen (norm.bias (97,) instead of (96,))", "weights none"),
     case(WEIGHTS + "flat.safetensors", "flat.safetensors: no pos_embed of 3 dimensions"),
     case(WEIGHTS + "oblong.safetensors", "oblong.safetensors: expected a position embedding", "square images"),
     case(WEIGHTS + "patchless.safetensors", "patchless.safetensors: no patch_embed.proj.weight of 4 dimensions"),
@@ -103,7 +103,7 @@ WEIGHT_FILES = [
     case(WEIGHTS + "expanded.pth", "expanded.pth: norm.bias is a view of fewer numbers", "tensor.clone()"),
     case(WEIGHTS + "meta.pth", "meta.pth", "norm.bias"),
     case(WEIGHTS + "sparse.pth", "sparse.pth: norm.bias is torch.float32"),
-    case(WEIGHTS + "stated.safetensors", "stated.json: expected a JSON object", "--normalisation imagenet or half"),
+    case(WEIGHTS + "stated.safetensors", "stated.json: expected a JSON object", "normalisation imagenet or half"),
 ]
 
 MASKS = [

@@ -161,7 +161,7 @@ SENTENCES = [
     case("federated --num_clients 101", "--num_clients 101", "100 training examples", "choose 1 to 100"),
     case("federated --partition label_skew --classes_per_client 11", "--classes_per_client 11", "choose 1 to 10"),
     case("federated --partition label_skew --classes_per_client 2", "all 10 classes", "raise --num_clients to 5"),
-    case("federated --partition label_skew --num_clients 90", "the smallest class has", "choose scheme dirichlet"),
+    case("federated --partition label_skew --num_clients 90", "the smallest class has", "choose the dirichlet split"),
     case("federated --partition dirichlet --min_client_size 200", "200 with 4 clients", "choose 1 to 25"),
     case("federated --partition quantity --min_client_size 200", "--min_client_size 200", "choose 1 to 25"),
     case("federated --partition dirichlet --alpha inf", "alpha: input should be a finite number"),

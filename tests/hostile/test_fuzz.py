@@ -32,7 +32,7 @@ from fedtalos.data.downloads import read_members
 from fedtalos.data.image_folder import read_image_folder
 from fedtalos.errors import InputError
 from fedtalos.files import UNSEALED, is_sealed, sealed
-from fedtalos.models.head_file import read_head, save_head
+from fedtalos.models.heads import read_head, save_head
 from fedtalos.models.vision_transformer import Architecture, VisionTransformer
 from fedtalos.models.weights.read import load_weights
 from fedtalos.randomness import torch_generator

@@ -26,7 +26,7 @@ ACTIVATIONS_THAT_FILL = 2_000_000
 
 
 def local_training(config: CentralizedConfig | FederatedConfig) -> LocalTraining:
-    """What a client, or the one holder of all images, does: the training options as one object."""
+    """Resolve the training options to one object, for a client or for the one holder of all images."""
     train = config.train
     steps: dict[str, Any] = {"epochs": 1}
     total = config.num_epochs if isinstance(config, CentralizedConfig) else config.federation.num_rounds
@@ -46,7 +46,7 @@ def local_training(config: CentralizedConfig | FederatedConfig) -> LocalTraining
 
 
 def head_training(config: CentralizedConfig | FederatedConfig) -> LocalTraining:
-    """How a linear head is trained before the run: by SGD on plain images, whatever moves the rest.
+    """Resolve how a linear head is trained before the run: by SGD on plain images, whatever moves the rest.
 
     AdamW's steps are as large for classes that a client lacks (docs/heads.md).
     """
@@ -97,7 +97,7 @@ def algorithm_of(config: FederatedConfig) -> FedAvg:
 
 
 def aggregation_of(config: FederatedConfig) -> MakeAggregation:
-    """What the server makes of a round's clients."""
+    """Name what the server makes of a round's clients: their mean, a robust rule, or a mean with noise."""
     options = config.aggregation
     if options.dp_noise is not None:
         return noisy_mean(options.dp_noise, settled(options.max_update_norm), config.run.seed)
@@ -107,7 +107,7 @@ def aggregation_of(config: FederatedConfig) -> MakeAggregation:
 
 
 def transforms_of(config: FederatedConfig, clients: Clients, local: LocalTraining) -> list[Transform]:
-    """What happens to updates on their way: drop-outs, stragglers, attacks, clipping."""
+    """List what happens to updates on their way: stragglers, drop-outs, attacks, clipping."""
     failures, options, seed = config.failures, config.aggregation, config.run.seed
     through: list[Transform] = []
     if failures.deadline is not None:
@@ -125,13 +125,13 @@ def transforms_of(config: FederatedConfig, clients: Clients, local: LocalTrainin
 
 
 def engine_of(config: FederatedConfig, watch: Watch) -> Engine:
-    """How clients train: one by one, or several in one stack."""
+    """Choose how clients train: one by one, or several in one stack."""
     size = config.federation.clients_at_once or 1
     return partial(one_by_one, watch=watch) if size == 1 else partial(stacked, size=size, watch=watch)
 
 
 def clients_at_once(config: FederatedConfig, moving: MaskedParameters, algorithm: FedAvg) -> int:
-    """How many clients train in one stack: as asked, else 1, but on CUDA as many as fill the card.
+    """Settle how many clients train in one stack: as asked, else 1, but on CUDA a round's where a step is small.
 
     It depends on the sizes alone. InputError where another library's model is to be stacked.
     """
@@ -152,7 +152,10 @@ def clients_at_once(config: FederatedConfig, moving: MaskedParameters, algorithm
 
 
 def privacy_spent(config: FederatedConfig) -> dict[str, Any]:
-    """What the summary says of privacy after all rounds. InputError where the accountant's library is missing."""
+    """Work out what the summary says of privacy after all rounds.
+
+    Raises InputError where the accountant's library is missing.
+    """
     options = config.aggregation
     if options.dp_noise is None:
         return {}

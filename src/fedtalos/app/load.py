@@ -33,7 +33,7 @@ ConfigT = TypeVar("ConfigT", bound=Config)
 
 @dataclass(frozen=True)
 class Loaded(Generic[ConfigT]):
-    """What an experiment starts from; ``config`` is resolved, so that what is recorded is what ran.
+    """Images, model and mask that an experiment starts from; ``config`` is resolved, so that what is recorded is what ran.
 
     ``config.model.head`` says which head the run is to have. The model has it already where it is the weights' own,
     random or a file's; one that is to be fitted (ridge, ncm, linear) is the experiment's to fit.
@@ -56,7 +56,7 @@ class Loaded(Generic[ConfigT]):
         return images.slice(0, self.config.data.eval_limit)
 
     def origin(self) -> dict[str, dict[str, str]]:
-        """Where the weights are from, and fingerprints of what the run reads: config.yaml's made_by."""
+        """Sources of the weights and fingerprints of all that the run reads: config.yaml's made_by."""
         origin = self.model.origin
         source = {"source": origin.source, **({} if origin.source == "none" else {"sha256": origin.fingerprint})}
         mask = {} if self.mask is None else {"mask": fingerprint(self.mask[0])}
@@ -66,7 +66,7 @@ class Loaded(Generic[ConfigT]):
         }
 
     def facts(self) -> dict[str, Any]:
-        """What a checkpoint needs, beside its tensors, to be used again."""
+        """Facts that a checkpoint needs, beside its tensors, to be used again."""
         return {
             "model": self.model.architecture.as_dict(),
             "mean": self.model.mean,
@@ -171,9 +171,7 @@ def _load_model(
     if weights is None:
         model = build_model(replace(architecture, num_classes=len(classes)), seed)
     else:
-        model = model_with_weights(
-            weights, classes, image_size=architecture.image_size, seed=seed, head=options.head
-        )
+        model = model_with_weights(weights, classes, image_size=architecture.image_size, seed=seed, head=options.head)
     if (override := STATISTICS.get(options.normalisation)) is not None:
         model.mean, model.std = override
     return model

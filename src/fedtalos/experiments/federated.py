@@ -156,7 +156,7 @@ def first_contact_bytes(loaded: Loaded[FederatedConfig], moving: MaskedParameter
 
 
 def figures(session: Session, moving: MaskedParameters) -> dict[str, Any]:
-    """What the summary says of a federated run beside accuracy."""
+    """Figures of a federated run that the summary has beside accuracy."""
     progress = session.progress
     sent = {"down": round(progress.bytes_down / 1e6, 3), "up": round(progress.bytes_up / 1e6, 3)}
     lost = {"clients_left_out": progress.left_out} if progress.left_out else {}

@@ -51,7 +51,7 @@ def _precision(device: torch.device) -> str:
     """Name the precision that auto takes on a device, and why."""
     precision, needed = choose_precision("auto", device), ".".join(map(str, AMPERE))
     if device.type != "cuda":
-        return f"{precision} (auto takes bf16 only on CUDA cards of compute capability {needed} or later)"
+        return f"{precision} (bf16: CUDA cards, compute capability {needed} or later)"
     has = ".".join(map(str, torch.cuda.get_device_capability(device)))
     return f"{precision} (compute capability {has}; bf16 needs {needed} or later)"
 

@@ -43,12 +43,12 @@ class Entries:
 
     @property
     def nbytes(self) -> int:
-        """What the chosen entries take on the wire, as float32."""
+        """Bytes of the chosen entries on the wire, as float32."""
         return 4 * len(self)
 
     @property
     def device(self) -> torch.device:
-        """Where the masks are, which is where the tensors are to be."""
+        """Device of the masks, which is to be that of the tensors."""
         return next(iter(self.masks.values())).device
 
     @property
@@ -106,5 +106,5 @@ class Values:
 
 
 def all_finite(tensors: list[Tensor]) -> bool:
-    """Whether no tensor holds NaN, infinity, or numbers whose 2-norm overflows; waits for the device."""
+    """Tell whether no tensor holds NaN, infinity, or numbers whose 2-norm overflows; waits for the device."""
     return bool(torch.stack(torch._foreach_norm(tensors)).isfinite().all())

@@ -30,7 +30,7 @@ class Source:
 
 
 def view_of(model: Backbone) -> View:
-    """How stored pixels become what the model takes."""
+    """Make the view that turns stored pixels into what the model takes."""
     return View(model.architecture.image_size, model.mean, model.std, next(model.parameters()).device)
 
 
@@ -74,7 +74,7 @@ class FeatureStore:
         return Source(cache.features, cache.to_device, partial(model, passed=passed))
 
     def features(self, model: Backbone, images: LabelledImages, ids: Ids | None = None) -> tuple[Tensor, Tensor]:
-        """What the head sees of the images at ``ids`` (None: of all), (N, D), and their labels (N,)."""
+        """Features that the head sees of the images at ``ids`` (None: of all), (N, D), and their labels (N,)."""
         cache = self._cache(model, images, len(model.stages))
         ids = np.arange(len(images)) if ids is None else ids
         cache.fill(ids)
@@ -86,7 +86,7 @@ class FeatureStore:
         self._caches = {key: cache for key, cache in self._caches.items() if cache.passed == passed}
 
     def _cache(self, model: Backbone, images: LabelledImages, passed: int) -> "FeatureCache":
-        """What the first ``passed`` stages make of the images; one of other stages or values is dropped for it."""
+        """Find the cache of the images after ``passed`` stages; one of other stages or values is dropped for it."""
         key = (images.pixels.data_ptr(), images.pixels.shape)  # a view of the same images is the same
         if key in self._caches and not self._caches[key].is_of(model, passed):
             del self._caches[key]
@@ -105,7 +105,7 @@ class FeatureStore:
 
 
 class FeatureCache:
-    """What the first ``passed`` stages make of each image: (N, T, D) or (N, D) float32, filled as it is asked for.
+    """Outputs of the first ``passed`` stages for each image: (N, T, D) or (N, D) float32, filled as it is asked for.
 
     It lies on the images' device; where it takes more than ``limit`` bytes, in a file (mapped into memory) that goes
     when the process does.
@@ -165,5 +165,5 @@ class FeatureCache:
 
 
 def _versions(model: Backbone, passed: int) -> list[int]:
-    """How often each parameter of the first ``passed`` stages was written to, as torch counts it."""
+    """Count how often each parameter of the first ``passed`` stages was written to, as torch does."""
     return [p._version for name, p in model.named_parameters() if model.frozen_stages([name]) < passed]

@@ -18,7 +18,7 @@ from fedtalos.training.micro_batches import MicroBatch
 
 
 class MaskedParameters:
-    """What moves of a model: the True entries of a mask. The rest is frozen when this is made.
+    """A model and what moves of it: the True entries of a mask. The rest is frozen when this is made.
 
     Model and mask are one object from here on, so no optimiser, sum or message can use one without the other.
     ``mask`` maps parameter names to bool tensors of their shapes; parameters that it does not name are frozen, and
@@ -109,7 +109,7 @@ class MaskedParameters:
         torch._foreach_copy_(self.rows, theta.parts)
 
     def vector(self) -> Tensor:
-        """What moves as one vector, a copy, (A,)."""
+        """Copy what moves into one vector, (A,)."""
         return self.entries.gather(self.tensors)
 
     def write(self, vector: Tensor) -> None:
@@ -134,7 +134,7 @@ class MaskedParameters:
         return norm
 
     def source(self, images: LabelledImages, asked: Iterable[Ids]) -> Source:
-        """Where batches come from: the images, or what the frozen stages make of those ``asked`` for."""
+        """Choose where batches come from: the images, or what the frozen stages make of those ``asked`` for."""
         return self.features.source(self.model, images, self.frozen_stages, asked)
 
 

@@ -14,7 +14,7 @@ log = logging.getLogger(__name__)
 
 
 class MicroBatch:
-    """How many images go through the model at once: all of a batch, until memory runs out; from then on, what fitted.
+    """The number of images that go through the model at once: a whole batch, until memory runs out, then what fitted.
 
     A mean over the batch is the sum of its parts' means times their shares, so steps are the same up to rounding
     (but for layers that look at the whole batch, such as the BatchNorm of another library's model).
@@ -65,5 +65,5 @@ class MicroBatch:
 
 
 def correct_answers(logits: Tensor, labels: Tensor) -> Tensor:
-    """How many of (B, C) logits are largest at their label, ()."""
+    """Count (B, C) logits that are largest at their label, ()."""
     return (logits.argmax(1) == labels).sum()

@@ -45,7 +45,7 @@ def make_optimizer(
 
 
 class SparseOptimizer(Optimizer, ABC):
-    """What both rules share: the masks, and taking active entries out of a parameter and putting them back."""
+    """The part that both rules share: the masks, and taking active entries out of a parameter and putting them back."""
 
     def __init__(
         self,

@@ -1,7 +1,9 @@
-"""What a run shows while it runs: a live line on a terminal, plain lines elsewhere."""
+"""Display of a run while it runs: a live line on a terminal, plain lines elsewhere."""
 
+import logging
 import time
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from types import TracebackType
 from typing import Self, TypeVar
 
@@ -25,6 +27,32 @@ def say(console: Console, text: str) -> None:
     """
     plain = "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text)
     console.print(plain, highlight=False, markup=False, soft_wrap=True)
+
+
+class _Warnings(logging.Handler):
+    """Prints the library's warnings as lines of their own."""
+
+    def __init__(self, console: Console) -> None:
+        super().__init__(logging.WARNING)
+        self._console = console
+
+    def emit(self, record: logging.LogRecord) -> None:
+        say(self._console, record.getMessage())
+
+
+@contextmanager
+def warnings_shown(console: Console) -> Iterator[None]:
+    """Print what the library warns of inside, such as batches that do not fit into memory.
+
+    >>> with warnings_shown(Console(stderr=True)):
+    ...     list(fedavg(model, clients, local=local, rounds=1))
+    """
+    handler, log = _Warnings(console), logging.getLogger("fedtalos")
+    log.addHandler(handler)
+    try:
+        yield
+    finally:
+        log.removeHandler(handler)
 
 
 class Display:

@@ -82,7 +82,7 @@ class RunPaths:
 
     @property
     def free(self) -> bool:
-        """Whether the folder of results is not there, or was claimed by a run that was killed before it began."""
+        """True where the folder of results is not there, or was claimed by a run that was killed before it began."""
         return not self.results.exists() or all(path.name.startswith(".") for path in self.results.iterdir())
 
 

@@ -18,7 +18,7 @@ class Interrupted(BaseException):
 
 
 class _Signals:
-    """What this process was asked: signals belong to all of it."""
+    """Signals that this process got: they belong to all of it."""
 
     deferred = False
     asked: int | None = None
@@ -57,7 +57,7 @@ def deferred() -> Iterator[None]:
 
 
 def asked() -> bool:
-    """Whether the process was asked to stop, and has not yet."""
+    """Tell whether the process was asked to stop, and has not yet."""
     return _signals.asked is not None
 
 

@@ -38,7 +38,7 @@ def rank() -> int:
 
 
 def number_of_processes(config: FederatedConfig) -> int:
-    """How many processes share the run. InputError where torchrun started another number than asked for."""
+    """Number of processes that share the run. InputError where torchrun started another number than asked for."""
     started, asked = int(os.environ.get("WORLD_SIZE", 0)), config.federation.workers
     if started and asked not in (1, started):
         raise InputError(f"--workers {asked}: torchrun started {started} processes; leave out --workers")

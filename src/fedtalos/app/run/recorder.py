@@ -25,7 +25,7 @@ COLUMNS = ("split", "loss", "accuracy", "examples", "learning_rate", "bytes_down
 
 
 class Tracker(Protocol):
-    """Where figures go besides metrics.csv."""
+    """A place that figures go to besides metrics.csv."""
 
     def log(self, step: int, figures: Mapping[str, float]) -> None: ...
     def close(self) -> None: ...
@@ -74,7 +74,7 @@ class WandbTracker:
 
 
 def made_by(device: str) -> dict[str, Any]:
-    """Where a result comes from: versions, machine, commit, command and time."""
+    """Facts about where a result comes from: versions, machine, commit, command and time."""
     return {
         "fedtalos": __version__,
         "torch": version("torch"),

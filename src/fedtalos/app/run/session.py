@@ -14,7 +14,7 @@ import yaml
 from rich.console import Console
 from torch import Tensor
 
-from fedtalos.app.config.files import flatten
+from fedtalos.app.config.files import FileError, flatten
 from fedtalos.app.config.schema import CentralizedConfig, FederatedConfig
 from fedtalos.app.load import Loaded
 from fedtalos.app.run.display import Display, say
@@ -35,7 +35,7 @@ Evaluate = Callable[[str], Metrics]
 
 @dataclass
 class Progress:
-    """Where a run stands; saved in every checkpoint, so that a resumed run goes on from there."""
+    """Progress of a run; saved in every checkpoint, so that a resumed run goes on from there."""
 
     done: int = 0
     best: int = 0
@@ -89,7 +89,7 @@ class Session:
 
     @property
     def fresh(self) -> bool:
-        """Whether the run begins now: there is no checkpoint yet."""
+        """True where the run begins now: there is no checkpoint yet."""
         return not self.saved
 
     @property
@@ -130,7 +130,7 @@ class Session:
             raise InputError(f"checkpoint {path}: is of another version; start a run of another name") from error
         if differs:
             was = options[differs[0]]
-            raise InputError(
+            raise FileError(
                 f"{self.paths.config}: {differs[0]} was {was!r} when the checkpoint was saved; put that back"
             )
         self._restore(checkpoint.tensors)
@@ -181,7 +181,7 @@ class Session:
                 self.display.note(f"round {round_.number}, client {client} left out: {lost.why}")
 
     def due(self, number: int) -> bool:
-        """Whether the run is to be validated after so many rounds or epochs, and is not yet."""
+        """Tell whether the run is to be validated after so many rounds or epochs, and is not yet."""
         every = self.config.train.eval_every or 1
         return self.progress.validated != number and (number % every == 0 or number == self.total)
 

@@ -180,7 +180,7 @@ def _facts(said: Mapping[str, Any]) -> MaskFacts:
 
 
 def _fits(value: object, kind: Any) -> bool:
-    """Whether a value that JSON gave is of the type that MaskFacts has for it."""
+    """Tell whether a value that JSON gave is of the type that MaskFacts has for it."""
     match get_origin(kind):
         case origin if origin is UnionType:
             return any(_fits(value, each) for each in get_args(kind))

@@ -108,6 +108,8 @@ def median(values: Tensor, _byzantine: int = 0) -> Tensor:
     """Coordinate-wise median (Yin et al., 2018, definition 1); of an even N the mean of the middle two.
 
     Raises TooFewError where N is 0.
+
+    >>> algorithm = FedAvg(aggregation=robust(median))
     """
     return trimmed_mean(values, max(0, len(values) - 1) // 2)
 
@@ -116,6 +118,8 @@ def trimmed_mean(values: Tensor, byzantine: int) -> Tensor:
     """Coordinate-wise mean without the f smallest and the f largest (Yin et al., 2018, definition 2; beta = f / N).
 
     Raises TooFewError unless N > 2 f.
+
+    >>> algorithm = FedAvg(aggregation=robust(trimmed_mean, byzantine=1))
     """
     check_enough("trimmed_mean", len(values), byzantine)
     kept = slice(byzantine, len(values) - byzantine)
@@ -127,6 +131,8 @@ def krum(values: Tensor, byzantine: int, *, chosen: int = 1) -> Tensor:
 
     A client's score is the sum of squared distances to its N - f - 2 nearest others; of equals the first is taken.
     One chosen is Krum: that client's values, to the bit. Takes N² A steps. Raises TooFewError unless N > 2 f + 2.
+
+    >>> algorithm = FedAvg(aggregation=robust(krum, byzantine=2))
     """
     check_enough("krum", len(values), byzantine)
     # By products (cdist's own choice for many clients) small differences of large values would be lost.
@@ -137,7 +143,10 @@ def krum(values: Tensor, byzantine: int, *, chosen: int = 1) -> Tensor:
 
 
 def multi_krum(values: Tensor, byzantine: int) -> Tensor:
-    """Multi-Krum with m = N - f, as in its authors' experiments."""
+    """Multi-Krum with m = N - f, as in its authors' experiments.
+
+    >>> algorithm = FedAvg(aggregation=robust(multi_krum, byzantine=2))
+    """
     return krum(values, byzantine, chosen=len(values) - byzantine)
 
 

@@ -25,7 +25,7 @@ from fedtalos.training.masked_parameters import MaskedParameters
 
 @dataclass(frozen=True)
 class Update:
-    """What a client sends back: its values in theta's parts, metrics of its training, and an algorithm's own reply.
+    """An answer of a client: its values in theta's parts, metrics of its training, and an algorithm's own reply.
 
     The values are good until the next client's update is asked for.
     """
@@ -64,7 +64,7 @@ class Round:
 
 
 class Correction(Protocol):
-    """What a client adds to its gradients, and, when it has trained, its reply to the server beside its values."""
+    """A change to a client's gradients, and, when it has trained, its reply to the server beside its values."""
 
     @property
     def reply(self) -> Tensor | None: ...
@@ -92,17 +92,17 @@ class FedAvg:
     # On the client
 
     def client_side(self, moving: MaskedParameters, message: Tensor | None, steps: int) -> Correction | None:
-        """How a client corrects its gradients over its ``steps``; asked when the model holds theta."""
+        """Make the correction of a client's gradients over its ``steps``; asked when the model holds theta."""
         return None
 
     # On the server
 
     def weights(self, sizes: Integers, local: LocalTraining) -> NDArray[np.number[Any]]:
-        """How much each client counts in the mean, (K,), from its number of images."""
+        """Weights of the clients in the mean, (K,), from their numbers of images."""
         return sizes
 
     def message(self, moving: MaskedParameters, client: int) -> Tensor | None:
-        """What the server sends a client beside theta, (A,)."""
+        """Make what the server sends a client beside theta, (A,)."""
         return None
 
     def server_side(self, moving: MaskedParameters, theta: Values, replies: Mapping[int, Tensor | None]) -> None:

@@ -34,7 +34,10 @@ def clipped(max_norm: float) -> Transform:
 
 
 def attacked(attack: Attack, attackers: Collection[int]) -> Transform:
-    """Let ``attackers`` send their update times -1 (sign_flip), -100 (scaled) or NaN, whenever they are drawn."""
+    """Let ``attackers`` send their update times -1 (sign_flip), -100 (scaled) or NaN, whenever they are drawn.
+
+    >>> through = [attacked("sign_flip", attackers={0, 3}), clipped(1.0)]
+    """
     return _scaled(lambda client, _update: FACTORS[attack] if client in attackers else 1.0)
 
 
@@ -44,7 +47,10 @@ def draw_attackers(num_clients: int, count: int, seed: int) -> frozenset[int]:
 
 
 def dropouts(rate: float, seed: int) -> Transform:
-    """Let each sampled client send nothing with chance ``rate``, drawn by (seed, round, client)."""
+    """Let each sampled client send nothing with chance ``rate``, drawn by (seed, round, client).
+
+    >>> rounds = fedavg(model, clients, local=local, rounds=10, through=[dropouts(0.2, seed=0)])
+    """
     return _absent(
         lambda number, client: "dropped out" if generator(seed, "dropouts", number, client).random() < rate else None
     )

@@ -84,7 +84,10 @@ class Adaptive(ServerOptimizer):
 
 
 class FedAdagrad(Adaptive):
-    """FedAdagrad: v <- v + Delta^2; its authors take beta1 = 0."""
+    """FedAdagrad: v <- v + Delta^2; its authors take beta1 = 0.
+
+    >>> rounds = fedavg(model, clients, local=local, rounds=10, algorithm=FedAdagrad(learning_rate=1e-2))
+    """
 
     def __init__(
         self,
@@ -111,7 +114,10 @@ class FedAdam(Adaptive):
 
 
 class FedYogi(Adaptive):
-    """FedYogi: v <- v - (1 - beta2) Delta^2 sign(v - Delta^2)."""
+    """FedYogi: v <- v - (1 - beta2) Delta^2 sign(v - Delta^2).
+
+    >>> rounds = fedavg(model, clients, local=local, rounds=10, algorithm=FedYogi(learning_rate=1e-3))
+    """
 
     def update_v(self, v: Tensor, squares: Tensor) -> None:
         v.addcmul_(squares, torch.sign(v - squares), value=self.beta2 - 1)
