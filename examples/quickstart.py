@@ -4,7 +4,7 @@ import fedtalos as ft
 
 data = ft.load_dataset("digits", calibration_fraction=0.15)
 model = ft.load_model("micro", data.classes, pretrained=False, image_size=8)
-list(ft.train_centralized(model, data.calibration, local=ft.LocalTraining(batch_size=32), epochs=30))  # the server's own
+list(ft.train_centralized(model, data.calibration, local=ft.LocalTraining(batch_size=32), epochs=30))  # by the server
 print(f"before: {ft.evaluate(model, data.test).accuracy:.3f}")
 mask = ft.talos_mask(model, data.calibration, density=0.1)
 clients = ft.split_clients(data.train, 20, "label_skew", classes_per_client=2)

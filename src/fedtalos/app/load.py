@@ -33,7 +33,7 @@ ConfigT = TypeVar("ConfigT", bound=Config)
 
 @dataclass(frozen=True)
 class Loaded(Generic[ConfigT]):
-    """Images, model and mask that an experiment starts from; ``config`` is resolved, so that what is recorded is what ran.
+    """Images, model and mask of an experiment; ``config`` is resolved, so that what is recorded is what ran.
 
     ``config.model.head`` says which head the run is to have. The model has it already where it is the weights' own,
     random or a file's; one that is to be fitted (ridge, ncm, linear) is the experiment's to fit.

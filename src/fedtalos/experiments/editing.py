@@ -58,7 +58,7 @@ def run(config: EditingConfig, console: Console) -> None:
 
 @dataclass(frozen=True, eq=False)
 class Edit:
-    """Everything that an edit starts from, checked: entries to choose from, their groups, and who scores which images."""
+    """Everything that an edit starts from: entries to choose from, their groups, and who scores which images."""
 
     loaded: Loaded[EditingConfig]
     eligible: Entries
