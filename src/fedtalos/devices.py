@@ -1,7 +1,8 @@
 """Devices and arithmetic: where a run computes, in which precision, and how much memory there is."""
 
-from contextlib import AbstractContextManager
-from typing import Literal
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any, Literal
 
 import torch
 
@@ -18,7 +19,7 @@ def choose_device(name: str = "auto") -> torch.device:
 
     On CUDA, matrix products of float32 tensors take TF32 from then on, as torch's convolutions do by default: inputs
     rounded to 10 bits of mantissa (a relative error of 5e-4), sums in float32, several times faster. That holds for
-    precision fp32, and for what stays float32 beside bf16, Fisher scores among it.
+    training in precision fp32, and for what stays float32 beside bf16; scores are taken under ``strict_float32``.
 
     Raises InputError where the device is not there.
 
@@ -61,6 +62,41 @@ def choose_precision(name: str, device: torch.device) -> Precision:
 def autocast(device: torch.device, precision: Precision) -> AbstractContextManager[object]:
     """Compute forward passes in mixed precision: bf16 products, float32 weights, gradients and sums."""
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bf16")
+
+
+@contextmanager
+def strict_float32() -> Iterator[None]:
+    """Multiply float32 tensors in float32 inside: no TF32 on CUDA, no bfloat16 on CPUs, whatever was chosen before.
+
+    What was chosen is there again afterwards. Autocast is another matter: ``autocast(device, "fp32")`` turns it off.
+
+    >>> with strict_float32():
+    ...     logits = model(images)
+    """
+    backends: Any = torch.backends
+    if not hasattr(backends.cudnn, "conv"):  # torch before 2.9
+        products, convolutions = torch.get_float32_matmul_precision(), backends.cudnn.allow_tf32
+        torch.set_float32_matmul_precision("highest")
+        backends.cudnn.allow_tf32 = False
+        try:
+            yield
+        finally:
+            torch.set_float32_matmul_precision(products)
+            backends.cudnn.allow_tf32 = convolutions
+        return
+    switches = [getattr(getattr(backends, name), kind) for name, kind in _PRODUCTS]
+    before = [switch.fp32_precision for switch in switches]
+    for switch in switches:
+        switch.fp32_precision = "ieee"
+    try:
+        yield
+    finally:
+        for switch, chosen in zip(switches, before, strict=True):
+            switch.fp32_precision = chosen
+
+
+_PRODUCTS = (("cuda", "matmul"), ("cudnn", "conv"), ("cudnn", "rnn"), ("mkldnn", "matmul"), ("mkldnn", "conv"))
+"""Where torch keeps the choice of how float32 is multiplied: cuBLAS, cuDNN and, on CPUs, oneDNN."""
 
 
 def total_memory(device: torch.device) -> int:

@@ -6,6 +6,8 @@ A file is written beside its place, flushed, synced and renamed.
 import hashlib
 import os
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 UNSEALED = f"sha256:{0:064}"
@@ -39,14 +41,34 @@ def write_atomic(path: Path, content: bytes | str) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
-        with part.open("wb") as file:
-            file.write(content.encode() if isinstance(content, str) else content)
-            file.flush()
-            os.fsync(file.fileno())
-        part.replace(path)
-        _sync_folder(path.parent)
+        with naming(path, instead_of=part):
+            with part.open("wb") as file:
+                file.write(content.encode() if isinstance(content, str) else content)
+                file.flush()
+                os.fsync(file.fileno())
+            part.replace(path)
+            _sync_folder(path.parent)
     finally:
         part.unlink(missing_ok=True)
+
+
+@contextmanager
+def naming(path: Path, *, instead_of: Path | None = None) -> Iterator[None]:
+    """Put ``path`` into an OSError that leaves the block and names no file, or only ``instead_of``.
+
+    Opening a file names it; writing to it, on a disk that is full, does not.
+
+    >>> with naming(Path("results/table.csv")), Path("results/table.csv").open("a") as file:
+    ...     file.write("a row")
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None or (instead_of is not None and str(error.filename) == str(instead_of)):
+            if error.strerror is None:
+                error.strerror = str(error)
+            error.filename, error.filename2 = str(path), None
+        raise
 
 
 def remove_leftovers(folder: Path, stem: str = "") -> None:

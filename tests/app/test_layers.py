@@ -13,7 +13,7 @@ LAYERS = (
     ("training.federated", "training.editing"),
     ("training",),
     ("models", "data"),
-    ("errors", "randomness", "metrics", "files", "checkpoint", "devices", "progress", "_version"),
+    ("errors", "randomness", "metrics", "files", "checkpoint", "devices", "progress", "notes", "_version"),
 )
 """From the top down. What stands in one layer does not import each other, but for the ground, which is one floor."""
 

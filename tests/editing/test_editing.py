@@ -14,6 +14,7 @@ from fedtalos.training.editing.ranking import Groups, group_entries, keep_lowest
 from fedtalos.training.editing.sensitivity import Holder, Sensitivity, draw_holders, soften
 from fedtalos.training.editing.talos import refine, talos_mask
 from fedtalos.training.entries import named_tensors
+from fedtalos.training.masked_parameters import MaskedParameters
 
 CRITERIA = ("lowest_magnitude", "highest_magnitude", "random")
 
@@ -209,6 +210,21 @@ def test_scores_of_weights_are_magnitudes(vit):
     assert torch.equal(score_by_weights("highest_magnitude", vit, eligible, 0), -magnitude)
 
 
+def test_the_papers_eligible_entries_are_what_the_released_code_ranks(vit):
+    """iurada/talos-task-arithmetic, vision/layers.py: attention, Linear but the head, Conv2d and LayerNorm layers."""
+    blocks, paper = eligible_entries(vit), eligible_entries(vit, "paper")
+    outside = {"patch_embed.proj.weight", "patch_embed.proj.bias", "norm.weight", "norm.bias"}
+    assert paper.masks.keys() == blocks.masks.keys() | outside
+    assert len(paper) == len(blocks) + sum(vit.get_parameter(name).numel() for name in outside)
+    ranked = {
+        f"{path}.{name}"
+        for path, layer in vit.named_modules()
+        if isinstance(layer, torch.nn.Linear | torch.nn.Conv2d | torch.nn.LayerNorm) and path != "head"
+        for name, _ in layer.named_parameters(recurse=False)
+    }
+    assert paper.masks.keys() == ranked
+
+
 @pytest.fixture
 def held(labels) -> LabelledImages:
     """Twelve stored images of 8 px."""
@@ -250,6 +266,20 @@ def test_most_sensitive_is_the_complement_of_least_sensitive(trained, held):
     both = sum(int((least[name] & most[name]).sum()) for name in least)
     assert both <= 0.001 * entries  # ties, drawn on either side
     assert count(least) == count(most)
+
+
+@pytest.mark.parametrize("granularity", ["entry", "row", "tensor"])
+def test_the_papers_entries_are_softened_in_later_rounds_and_can_be_masked(trained, held, granularity):
+    outside = ["patch_embed.proj.weight", "patch_embed.proj.bias", "norm.weight", "norm.bias"]
+    mask = talos_mask(trained, held, density=0.5, iterations=2, eligible="paper", granularity=granularity)
+    assert set(outside) < mask.keys()
+    assert 0 < count(mask) <= round(0.5 * len(eligible_entries(trained, "paper")))
+    entries = eligible_entries(trained, "paper")
+    weights = soften(trained, entries, torch.zeros(len(entries), dtype=torch.bool), 0.01)
+    for name in outside:
+        torch.testing.assert_close(weights[name], 0.01 * trained.get_parameter(name).detach())
+    moving = MaskedParameters(trained, {"patch_embed.proj.weight": mask["blocks.0.attn.qkv.weight"].new_ones(96, 3, 2, 2)})
+    assert moving.frozen_stages == 0
 
 
 def test_scores_of_holders_add_up_to_those_of_all_images(trained, held):

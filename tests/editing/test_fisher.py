@@ -117,6 +117,14 @@ def test_softened_weights_are_used_and_the_model_is_not_touched(vit, images, lab
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in vit.modules())
 
 
+def test_the_papers_entries_outside_the_blocks_are_scored_as_the_loop_does(vit, images, labels, uniforms):
+    paper = eligible_entries(vit, "paper")
+    weights = soften(vit, paper, torch.arange(len(paper)) % 3 > 0, 0.01)
+    scores = fisher_scores(vit, [(images, labels, uniforms)], paper.masks, weights, chunk=5)
+    expected = loop_scores(vit, images, labels, uniforms, paper.masks, weights)
+    assert_close({n: s * paper.masks[n] for n, s in scores.items()}, {n: s * paper.masks[n] for n, s in expected.items()})
+
+
 @pytest.mark.parametrize("which", ["attention", "qk", "biases"])
 def test_fewer_eligible_entries_have_the_same_scores(which, vit, images, labels, uniforms):
     few, batch = eligible_entries(vit, which), (images, labels, uniforms)

@@ -15,7 +15,7 @@ from fedtalos.models.load import build_model
 from fedtalos.models.vision_transformer import Architecture
 from fedtalos.training.editing.combine import combine_masks, overlap
 from fedtalos.training.editing.controls import magnitude_mask, random_mask
-from fedtalos.training.editing.describe import describe_facts
+from fedtalos.training.editing.describe import OUTSIDE, density_table, describe_facts
 from fedtalos.training.editing.mask_file import SEVERAL, fingerprint, load_mask, read_mask_file, save_mask
 
 SCRATCH = "editing --dataset digits --model_size micro --image_size 8 --patch_size 4 --eval_limit 40 --weights none"
@@ -197,7 +197,25 @@ def test_a_mask_saved_with_its_model_comes_back_for_that_model_only():
     assert (words["criterion"], words["density"], words["seed"]) == ("by chance", "30 %", "unknown")
 
 
-@pytest.mark.parametrize("which", ["blocks", "attention", "qk", "biases"])
+def test_a_mask_of_the_papers_entries_shows_them_apart(capsys):
+    model = model_of()
+    mask = random_mask(model, 0.5, eligible="paper")
+    table = density_table(mask, "paper")
+    outside = {row.kind: row.entries for row in table if row.block == OUTSIDE}
+    assert outside == {"conv": 96 * 3 * 4 * 4, "norms": 2 * 96, "biases": 96}
+    assert [row.place for row in table if row.block == OUTSIDE] == ["-"] * 3
+    inside = [row for row in density_table({n: t for n, t in mask.items() if n.startswith("blocks.")})]
+    assert [row for row in table if row.block != OUTSIDE] == inside
+    save_mask("mine.safetensors", mask, model)
+    main(["mask", "show", "mine.safetensors"])
+    shown = capsys.readouterr().out
+    assert any(line.split()[:1] in (["-"], ["│"]) and "-" in line for line in shown.splitlines())
+    conv = {"patch_embed.proj.weight": mask["patch_embed.proj.weight"]}  # less than all of them
+    save_mask("conv.safetensors", conv, model)
+    assert same(load_mask("conv.safetensors", model), conv)
+
+
+@pytest.mark.parametrize("which", ["blocks", "attention", "qk", "biases", "paper"])
 def test_a_saved_mask_says_what_it_chose_from(which):
     model = model_of()
     mask = random_mask(model, 0.5, eligible=which)

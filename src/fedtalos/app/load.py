@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, TypeVar, cast
 
 import torch
 
@@ -22,6 +22,7 @@ from fedtalos.models.vision_transformer import Architecture
 from fedtalos.models.weights import Weights
 from fedtalos.models.weights.pixels import STATISTICS
 from fedtalos.models.weights.read import load_weights
+from fedtalos.notes import note
 from fedtalos.training.editing.eligible import eligible_masks
 from fedtalos.training.editing.mask_file import MaskFacts, check_mask, fingerprint, read_mask_file
 from fedtalos.training.entries import Mask, named_tensors
@@ -77,29 +78,84 @@ class Loaded(Generic[ConfigT]):
 
 
 def load(config: ConfigT) -> Loaded[ConfigT]:
-    """Load images, model and mask that the config names; what is quick to check comes first."""
+    """Load images, model and mask that the config names; files at hand are checked before anything is fetched."""
     device = choose_device(config.run.device)
+    mask = check_files(config)
     weights = starting_weights(config)
     config = settle(config, weights, device)
-    mask = None
-    if isinstance(config, CentralizedConfig | FederatedConfig) and config.train.mask is not None:
-        mask = read_mask_file(config.train.mask)
     architecture = _architecture(config.model, weights)  # refuses sizes that do not fit before any image is read
     data = _load_images(config, architecture.image_size)
     model = _load_model(config, weights, architecture, data.classes).to(device)
-    head = model.head_source if config.model.head == "auto" else config.model.head
-    if isinstance(config, EditingConfig) and config.model.head == "auto" and head == "random":
-        head = "ridge"  # scores through an untrained head would mean nothing
-    if head not in HEADS:
-        set_head(model, *read_head(Path(head), model))
+    config = config.model_copy(
+        update={"model": config.model.model_copy(update={"head": choose_head(config, model, mask)})}
+    )
+    if config.model.head not in HEADS:
+        set_head(model, *read_head(Path(config.model.head), model))
     features = FeatureStore(
         config.data.cache_gb * 1e9,
         config.run.output_dir,
         batch_size=config.data.eval_batch_size,
         precision="bf16" if config.run.precision == "bf16" else "fp32",
     )
-    config = config.model_copy(update={"model": config.model.model_copy(update={"head": head})})
-    return Loaded(config, data.to(device), model, mask, features)
+    return Loaded(freeze_fitted_head(config, mask), data.to(device), model, mask, features)
+
+
+def check_files(config: Config) -> tuple[Mask, MaskFacts] | None:
+    """Read the mask file, and check that the other local files are there.
+
+    Raises InputError for one that is missing or broken, before weights or images are fetched.
+    """
+    if config.data.dataset == "folder" and not config.data.data_dir.is_dir():
+        raise InputError(f"--data_dir {config.data.data_dir}: no such folder; give the folder of class folders")
+    if config.model.head not in ("auto", *HEADS) and not Path(config.model.head).is_file():
+        raise InputError(f"--head {config.model.head}: no such file; give {', '.join(HEADS)} or a head file")
+    if isinstance(config, CentralizedConfig | FederatedConfig) and config.train.mask is not None:
+        return read_mask_file(config.train.mask)
+    return None
+
+
+def choose_head(config: Config, model: Backbone, mask: tuple[Mask, MaskFacts] | None) -> str:
+    """Settle which head the run is to have: as asked, or the weights' own, or the one that belongs to the mask.
+
+    A mask is made through a head; with another head its entries are not the least sensitive ones. Raises InputError
+    where the mask's head is not at hand.
+    """
+    if config.model.head != "auto":
+        return config.model.head
+    if model.head_source != "random":
+        return model.head_source
+    if isinstance(config, EditingConfig):
+        return "ridge"  # scores through an untrained head would mean nothing
+    if mask is None or not isinstance(config, CentralizedConfig | FederatedConfig) or config.train.mask is None:
+        return "random"
+    made_through, path = mask[1].head, head_of_mask(config.train.mask)
+    if path.is_file():
+        note("head", f"the head that {config.train.mask} was made through: {path}")
+        return str(path)
+    if made_through in ("random", "none"):
+        return "random"
+    anew = f"--head {made_through} to fit it anew" if made_through in HEADS else "--head FILE"
+    raise InputError(
+        f"--mask {config.train.mask}: made through a head ({made_through}) that is not at hand: there is no {path}; "
+        f"give {anew}, or --head random for a new one"
+    )
+
+
+def head_of_mask(mask: Path) -> Path:
+    """Path of the head file that editing writes beside a mask file."""
+    return mask.with_name(f"{mask.name.removesuffix('.safetensors')}.head.safetensors")
+
+
+def freeze_fitted_head(config: ConfigT, mask: tuple[Mask, MaskFacts] | None) -> ConfigT:
+    """Keep a fitted head as it is under a mask, unless --train_head: moving it loses what the fit had gained."""
+    if not isinstance(config, CentralizedConfig | FederatedConfig) or mask is None:
+        return config
+    train = config.train
+    if train.train_head or train.freeze_head or config.model.head in ("weights", "random"):
+        return config
+    note("frozen head", "the fitted head stays as it is under the mask; --train_head lets it move")
+    frozen: Config = config.model_copy(update={"train": train.model_copy(update={"freeze_head": True})})
+    return cast(ConfigT, frozen)
 
 
 def starting_weights(config: Config) -> Weights | None:
@@ -107,11 +163,16 @@ def starting_weights(config: Config) -> Weights | None:
     options, checkpoints = config.model, config.run.output_dir / "checkpoints"
     if isinstance(config, EditingConfig) and config.editing.checkpoint is not None:
         return checkpoint_weights(find_checkpoint(config.editing.checkpoint, checkpoints))
-    if options.weights == "none":
+    source = options.weights
+    if source == "auto":
+        source = "none" if config.data.dataset == "digits" else "pretrained"
+        if source == "none":
+            note("weights", "digits are small: a small model from scratch; --weights gives it pretrained ones")
+    if source == "none":
         return None
-    if options.weights.endswith(".json") or (checkpoints / options.weights / "last.json").exists():
-        return checkpoint_weights(find_checkpoint(Path(options.weights), checkpoints))
-    return load_weights(options.weights, options.model_size or "small", normalisation=options.normalisation)
+    if source.endswith(".json") or (checkpoints / source / "last.json").exists():
+        return checkpoint_weights(find_checkpoint(Path(source), checkpoints))
+    return load_weights(source, options.model_size or "small", normalisation=options.normalisation)
 
 
 def checkpoint_weights(path: Path) -> Weights:

@@ -1,6 +1,8 @@
 """Make a TaLoS mask: score weights on held-out images, or on clients' own, and let the least sensitive move."""
 
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import numpy as np
 import yaml
@@ -16,6 +18,7 @@ from fedtalos.app.run.folders import RunPaths, begun, open_run
 from fedtalos.app.run.launch import check_alone
 from fedtalos.app.run.recorder import write_csv, write_yaml
 from fedtalos.app.run.split_file import describe_split, write_split
+from fedtalos.devices import strict_float32
 from fedtalos.errors import InputError
 from fedtalos.models.heads import HEADS, closed_form, save_head
 from fedtalos.randomness import generator
@@ -118,7 +121,11 @@ def fit_first_head(edit: Edit, paths: RunPaths, console: Console) -> tuple[int, 
         return 0, 0
     console.print(f"fitting the {kind} head", highlight=False)
     images = loaded.data.calibration if clients is None else loaded.data.train
-    sent = fit_head(loaded.model, images, kind, holders=clients, val=loaded.limited("val"), features=loaded.features)
+    # Labels are drawn through this head, so it is as strict as the scores.
+    with strict_float32() if loaded.config.run.precision == "fp32" else nullcontext():
+        sent = fit_head(
+            loaded.model, images, kind, holders=clients, val=loaded.limited("val"), features=loaded.features
+        )
     save_head(paths.head, loaded.model)
     if clients is None:
         return 0, 0
@@ -176,6 +183,24 @@ def finish(edit: Edit, paths: RunPaths, books: Books, console: Console) -> None:
     say(console, yaml.safe_dump(summary, sort_keys=False).rstrip())
     for path in [paths.results, paths.checkpoints, *drawn]:
         say(console, str(path))
+    say(console, f"train with it: {next_command(config, paths)}")
+
+
+def next_command(config: EditingConfig, paths: RunPaths) -> str:
+    """The command that trains with the mask: same data, same weights, and the head beside the mask."""
+    options: dict[str, object] = {
+        "dataset": config.data.dataset,
+        "data_dir": config.data.data_dir,
+        "image_size": config.model.image_size,
+    }
+    weights = config.editing.checkpoint or config.model.weights
+    options |= {"weights": weights, "model_size": None if config.editing.checkpoint else config.model.model_size}
+    options |= {"patch_size": config.model.patch_size if weights == "none" else None, "mask": paths.mask}
+    options |= {"output_dir": None if paths.root == Path() else paths.root, "seed": config.run.seed or None}
+    plain = type(config)()
+    usual = {**plain.data.model_dump(), **plain.model.model_dump()}
+    given = {key: value for key, value in options.items() if value is not None and value != usual.get(key)}
+    return "fedtalos federated " + " ".join(f"--{key} {value}" for key, value in given.items())
 
 
 def facts_of(edit: Edit, active: int) -> MaskFacts:

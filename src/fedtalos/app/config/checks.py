@@ -1,12 +1,12 @@
-"""Options that contradict each other, found before anything is loaded."""
+"""Options that contradict each other or have no effect, found before anything is loaded."""
 
+from collections.abc import Collection, Mapping
+
+from fedtalos.app.config.files import flatten
 from fedtalos.app.config.schema import (
     ADAPTIVE,
     ADJUST_GRADIENTS,
     LOOKS_AT_IMAGES,
-    AggregationOptions,
-    Algorithm,
-    AlgorithmOptions,
     CentralizedConfig,
     EditingConfig,
     EditingOptions,
@@ -18,17 +18,63 @@ from fedtalos.errors import InputError
 from fedtalos.training.federated.aggregation import TooFewError, check_enough
 from fedtalos.training.federated.fedavg import clients_per_round
 
-USED_BY: dict[str, tuple[Algorithm, ...]] = {
-    "prox_mu": ("fedprox",),
-    "server_learning_rate": ("fedavgm", "scaffold", *ADAPTIVE),
-    "server_momentum": ("fedavgm", *ADAPTIVE),
-    "server_beta2": ("fedadam", "fedyogi"),
-    "server_tau": ADAPTIVE,
+class _Given:
+    """Stands for any value but none, no and zero, in USED_WHEN."""
+
+
+GIVEN = _Given()
+Condition = tuple[str, tuple[object, ...]]
+"""(another option, values of it): the option is used where the other has one of them."""
+
+OF_CLIENTS: Condition = ("calibration", ("federated",))  # of editing; other commands have no such option
+BY_IMAGES: Condition = ("criterion", LOOKS_AT_IMAGES)
+USED_WHEN: dict[str, tuple[Condition, ...]] = {
+    "weights": (("checkpoint", (None,)),),
+    "force_mask": (("mask", (GIVEN,)),),
+    "mask_mode": (("mask", (GIVEN,)),),
+    "momentum": (("optimizer", ("sgd",)),),
+    "step_every": (("schedule", ("step",)),),
+    "step_gamma": (("schedule", ("step",)),),
+    "head_rounds": (("head", ("linear",)),),
+    "head_learning_rate": (("head", ("linear",)),),
+    "num_clients": (OF_CLIENTS,),
+    "partition": (OF_CLIENTS,),
+    "classes_per_client": (OF_CLIENTS, ("partition", ("label_skew",))),
+    "alpha": (OF_CLIENTS, ("partition", ("dirichlet", "quantity"))),
+    "min_client_size": (OF_CLIENTS, ("partition", ("dirichlet", "quantity"))),
+    "local_steps": (("local_epochs", (None,)),),
+    "prox_mu": (("algorithm", ("fedprox",)),),
+    "server_learning_rate": (("algorithm", ("fedavgm", "scaffold", *ADAPTIVE)),),
+    "server_momentum": (("algorithm", ("fedavgm", *ADAPTIVE)),),
+    "server_beta2": (("algorithm", ("fedadam", "fedyogi")),),
+    "server_tau": (("algorithm", ADAPTIVE),),
+    "byzantine": (("aggregation", ("trimmed_mean", "krum", "multi_krum")),),
+    "dp_delta": (("dp_noise", (GIVEN,)),),
+    "slowest": (("deadline", (GIVEN,)),),
+    "personalise_clients": (("personalise_steps", (GIVEN,)),),
+    "soft_zero": (BY_IMAGES,),
+    "fisher": (BY_IMAGES,),
+    "fisher_samples": (BY_IMAGES, ("fisher", ("true",))),
+    "fisher_chunk": (BY_IMAGES,),
+    "calibration_images": (BY_IMAGES,),
+    "calibration_clients": (OF_CLIENTS,),
+    "calibration_client": (OF_CLIENTS,),
 }
+"""When an option has an effect; one that is not here always has.
+
+Left out on purpose: places (--data_dir) and which images there are (--train_limit), so that several commands and data
+sets can be given the same ones.
+"""
 
 
-def check_together(config: RunConfig) -> None:
-    """Refuse options that contradict each other, with an InputError; to be called once all of them are in."""
+def check_together(config: RunConfig, given: Collection[str] | None = None) -> None:
+    """Refuse options that contradict each other, or have no effect, with an InputError; once all of them are in.
+
+    Only the ``given`` ones (None: all) are refused for having no effect: a file, or a grid, may serve several runs.
+    """
+    if config.run.resume and config.run.resume_or_start:
+        raise InputError("--resume and --resume_or_start both say how to go on; give one of them")
+    check_used(config, given)
     if isinstance(config, EditingConfig):
         _check_editing(config.editing)
         if config.model.head == "linear":
@@ -43,34 +89,49 @@ def check_together(config: RunConfig) -> None:
     total = config.num_epochs if isinstance(config, CentralizedConfig) else config.federation.num_rounds
     if config.train.warmup >= total:
         raise InputError(f"--warmup {config.train.warmup}: must be below the {total} epochs or rounds of the run")
-    for name in ("head_rounds", "head_learning_rate"):
-        if getattr(config.train, name) is not None and config.model.head != "linear":
-            raise InputError(f"--{name}: trains a linear head; give --head linear too, or leave it out")
-    if config.train.mask is None and config.train.force_mask:
-        raise InputError("--force_mask: takes a mask made on other weights; give --mask FILE too")
-    if config.train.mask is None and config.train.mask_mode == "prune":
-        raise InputError("--mask_mode prune: prunes by a mask; give --mask FILE too")
+    if config.train.train_head and (config.train.freeze_head or config.train.mask is None):
+        raise InputError("--train_head: lets a fitted head move under a mask; give --mask FILE, without --freeze_head")
     if config.train.mask is not None and config.train.trainable != "all":
         raise InputError(f"--trainable {config.train.trainable} and --mask both say what may move; give one of them")
 
 
+def check_used(config: RunConfig, given: Collection[str] | None = None) -> None:
+    """Refuse options that have no effect beside the others, with an InputError that says what they are of.
+
+    An option at its default is nobody's wish.
+    """
+    values, defaults = flatten(config), flatten(type(config)())
+    for option, conditions in USED_WHEN.items():
+        if option not in values or values[option] == defaults[option] or (given is not None and option not in given):
+            continue
+        for other, wanted in conditions:
+            now = values.get(other)
+            if other not in values or now in wanted or (GIVEN in wanted and now):
+                continue
+            if wanted == (None,):
+                raise InputError(f"{_asked(option, values)} and {_asked(other, values)}: one of them is used; give one")
+            of = " or ".join(map(str, wanted)) if GIVEN not in wanted else ""
+            here = "" if GIVEN in wanted else f", not of {now}"
+            mend = f"give --{other} {of}".rstrip() + " too" if len(wanted) == 1 else "choose one of these"
+            raise InputError(f"{_asked(option, values)}: is of --{other} {of}".rstrip() + f"{here}; {mend}, or leave it out")
+
+
+def _asked(option: str, values: Mapping[str, object]) -> str:
+    value = values[option]
+    return f"--{option}" if value is True else f"--{option} {value:g}" if isinstance(value, float) else f"--{option} {value}"
+
+
 def _check_federated(config: FederatedConfig) -> None:
     options, personal = config.algorithm, config.personal
-    for knob, users in USED_BY.items():
-        value = getattr(options, knob)
-        if options.algorithm not in users and value != AlgorithmOptions.model_fields[knob].default:
-            raise InputError(f"--{knob} {value:g}: is of --algorithm {' or '.join(users)}; leave it out, or choose one")
     if options.algorithm in ADJUST_GRADIENTS and (config.federation.clients_at_once or 1) > 1:
         raise InputError(
             f"--clients_at_once {config.federation.clients_at_once}: {options.algorithm} adjusts gradients client by "
             "client; leave it out, or take --workers"
         )
-    if personal.personalise_clients is not None:
-        asked = f"--personalise_clients {personal.personalise_clients}"
-        if personal.personalise_steps == 0:
-            raise InputError(f"{asked}: says for how many clients; give --personalise_steps too")
-        if personal.personalise_clients > config.split.num_clients:
-            raise InputError(f"{asked}: there are only {config.split.num_clients} clients; ask for fewer")
+    if (asked := personal.personalise_clients) is not None and asked > config.split.num_clients:
+        raise InputError(
+            f"--personalise_clients {asked}: there are only {config.split.num_clients} clients; ask for fewer"
+        )
 
 
 def _check_aggregation(config: FederatedConfig) -> None:
@@ -87,8 +148,6 @@ def _check_aggregation(config: FederatedConfig) -> None:
             check_enough(rule, clients_per_round(clients, config.federation.client_fraction), options.byzantine)
         except TooFewError as error:
             raise InputError(f"--aggregation {error}; lower --byzantine, or raise --client_fraction") from error
-    if rule in ("mean", "median") and options.byzantine != AggregationOptions.model_fields["byzantine"].default:
-        raise InputError(f"--byzantine {options.byzantine}: is of trimmed_mean, krum and multi_krum; leave it out")
     if (options.attack == "none") != (options.attackers == 0):
         raise InputError("--attack and --attackers: say how, and how many, attack; give both, or neither")
     if options.attackers > clients:
@@ -101,10 +160,9 @@ def _failures_asked(options: FailureOptions) -> list[str]:
 
 def _check_failures(config: FederatedConfig) -> None:
     options, federation = config.failures, config.federation
-    if options.deadline is None:
-        if options.slowest != 1:
-            raise InputError(f"--slowest {options.slowest:g}: nobody is late for no deadline; give --deadline too")
-    elif federation.local_epochs is None and options.deadline < federation.local_steps:
+    if options.deadline is None or federation.local_epochs is not None:
+        return
+    if options.deadline < federation.local_steps:
         raise InputError(
             f"--deadline {options.deadline:g}: the fastest client needs --local_steps {federation.local_steps}; "
             "give that or more"
@@ -115,8 +173,6 @@ def _check_privacy(config: FederatedConfig) -> None:
     options, algorithm, head = config.aggregation, config.algorithm.algorithm, config.model.head
     clients = config.split.num_clients
     if options.dp_noise is None:
-        if options.dp_delta != AggregationOptions.model_fields["dp_delta"].default:
-            raise InputError(f"--dp_delta {options.dp_delta:g}: is of differential privacy; give --dp_noise too")
         return
     asked = f"--dp_noise {options.dp_noise:g}"
     if options.max_update_norm is None:
@@ -140,16 +196,9 @@ def _check_editing(options: EditingOptions) -> None:
         raise InputError(
             "--fisher batch: squares sums over batches, which clients do not share; leave out --calibration"
         )
-    if options.fisher_samples > 1 and options.fisher != "true":
-        raise InputError(
-            f"--fisher_samples {options.fisher_samples}: --fisher {options.fisher} draws one label or none"
-        )
 
 
 def _check_calibration(options: EditingOptions, clients: int) -> None:
-    for name in ("calibration_clients", "calibration_client"):
-        if getattr(options, name) is not None and options.calibration == "central":
-            raise InputError(f"--{name}: says which clients score; give --calibration federated too")
     if options.calibration_clients is not None and options.calibration_client is not None:
         raise InputError("--calibration_client and --calibration_clients both say who scores; give one of them")
     if options.calibration_clients is not None and options.calibration_clients > clients:

@@ -3,6 +3,7 @@
 import difflib
 import math
 from collections.abc import Iterable, Mapping
+from importlib import resources
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -13,10 +14,10 @@ from fedtalos.app.config.options import Options
 from fedtalos.app.config.schema import RUN_CONFIGS, Config
 from fedtalos.errors import InputError, shown
 
-NOT_IN_FILES = {"config", "preset", "resume"}
+NOT_IN_FILES = {"config", "preset", "resume", "resume_or_start"}
 ConfigT = TypeVar("ConfigT", bound=Config)
 PRESETS = Path("configs/experiment_configs.yaml")
-"""Looked for in the working folder, then in the checkout that this code is in."""
+"""Looked for in the working folder; the published ones are in the package, or in the checkout that this code is in."""
 LARGEST = 100_000
 """Of a YAML file: bytes, and values when every alias is written out."""
 
@@ -145,18 +146,40 @@ def from_file(path: Path, command: str) -> dict[str, Any]:
     return {key: value for key, value in values.items() if key in mine and key not in passed_over}
 
 
-def named_entry(what: str, name: str) -> tuple[dict[str, Any], str]:
-    """Read one entry of the file of presets and grids; also returns the name that errors call it by.
+def presets_files() -> list[Path]:
+    """List the files of presets and grids: the working folder's, if it has one, then the published one.
 
-    ``what`` says which of the two is looked for, "preset" or "grid".
+    An installed package carries the published one; where the code runs from a checkout, it is in configs/ there.
+
+    >>> presets_files()
+    [PosixPath('configs/experiment_configs.yaml'), PosixPath('/home/me/fedtalos/configs/experiment_configs.yaml')]
     """
-    path = PRESETS if PRESETS.exists() else Path(__file__).parents[4] / PRESETS
-    entries = read_yaml(path)
-    if name not in entries:
-        raise InputError(f"{what}: no {name!r} in {path}{nearest(name, entries) or '; it has ' + ', '.join(entries)}")
-    if not isinstance(entries[name], dict):
-        raise InputError(f"{what} {name!r} in {path}: expected 'option: value' lines, got {shown(entries[name])}")
-    return dict(entries[name]), f"{what} {name!r} in {path}"
+    packaged = Path(str(resources.files("fedtalos").joinpath(*PRESETS.parts)))
+    published = packaged if packaged.is_file() else Path(__file__).parents[4] / PRESETS
+    found = [path for path in (PRESETS, published) if path.is_file()]
+    if not found:
+        raise InputError(f"{PRESETS}: no such file here, and none came with fedtalos; install it anew, or write one")
+    return found[:1] if len(found) > 1 and found[0].samefile(found[1]) else found
+
+
+def named_entry(what: str, name: str) -> tuple[dict[str, Any], str]:
+    """Read one entry of the files of presets and grids; also returns the name that errors call it by.
+
+    ``what`` says which of the two is looked for, "preset" or "grid". The first file that has the name counts.
+    """
+    there: list[str] = []
+    paths = presets_files()
+    for path in paths:
+        entries = read_yaml(path)
+        if name not in entries:
+            there += [entry for entry in entries if entry not in there]
+            continue
+        if not isinstance(entries[name], dict):
+            raise InputError(f"{what} {name!r} in {path}: expected 'option: value' lines, got {shown(entries[name])}")
+        return dict(entries[name]), f"{what} {name!r} in {path}"
+    places = " and ".join(map(str, paths))
+    listed = nearest(name, there) or "; it has " + ", ".join(there)
+    raise InputError(f"{what}: no {name!r} in {places}{listed}")
 
 
 def from_preset(name: str, command: str) -> dict[str, Any]:

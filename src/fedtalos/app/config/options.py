@@ -5,6 +5,7 @@ from typing import Any, Self, get_args
 
 import tyro
 from pydantic import BaseModel, ConfigDict, ModelWrapValidatorHandler, ValidationError, model_validator
+from pydantic.fields import FieldInfo
 
 from fedtalos.errors import InputError, shown
 
@@ -27,7 +28,9 @@ def unset(metavar: str, default: str) -> object:
 class Options(BaseModel):
     """A group of options; its docstring is its heading in the help.
 
-    Raises InputError, in one sentence, for unknown options and for values outside their limits.
+    A path's `~` and `~user` are the home folders that a shell takes them for, wherever the path was written;
+    environment variables are left as they are. Raises InputError, in one sentence, for unknown options and for values
+    outside their limits.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
@@ -39,6 +42,11 @@ class Options(BaseModel):
             expected = cls.model_fields[name].annotation if name in cls.model_fields else bool
             if isinstance(value, bool) and expected is not bool and str(value).lower() not in get_args(expected):
                 raise InputError(f"{name}: expected no yes or no, got {str(value).lower()}")  # True would count as 1
+        if isinstance(values, dict):
+            values = {
+                name: expanded(name, value) if takes_path(cls.model_fields.get(name)) else value
+                for name, value in values.items()
+            }
         try:
             options = handler(values)
         except ValidationError as error:
@@ -51,6 +59,41 @@ class Options(BaseModel):
             if isinstance(value, str | Path) and "\0" in str(value):
                 raise InputError(f"{name}: expected text without NUL characters, got {shown(str(value))}")
         return options
+
+
+def takes_path(field: FieldInfo | None) -> bool:
+    """Tell whether an option's value is, or may be, a path: one of type Path, or text shown as FILE in the help.
+
+    >>> takes_path(RunOptions.model_fields["output_dir"])
+    True
+    """
+    if field is None:
+        return False
+    marked = any("FILE" in (getattr(mark, "metavar", None) or "") for mark in field.metadata)
+    return marked or _holds_path(field.annotation)
+
+
+def _holds_path(annotation: Any) -> bool:
+    return annotation is Path or any(_holds_path(part) for part in get_args(annotation))
+
+
+def expanded(option: str, value: Any) -> Any:
+    """Put home folders in place of `~` and `~user` in a path, or in each of several; anything else stays.
+
+    Raises InputError where there is no such user.
+
+    >>> expanded("data_dir", "~/pictures")
+    '/home/me/pictures'
+    """
+    if isinstance(value, list | tuple):
+        return type(value)(expanded(option, part) for part in value)
+    if not isinstance(value, str | Path) or not str(value).startswith("~"):
+        return value
+    try:
+        return type(value)(Path(value).expanduser())
+    except RuntimeError:
+        user = shown(Path(value).parts[0])
+        raise InputError(f"{option}: {user} is the home of no user here; write the path in full") from None
 
 
 def sentence(error: ValidationError) -> str:

@@ -95,9 +95,9 @@ class ModelOptions(Options):
         None, description="micro, tiny, small, base or large: 0.7, 5.7, 22, 86 or 303 million parameters"
     )
     weights: Annotated[str, EVERYDAY, tyro.conf.arg(metavar="NAME|FILE")] = Field(
-        "pretrained",
+        "auto",
         description="pretrained (ImageNet), dino, none (from scratch), a file, a checkpoint, a timm ViT's name, "
-        "hf:OWNER/REPO[/FILE], timm:NAME or torch:NAME (docs/backbones.md)",
+        "hf:OWNER/REPO[/FILE], timm:NAME or torch:NAME (docs/backbones.md); auto: pretrained, for digits none",
     )
     image_size: Annotated[int | None, EVERYDAY, unset("PX", "that of the weights; 32 from scratch")] = Field(
         None, ge=1, le=4096, description="width and height of the images, in pixels"
@@ -126,7 +126,10 @@ class TrainOptions(Options):
         "finetune", description="frozen entries keep their values (finetune), or become 0 (prune)"
     )
     trainable: Literal["all", "head", "blocks"] = Field("all", description="part that may move where there is no mask")
-    freeze_head: Annotated[bool, EVERYDAY] = Field(False, description="keep the head as it starts")
+    freeze_head: Annotated[bool, EVERYDAY] = Field(
+        False, description="keep the head as it starts; under a mask a fitted head is kept anyway"
+    )
+    train_head: bool = Field(False, description="let a fitted head move under a mask, too")
     optimizer: Annotated[Literal["sgd", "adamw"], EVERYDAY] = Field("adamw", description="optimiser: adamw or sgd")
     learning_rate: Annotated[
         float | None,

@@ -9,14 +9,16 @@ from fedtalos.app.config.schema import (
     AlgorithmOptions,
     CentralizedConfig,
     Config,
+    EditingConfig,
     FederatedConfig,
     ModelOptions,
     TrainOptions,
 )
-from fedtalos.devices import choose_precision
+from fedtalos.devices import Precision, choose_precision
 from fedtalos.errors import InputError
 from fedtalos.models.vision_transformer import Architecture
 from fedtalos.models.weights import Weights
+from fedtalos.notes import note
 
 ConfigT = TypeVar("ConfigT", bound=Config)
 
@@ -24,8 +26,8 @@ ConfigT = TypeVar("ConfigT", bound=Config)
 def settle(config: ConfigT, weights: Weights | None, device: torch.device) -> ConfigT:
     """The config with `auto` and None settled (but for the head), so that what is recorded is what ran."""
     groups: dict[str, Any] = {
-        "run": {"device": device.type, "precision": choose_precision(config.run.precision, device)},
-        "model": _model_defaults(config.model, weights),
+        "run": {"device": device.type, "precision": _precision(config, device)},
+        "model": _model_defaults(config, config.model, weights),
     }
     if isinstance(config, CentralizedConfig | FederatedConfig):
         groups["train"] = _training_defaults(config, config.train, from_scratch=weights is None)
@@ -35,12 +37,29 @@ def settle(config: ConfigT, weights: Weights | None, device: torch.device) -> Co
     return config.model_copy(update=settled)
 
 
-def _model_defaults(options: ModelOptions, weights: Weights | None) -> dict[str, Any]:
+def _precision(config: Config, device: torch.device) -> Precision:
+    """The precision asked for; of auto, scores take float32 wherever they are computed."""
+    asked = config.run.precision
+    if not isinstance(config, EditingConfig) or asked != "auto":
+        return choose_precision(asked, device)
+    if device.type == "cuda":
+        note(
+            "precision",
+            "scores are computed in strict float32, without bf16 and TF32, so that a mask does not depend on the card; "
+            "--precision bf16 is faster and gives another mask",
+        )
+    return "fp32"
+
+
+def _model_defaults(config: Config, options: ModelOptions, weights: Weights | None) -> dict[str, Any]:
     if weights is None:
+        digits = config.data.dataset == "digits"  # 8 pixels a side
+        size, pixels, patch = ("micro", 8, 2) if digits else ("small", 32, 4)
         return {
-            "model_size": options.model_size or "small",
-            "image_size": options.image_size or 32,
-            "patch_size": options.patch_size or 4,
+            "weights": "none",
+            "model_size": options.model_size or size,
+            "image_size": options.image_size or pixels,
+            "patch_size": options.patch_size or patch,
         }
     theirs = weights.architecture
     has: dict[str, Any] = {"model_size": None, "patch_size": None}  # what is no ViT of ours has neither

@@ -91,7 +91,7 @@ def clients(class_counts: npt.NDArray[np.int64], classes: Sequence[str], title: 
 
 def density(rows: Sequence[DensityRow], title: str) -> Figure:
     """Draw the share of entries that may move (%) by block and kind of tensor."""
-    blocks = sorted({row.block for row in rows})
+    blocks, places = zip(*sorted({(row.block, row.place) for row in rows}), strict=True)
     kinds = [kind for kind in KINDS if any(row.kind == kind for row in rows)]
     shares = np.full((len(blocks), len(kinds)), np.nan)
     for row in rows:
@@ -100,7 +100,7 @@ def density(rows: Sequence[DensityRow], title: str) -> Figure:
     axes = figure.subplots()
     image = axes.imshow(shares, cmap=_CELLS, vmin=0, vmax=max(1.0, np.nanmax(shares)), aspect="auto")
     axes.set_xticks(range(len(kinds)), labels=kinds)
-    axes.set_yticks(range(len(blocks)), labels=[str(block) for block in blocks])
+    axes.set_yticks(range(len(blocks)), labels=places)
     axes.set(xlabel="kind of tensor", ylabel="block")
     _annotate(axes, image, shares, "{:.1f}")
     figure.colorbar(image, ax=axes, label="entries that may move (%)", pad=0.02)

@@ -126,9 +126,9 @@ def density_report(rows: Sequence[DensityRow]) -> Table:
     table.add_column("block", justify="right")
     for kind in kinds:
         table.add_column(kind, justify="right")
-    for block in sorted({row.block for row in rows}):
+    for block, place in sorted({(row.block, row.place) for row in rows}):
         by_kind = {row.kind: f"{100 * row.density:.1f}" for row in rows if row.block == block}
-        table.add_row(str(block), *(by_kind.get(kind, "") for kind in kinds))
+        table.add_row(place, *(by_kind.get(kind, "") for kind in kinds))
     table.add_section()
     overall = [[row for row in rows if row.kind == kind] for kind in kinds]
     shares = [100 * sum(r.active for r in same) / sum(r.entries for r in same) for same in overall]

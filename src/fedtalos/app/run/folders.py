@@ -175,7 +175,7 @@ def choose_run(config: RunConfig) -> RunPaths:
     options = config.run
     paths = run_to_resume(options.output_dir, options.run_name, config.command) if options.resume else None
     if paths is not None:
-        saved = read_yaml(paths.config)
+        saved = flatten(type(config)()) | read_yaml(paths.config)  # an earlier version may have had fewer options
         for key, value in flatten(config).items():
             if key not in MAY_DIFFER and value not in (None, "auto") and saved.get(key) != value:
                 raise InputError(

@@ -41,6 +41,8 @@ class Progress:
     best: int = 0
     best_accuracy: float = -1.0
     val_accuracy: float = -1.0
+    start_accuracy: float = -1.0
+    """On validation, before anything moved; -1 where it was not measured."""
     bytes_down: int = 0
     bytes_up: int = 0
     images: int = 0
@@ -123,9 +125,9 @@ class Session:
         try:
             saved, options = checkpoint.facts["progress"], checkpoint.facts["options"]
             self.progress = Progress(**{**saved, "epoch_so_far": Metrics(**saved["epoch_so_far"])})
-            differs = [
-                key for key, now in flatten(self.config).items() if key not in MAY_DIFFER and options[key] != now
-            ]
+            options = flatten(type(self.config)()) | options  # an earlier version may have had fewer options
+            asked = flatten(self.config)
+            differs = [key for key in asked if key not in MAY_DIFFER and options[key] != asked[key]]
         except (KeyError, TypeError) as error:
             raise InputError(f"checkpoint {path}: is of another version; start a run of another name") from error
         if differs:
@@ -199,6 +201,8 @@ class Session:
             )
         self._row("val", metrics)
         progress.validated, progress.val_accuracy = progress.done, metrics.accuracy
+        if progress.done == 0:
+            progress.start_accuracy = metrics.accuracy
         if metrics.accuracy > progress.best_accuracy:
             progress.best, progress.best_accuracy = progress.done, metrics.accuracy
             self._checkpoint("best", named_tensors(self.model))
@@ -240,6 +244,20 @@ class Session:
         say(self.console, yaml.safe_dump(summary, sort_keys=False).rstrip())
         for path in [self.paths.results, self.paths.checkpoints, *drawn]:
             say(self.console, str(path))
+        self._warn_of_loss()
+
+    def _warn_of_loss(self) -> None:
+        """Say so where training made the model worse, and what to try."""
+        progress = self.progress
+        if progress.start_accuracy < 0 or progress.done == 0:
+            return
+        if progress.val_accuracy < progress.start_accuracy or progress.best == 0:
+            say(
+                self.console,
+                f"training did not help: validation accuracy was {100 * progress.start_accuracy:.1f} % at the start, "
+                f"and is {100 * progress.val_accuracy:.1f} % at the end (best: {self.unit} {progress.best}); "
+                "try a lower --learning_rate, --freeze_head, or fewer steps between rounds",
+            )
 
     def _timed(self, evaluate: Evaluate, split: str) -> Metrics:
         start = time.perf_counter()

@@ -2,7 +2,8 @@
 
 import argparse
 import hashlib
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,16 +13,14 @@ from safetensors import safe_open
 from torch import Tensor
 
 from fedtalos.errors import InputError
-
-_PRETRAINING_HEADS = ("head.mlp.", "head.last_layer.", "dino_head.", "ibot_head.")
-"""Parts of DINO's and DINOv2's teachers beside the ViT."""
+from fedtalos.models.weights.wrappers import flat, inner_vit
 
 
 @dataclass(frozen=True)
 class StateDict:
     """A file's tensors by name, float32 on the CPU.
 
-    >>> read_state_dict(Path("vit.safetensors"), "vit.safetensors").tensors["cls_token"].shape
+    >>> read_vit(Path("vit.safetensors"), "vit.safetensors").tensors["cls_token"].shape
     torch.Size([1, 1, 192])
     """
 
@@ -30,48 +29,72 @@ class StateDict:
     """Metadata of a safetensors file; empty for a torch file."""
     sha256: str
     """Checksum of the file."""
+    names: tuple[str, ...] = ()
+    """Names of all tensors in the file, those that were left out too."""
+
+
+def read_vit(path: Path, label: str) -> StateDict:
+    """Read the tensors of the ViT that the file holds, however it is wrapped; ``label`` is its name in messages.
+
+    Containers and prefixes are taken off (wrappers.py). Names with a "/" (optimiser state in our checkpoints) and
+    counters (integers without dimensions) are left out.
+
+    Raises InputError where the file is torn, holds more than tensors, one that is not finite, or several ViTs.
+
+    >>> state = read_vit(Path("lightning.ckpt"), "lightning.ckpt")
+    """
+    content, metadata = _content(path)
+    found = flat(label, content)
+    if not found:
+        raise InputError(f"weights {path}: expected tensors by name, found no tensor; save a state dict")
+    tensors = _checked(label, inner_vit(label, found).items())
+    return StateDict(tensors, metadata, _sha256(path), tuple(found))
 
 
 def read_state_dict(path: Path, label: str, *, floats_only: bool = False) -> StateDict:
-    """Read the tensors of a model; ``label`` is their name in messages.
+    """Read the tensors of any model as its library names them; ``label`` is their name in messages.
 
-    Prefixes of wrappers (module., backbone.) are dropped. Names with a "/" (optimiser state in our checkpoints) are
-    left out, with ``floats_only`` integers too.
+    With ``floats_only`` integers are left out.
 
     Raises InputError where the file is torn, holds more than tensors, or one that is not finite.
 
-    >>> state = read_state_dict(Path("vit.safetensors"), "vit.safetensors")
+    >>> state = read_state_dict(Path("convnext.safetensors"), "convnext.safetensors")
     """
     content, metadata = _content(path)
+    if isinstance(content, dict):
+        key = next((key for key in ("state_dict", "model") if isinstance(content.get(key), dict)), None)
+        content = content if key is None else content[key]
     if not isinstance(content, dict):
         raise InputError(f"weights {path}: expected tensors by name, got a {type(content).__name__}; save a state dict")
-    key = next((key for key in ("state_dict", "model", "teacher") if isinstance(content.get(key), dict)), None)
-    tensors = {}
-    for full_name, tensor in (content if key is None else content[key]).items():
-        name = str(full_name).removeprefix("module.").removeprefix("backbone.")
-        if not isinstance(tensor, Tensor):
-            raise InputError(f"weights {path}: {name} is a {type(tensor).__name__}, no tensor; save a state dict alone")
-        if floats_only and not tensor.is_floating_point():
-            continue
-        if "/" not in name and not (key == "teacher" and name.startswith(_PRETRAINING_HEADS)):
-            tensors[name] = _as_float32(label, name, tensor)
-    with path.open("rb") as file:
-        return StateDict(tensors, metadata, hashlib.file_digest(file, "sha256").hexdigest())
+    if other := next((name for name, tensor in content.items() if not isinstance(tensor, Tensor)), None):
+        raise InputError(f"weights {path}: {other} is no tensor; save a state dict alone")
+    named = ((str(name).removeprefix("module."), tensor) for name, tensor in content.items())
+    tensors = _checked(label, (pair for pair in named if not floats_only or pair[1].is_floating_point()))
+    return StateDict(tensors, metadata, _sha256(path), tuple(tensors))
 
 
 def _content(path: Path) -> tuple[Any, Mapping[str, str]]:
+    """Read a file by what is in it, since its ending may be any: a safetensors file has a JSON header at byte 8."""
     try:
-        if path.suffix == ".safetensors":
+        with path.open("rb") as file:
+            safe = file.read(9)[8:] == b"{"
+        if safe:
             with safe_open(path, framework="pt") as file:
                 tensors = {name: file.get_tensor(name) for name in file.keys() if "/" not in name}  # noqa: SIM118
                 return tensors, file.metadata() or {}
         with torch.serialization.safe_globals([argparse.Namespace]):  # DINO keeps its options beside the tensors
             return torch.load(path, map_location="cpu", weights_only=True), {}
     except Exception as error:  # a torn or hostile file makes either reader raise anything
+        object_ = re.search(r"GLOBAL ([\w.]{1,80})", str(error))
+        why = f"it pickles a {object_[1]}" if object_ else type(error).__name__
         raise InputError(
             f"weights {path}: neither a whole safetensors file nor a torch state dict of plain tensors "
-            f"({type(error).__name__}); fetch it again, or save the state dict alone with torch.save"
+            f"({why}); fetch it again, or save the state dict alone with torch.save"
         ) from error
+
+
+def _checked(label: str, named: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
+    return {name: _as_float32(label, name, tensor) for name, tensor in named}
 
 
 def _as_float32(label: str, name: str, tensor: Tensor) -> Tensor:
@@ -83,3 +106,8 @@ def _as_float32(label: str, name: str, tensor: Tensor) -> Tensor:
     if not torch.isfinite(tensor).all():
         raise InputError(f"weights {label}: {name} holds NaN or infinity; give weights of a run that did not diverge")
     return tensor
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

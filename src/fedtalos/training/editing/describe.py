@@ -9,6 +9,8 @@ from fedtalos.training.editing.eligible import Eligible, eligible_masks
 from fedtalos.training.editing.mask_file import SEVERAL, MaskFacts
 from fedtalos.training.entries import Mask
 
+OUTSIDE = -1
+"""Number that stands for a block where a layer lies outside all of them (eligible paper)."""
 KINDS = ("q", "k", "v", "proj", "fc1", "fc2", "linear", "conv", "norms", "biases")
 
 
@@ -17,6 +19,7 @@ class DensityRow:
     """True entries and entries of one kind of tensor in one block."""
 
     block: int
+    """From 0; OUTSIDE for the layers before and behind the blocks."""
     kind: str
     active: int
     entries: int
@@ -26,22 +29,31 @@ class DensityRow:
         """Share of True entries."""
         return self.active / self.entries
 
+    @property
+    def place(self) -> str:
+        """The block as tables show it: its number, or "-" outside the blocks."""
+        return "-" if self.block == OUTSIDE else str(self.block)
+
 
 def density_table(mask: Mask, eligible_in: Eligible = "blocks") -> list[DensityRow]:
     """Density per block and kind (q, k, v, proj, fc1, fc2: weights; norms: both; biases: of the linear layers).
 
-    Only eligible entries count, and kinds that have some. A model of another library has the kinds linear, conv, norms
-    and biases; its blocks, in their order, are what shares a name up to the last number in it.
+    Only eligible entries count, and kinds that have some. What lies outside the blocks comes first, as conv, norms and
+    biases. A model of another library has the kinds linear, conv, norms and biases; its blocks, in their order, are
+    what shares a name up to the last number in it.
 
     >>> for row in density_table(mask):
-    ...     print(row.block, row.kind, f"{row.density:.1%}")
+    ...     print(row.place, row.kind, f"{row.density:.1%}")
     """
     eligible = eligible_masks({name: tensor.shape for name, tensor in mask.items()}, eligible_in)
     totals: dict[tuple[int, str], list[int]] = {}
     units: dict[str, int] = {}
     for name, tensor in mask.items():
         ours = name.startswith("blocks.")
-        block = int(name.split(".")[1]) if ours else units.setdefault(_unit(name), len(units))
+        if ours:
+            block = int(name.split(".")[1])
+        else:
+            block = units.setdefault(_unit(name), len(units)) if name.startswith("net.") else OUTSIDE
         kind = _kind(name) if ours else _library_kind(name, mask)
         for part, chosen in parts(name, tensor).items():
             row = totals.setdefault((block, kind if kind in ("norms", "biases") else part or kind), [0, 0])

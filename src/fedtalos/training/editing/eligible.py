@@ -11,18 +11,21 @@ from fedtalos.models.library_model import LibraryModel
 from fedtalos.models.vision_transformer import parts
 from fedtalos.training.entries import Entries, Mask
 
-Eligible = Literal["blocks", "attention", "qk", "biases"]
+Eligible = Literal["blocks", "attention", "qk", "biases", "paper"]
 
-_IN_NAME: dict[str, str] = {"blocks": ".", "attention": ".attn.", "qk": ".attn.qkv.", "biases": ".bias"}
+_IN_NAME: dict[str, str] = {"blocks": ".", "attention": ".attn.", "qk": ".attn.qkv.", "biases": ".bias", "paper": "."}
+_OUTSIDE = ("patch_embed.proj.", "norm.")
+"""Layers of a Vision Transformer outside the blocks that the released code of TaLoS ranks too."""
 
 
 def eligible_entries(model: nn.Module, which: Eligible = "blocks") -> Entries:
     """Weights and biases of the layers inside the blocks, without the key third of each qkv bias.
 
     That third has a gradient of exactly zero: it shifts all logits of a softmax row alike. ``which``: blocks (all),
-    attention (qkv and proj), qk (their rows of qkv), biases (those of the norms too). Of a model of another library
-    only the layers that it can score count, and ``which`` is blocks or biases. Layer scale belongs to no layer's
-    weight and is not eligible.
+    attention (qkv and proj), qk (their rows of qkv), biases (those of the norms too), paper (blocks, the patch
+    convolution and the norm behind the blocks: what the code released with TaLoS ranks; it also counts the key third,
+    which no answer depends on). Of a model of another library only the layers that it can score count, and ``which`` is
+    blocks or biases. Embeddings of positions and of the class, layer scale and the head are never eligible.
 
     Raises InputError for a rule that does not fit the model.
 
@@ -58,7 +61,8 @@ def eligible_masks(shapes: Mapping[str, torch.Size], which: Eligible, device: to
         raise InputError(f"eligible {which!r}: expected one of {', '.join(_IN_NAME)}")
     masks = {}
     for name, shape in shapes.items():
-        if name.startswith(("blocks.", "net.")) and _IN_NAME[which] in name and not name.endswith(".gamma"):
+        inside = name.startswith(("blocks.", "net.")) and _IN_NAME[which] in name and not name.endswith(".gamma")
+        if inside or (which == "paper" and name.startswith(_OUTSIDE)):
             masks[name] = torch.ones(shape, dtype=torch.bool, device=device)
             if len(parts(name, masks[name])) > 1 and name.endswith(".bias"):
                 parts(name, masks[name])["k"].fill_(False)

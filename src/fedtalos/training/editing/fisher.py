@@ -11,7 +11,7 @@ Shapes: B examples of a chunk, T tokens, I in and O out features, C classes, S l
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Literal
 
 import numpy as np
@@ -24,7 +24,7 @@ from torch.func import functional_call
 from fedtalos.data.batches import evaluation_batches
 from fedtalos.data.images import LabelledImages
 from fedtalos.data.sampling import Ids
-from fedtalos.devices import Precision, autocast
+from fedtalos.devices import Precision, autocast, strict_float32
 from fedtalos.errors import InputError, TrainingError
 from fedtalos.models.backbone import Backbone
 from fedtalos.randomness import generator
@@ -106,7 +106,9 @@ def fisher_scores(
     are not scored and stay 0. ``weights`` replaces parameters by name in the forward pass (the softly masked copy); the
     model is not changed. Forward and backward take ``chunk`` examples at a time, so memory holds their activations and
     one layer's gradients for each of them, never all layers'. Mode batch takes, and squares, whole batches. Every
-    scored layer must run once in a forward pass, and nothing after it may work in place.
+    scored layer must run once in a forward pass, and nothing after it may work in place. In ``precision`` fp32 labels
+    are drawn and gradients formed in strict float32, without TF32 and whatever autocast is on around this: masks must
+    not depend on what the processor likes.
 
     Raises TypeError for a parameter of another kind of layer, TrainingError where a score is not finite.
 
@@ -116,7 +118,10 @@ def fisher_scores(
     """
     scores = {name: torch.zeros_like(model.get_parameter(name), requires_grad=False) for name in masks}
     model.eval()
-    with _frozen(model), _squares_added_to(scores, masks, model, per_example=mode != "batch"):
+    device = next(model.parameters()).device
+    strict = strict_float32() if precision == "fp32" else nullcontext()
+    squares = _squares_added_to(scores, masks, model, per_example=mode != "batch")
+    with strict, autocast(device, "fp32"), _frozen(model), squares:
         for batch in batches:
             size = len(batch[0]) if mode == "batch" else chunk
             for images, labels, uniforms in zip(*(tensor.split(size) for tensor in batch), strict=True):

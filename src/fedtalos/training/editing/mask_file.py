@@ -6,6 +6,7 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
+from itertools import chain
 from pathlib import Path
 from types import UnionType
 from typing import Any, Literal, get_args, get_origin
@@ -30,7 +31,8 @@ SEVERAL = "several"
 """Said of a joined mask where its sources disagree; a number is None there."""
 
 _HEADER = "fedtalos_mask"
-_NAMES = re.compile(r"net\..+|blocks\.[0-9]+\.(norm[12]|attn\.(qkv|proj)|mlp\.fc[12])\.(weight|bias)")
+_IN_BLOCKS = r"blocks\.[0-9]+\.(norm[12]|attn\.(qkv|proj)|mlp\.fc[12])"
+_NAMES = re.compile(rf"net\..+|(patch_embed\.proj|norm|{_IN_BLOCKS})\.(weight|bias)")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,13 +108,16 @@ def facts_of(mask: Mask, model: Backbone, criterion: str = "given") -> MaskFacts
         raise InputError("mask: expected at least one entry that may move, and a criterion in plain words")
     rules: tuple[Eligible, ...] = get_args(Eligible)
     found = {rule: eligible_masks(eligible_shapes(model), rule) for rule in rules}
-    rule = next((rule for rule in rules if found[rule].keys() == mask.keys()), rules[0])
+    exact = (rule for rule in rules if found[rule].keys() == mask.keys())
+    wider = (rule for rule in rules if found[rule].keys() >= mask.keys())
+    rule = next(chain(exact, wider), rules[0])
     for name, tensor in mask.items():
         allowed = found[rule].get(name)
         if allowed is None or allowed.shape != tensor.shape or bool((tensor.cpu() & ~allowed).any()):
             raise InputError(
                 f"mask: {name} {tuple(tensor.shape)} is no eligible tensor of {model.architecture}, or more of it than "
-                "is eligible may move; a mask file holds weights and biases of the layers inside the blocks"
+                "is eligible may move; a mask file holds weights and biases of the layers inside the blocks, and of the "
+                "patch convolution and the norm behind the blocks where eligible is paper"
             )
     return MaskFacts(
         version=__version__,

@@ -64,8 +64,9 @@ def talos_mask(
     ``max_images`` of them are drawn (None: all). ``criterion`` talos is another name of least_sensitive; most_sensitive
     is its opposite, a control. ``eligible`` and ``granularity``: entries to choose from, and what stays or goes
     together. ``soft_zero`` multiplies entries no longer kept while the next iteration scores. ``fisher_samples`` labels
-    are drawn for each image. ``chunk`` examples share a backward pass (None: as memory allows). The mask lies on the
-    CPU; the command `editing` makes the same one of the same images and seed.
+    are drawn for each image. ``chunk`` examples share a backward pass (None: as memory allows). ``precision`` fp32 is
+    strict float32 (no TF32); bf16 is faster and gives another mask. The mask lies on the CPU; the command `editing`
+    makes the same one of the same images and seed.
 
     Raises InputError for an untrained head, where there are no images, and for values outside their limits.
 
