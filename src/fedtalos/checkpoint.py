@@ -8,6 +8,7 @@ slash.
 
 import hashlib
 import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -86,14 +87,22 @@ def load_checkpoint(path: Path) -> Checkpoint:
 
 
 def find_checkpoint(path: Path, checkpoints: Path, which: str = "last") -> Path:
-    """Find the JSON file that ``path`` means: itself, or the one in a run's folder, here or under ``checkpoints``.
+    """Find the JSON file that ``path`` means: itself, or the one of a run, by its name or any of its folders.
 
-    Raises InputError where there is none.
+    RUN, RUN/last.json, checkpoints/RUN, results/RUN and a tensor file of a checkpoint are all understood. Raises
+    InputError where there is none.
 
     >>> find_checkpoint(Path("my_run"), Path("checkpoints"))
     PosixPath('checkpoints/my_run/last.json')
     """
-    candidates = [path] if path.suffix == ".json" else [path / f"{which}.json", checkpoints / path / f"{which}.json"]
+    if path.suffix == ".json":
+        candidates = [path, checkpoints / path]
+    elif tensors := re.fullmatch(r"(last|best)-\d+\.safetensors", path.name):
+        candidates = [path.with_name(f"{tensors[1]}.json")]
+    else:
+        candidates = [path / f"{which}.json", checkpoints / path / f"{which}.json"]
+        if path.parent.name == "results":
+            candidates.append(path.parents[1] / "checkpoints" / path.name / f"{which}.json")
     for candidate in candidates:
         if candidate.is_file():
             return candidate

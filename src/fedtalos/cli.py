@@ -1,27 +1,29 @@
 """The command line: flags over preset over file over defaults, to one experiment; bad input is one sentence, exit 2."""
 
 import difflib
+import errno
+import io
 import os
 import re
 import sys
 from collections.abc import Iterable, Sequence
 from importlib import import_module
-from pathlib import Path
 from typing import Any
 
 import tyro
 from rich.console import Console
 
 from fedtalos._version import __version__
+from fedtalos.app.command_line import defaults, flag_of, given, layers
 from fedtalos.app.config.checks import check_together
-from fedtalos.app.config.files import FileError, from_file, from_preset, nearest, override
+from fedtalos.app.config.files import FileError, nearest
 from fedtalos.app.config.help import mask_page, option_names, overview, page
 from fedtalos.app.config.options import Options
 from fedtalos.app.config.schema import RUN_CONFIGS, RunConfig
 from fedtalos.app.config.tools import MASK_TOOLS, TOOL_CONFIGS, MaskConfig, ToolConfig
 from fedtalos.app.run import interruption
 from fedtalos.app.run.display import say, warnings_shown
-from fedtalos.app.run.folders import AlreadyFinished, run_to_resume
+from fedtalos.app.run.folders import AlreadyFinished
 from fedtalos.app.run.interruption import Interrupted
 from fedtalos.devices import out_of_memory
 from fedtalos.errors import InputError, TrainingError
@@ -30,6 +32,15 @@ OUT_OF_MEMORY = (
     "the device's memory ran out (training had halved its batches as far as that goes); take a smaller --model_size or "
     "--image_size, let less move, or lower --eval_batch_size, --clients_at_once or, in editing, --fisher_chunk"
 )
+ADVICE = {
+    errno.ENOSPC: "make room; a run that had begun goes on with --resume",
+    errno.EDQUOT: "make room in your quota; a run that had begun goes on with --resume",
+    errno.EFBIG: "see what limits the size of files; a run that had begun goes on with --resume",
+    errno.EROFS: "choose a place that can be written",
+    errno.EMFILE: "raise the limit of open files (ulimit -n)",
+    errno.ENAMETOOLONG: "choose a shorter name",
+}
+"""What to do about an error of the system; the usual: check the path and its rights."""
 HELP, HELP_ALL = {"-h", "--help"}, {"--help_all", "--help-all"}
 COMMANDS: dict[str, type[Options]] = {**RUN_CONFIGS, **TOOL_CONFIGS}
 
@@ -37,11 +48,13 @@ COMMANDS: dict[str, type[Options]] = {**RUN_CONFIGS, **TOOL_CONFIGS}
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run one command; exits with 0, 2 for bad input, 1 where training failed, 141 on a closed pipe.
 
-    130 on Ctrl-C and 143 on SIGTERM, when what is done has been saved.
+    130 on Ctrl-C and 143 on SIGTERM, when what is done has been saved. Characters that the console cannot show are
+    replaced, from the first call on: they are no reason for a run to end.
 
     >>> main(["federated", "--dataset", "digits", "--model_size", "micro", "--weights", "none"])
     """
     arguments = sys.argv[1:] if arguments is None else list(arguments)
+    show_anything()
     errors = Console(stderr=True)
     try:
         with interruption.handled(), warnings_shown(errors):
@@ -59,7 +72,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
     except OSError as error:
-        complain(errors, f"{error.filename or 'a file'}: {error.strerror or error}; check the path and its rights")
+        advice = ADVICE.get(error.errno or 0, "check the path and its rights")
+        complain(errors, f"{error.filename or place_of(error)}: {error.strerror or error}; {advice}")
         sys.exit(2)
     except TrainingError as error:
         complain(errors, dashed(str(error), flags_of(arguments)))
@@ -92,7 +106,8 @@ def parse(arguments: list[str]) -> RunConfig | ToolConfig:
         say(Console(), page(name, options, every=bool(asked & HELP_ALL)).rstrip())
         sys.exit()
     check_flags(name, options, rest)
-    start: dict[str, Any] = {"default": defaults(name, rest)} if name in RUN_CONFIGS else {}
+    found = layers(name, rest) if name in RUN_CONFIGS else []
+    start: dict[str, Any] = {"default": defaults(name, found)} if name in RUN_CONFIGS else {}
     parsed: Any = tyro.cli(
         options,
         prog=f"fedtalos {name}",
@@ -102,7 +117,7 @@ def parse(arguments: list[str]) -> RunConfig | ToolConfig:
         **start,
     )
     if isinstance(parsed, RunConfig):
-        check_together(parsed)
+        check_together(parsed, given(rest, found))
     config: RunConfig | ToolConfig = MaskConfig(tool=parsed) if options in MASK_TOOLS.values() else parsed
     return config
 
@@ -143,7 +158,7 @@ def check_flags(name: str, options: type[Options], words: list[str]) -> None:
     fields = option_names(options)
     known = {*fields, *(f"no_{option}" for option, field in fields.items() if field.annotation is bool)}
     for word in words:
-        flag = word.partition("=")[0].removeprefix("--").replace("-", "_")
+        flag = flag_of(word)
         if not word.startswith("--") or flag in known:
             continue
         near = nearest_option(flag, fields)
@@ -162,40 +177,6 @@ def nearest_option(name: str, known: Iterable[str]) -> str | None:
     """
     by_initials = [option for option in known if "".join(word[0] for word in option.split("_")) == name]
     return next(iter(by_initials or difflib.get_close_matches(name, known, n=1)), None)
-
-
-def defaults(command: str, words: list[str]) -> RunConfig:
-    """The config before the flags: that of the run to resume, then --config, then --preset."""
-    layers: list[tuple[str, dict[str, Any]]] = []
-    if (path := early(words, "config")) is not None:
-        layers.append((path, from_file(Path(path), command)))
-    if (preset := early(words, "preset")) is not None:
-        layers.append((f"preset {preset!r}", from_preset(preset, command)))
-    if "--resume" in words:
-        said = {key: value for _, values in layers for key, value in values.items()}
-        root = Path(early(words, "output_dir") or said.get("output_dir", "."))
-        paths = run_to_resume(root, early(words, "run_name") or said.get("run_name"), command)
-        if paths is not None:
-            layers.insert(0, (str(paths.config), {**from_file(paths.config, command), "run_name": paths.name}))
-    config = RUN_CONFIGS[command]()
-    for source, values in layers:
-        config = override(config, values, source)
-    return config
-
-
-def early(words: list[str], option: str) -> str | None:
-    """The last value of an option that is needed before the others are read; None where it has none.
-
-    >>> early(["--config", "mine.yaml", "--seed", "1"], "config")
-    'mine.yaml'
-    """
-    found = None
-    for number, word in enumerate(words):
-        flag, equals, value = word.partition("=")
-        if flag.replace("-", "_") == f"__{option}":
-            following = words[number + 1 : number + 2]
-            found = value if equals else next((word for word in following if not word.startswith("--")), None)
-    return found
 
 
 def flags_of(arguments: list[str]) -> list[str]:
@@ -225,6 +206,21 @@ def dashed(text: str, options: Iterable[str]) -> str:
         alone = rf"(?<![\w./\\~=-])({several})(?![\w/\\=]|[.-]\w)"
         text = re.sub(f"{quoted}|{alone}", lambda found: f"--{found[0]}" if found[1] else found[0], text)
     return text
+
+
+def show_anything() -> None:
+    """Let the console replace what its encoding cannot show, in what is printed from now on."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
+
+
+def place_of(error: OSError) -> str:
+    """Name what failed where an error of the system names no file: the code that asked for it."""
+    at = error.__traceback__
+    while at is not None and at.tb_next is not None:
+        at = at.tb_next
+    return "a file" if at is None else f"a file of {at.tb_frame.f_globals.get('__name__', 'unknown')}"
 
 
 def complain(console: Console, text: str) -> None:

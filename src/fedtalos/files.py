@@ -36,6 +36,8 @@ def is_sealed(content: bytes) -> bool:
 def write_atomic(path: Path, content: bytes | str) -> None:
     """Write ``content`` (text as UTF-8) to ``path``, so that a reader or a crash sees the old file or the new.
 
+    Text from names of files may hold what is no character; it is spelled out.
+
     >>> write_atomic(Path("results/notes.txt"), "all done")
     """
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -43,7 +45,7 @@ def write_atomic(path: Path, content: bytes | str) -> None:
     try:
         with naming(path, instead_of=part):
             with part.open("wb") as file:
-                file.write(content.encode() if isinstance(content, str) else content)
+                file.write(content.encode(errors="backslashreplace") if isinstance(content, str) else content)
                 file.flush()
                 os.fsync(file.fileno())
             part.replace(path)

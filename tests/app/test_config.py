@@ -20,7 +20,7 @@ from fedtalos.cli import dashed, main, parse
 from fedtalos.errors import InputError
 
 CONFIGS = Path(__file__).parents[2] / "configs"
-NOT_IN_FILES = {"config", "preset", "resume"}
+NOT_IN_FILES = {"config", "preset", "resume", "resume_or_start"}
 
 
 def test_the_default_file_holds_every_option_once_with_its_default():

@@ -3,11 +3,12 @@
 import json
 import re
 import runpy
-import sys
+import textwrap
 from collections import Counter
 from pathlib import Path
 
 import matplotlib as mpl
+import matplotlib.pyplot as plt
 import pytest
 
 import fedtalos as ft
@@ -37,7 +38,9 @@ def test_the_readme_has_the_commands_and_the_lines():
     ):
         assert command in readme
     assert ft.__doc__ is not None
-    assert ft.__doc__.split("\n\n", 1)[1].rstrip() in readme
+    lines = textwrap.dedent(ft.__doc__.split("\n\n", 1)[1]).rstrip()
+    for page in (readme, read("docs/index.md")):
+        assert textwrap.indent(lines, "    ") in page
 
 
 def test_the_readmes_map_names_every_module():
@@ -47,7 +50,7 @@ def test_the_readmes_map_names_every_module():
         re.findall(r"^ +(\w+\.py) ", shown.partition("src/fedtalos/\n")[2].partition("\n    docs/")[0], re.M)
     )
     there = Counter(path.name for path in SRC.rglob("*.py") if path.parent == SRC or path.name != "__init__.py")
-    assert named == there
+    assert (there - named, named - there) == (Counter(), Counter()), "not in the map; in the map alone"
     packages = {path.parent.relative_to(SRC).as_posix() for path in SRC.rglob("*.py")} - {"."}
     assert all(f"{package.rpartition('/')[2]}/ " in shown for package in packages)
 
@@ -62,11 +65,20 @@ def test_every_page_is_in_the_sites_navigation():
     assert set(re.findall(r": (\w+\.md)$", read("mkdocs.yml"), re.MULTILINE)) == pages
 
 
+@pytest.fixture
+def without_windows():
+    """Figures go to files alone, and none stays open."""
+    mpl.use("Agg")
+    yield
+    plt.close("all")
+
+
 @pytest.mark.parametrize("page", ["docs/library.md", "docs/tutorial.md"])
-def test_the_lines_of_a_page_run(page, tmp_path, monkeypatch, capsys):
+def test_the_lines_of_a_page_run(page, tmp_path, monkeypatch, capsys, without_windows):
+    """With a few rounds only: whether they run is asked here, not what they come to."""
     monkeypatch.chdir(tmp_path)
     script = Path("lines.py")
-    script.write_text(lines_of_code(read(page)), encoding="utf-8")
+    script.write_text(re.sub(r"\b(rounds|epochs)=\d+", r"\1=2", lines_of_code(read(page))), encoding="utf-8")
     runpy.run_path(str(script))
     assert capsys.readouterr().out
 
@@ -83,13 +95,11 @@ def test_the_notebook_is_its_script():
 
 
 @pytest.mark.draws
-def test_the_notebooks_lines_run(tmp_path, monkeypatch, capsys):
+def test_the_notebooks_lines_run(tmp_path, monkeypatch, capsys, without_windows):
     monkeypatch.chdir(tmp_path)
     for name, value in {"DATASET": "digits", "MODEL": "micro", "IMAGE_SIZE": "8", "ROUNDS": "1"}.items():
         monkeypatch.setenv(name, value)
-    mpl.use("Agg")
     runpy.run_path(str(EXAMPLE))
     said = capsys.readouterr().out
     assert [word in said for word in ("everything: test", "TaLoS, 10 %: test", "random, 10 %: test")] == [True] * 3
     assert (tmp_path / "plots" / "cifar100_federated.png").stat().st_size > 10_000
-    sys.modules["matplotlib.pyplot"].close("all")

@@ -128,7 +128,39 @@ def test_the_summary_says_what_privacy_was_spent():
     federate("private", f"{PRIVATE} --dp_delta 1e-4")
     said = summary("private")["privacy"]
     assert said.pop("epsilon") > 1
-    assert said == {"delta": 1e-4, "adjacency": "replace one client", "noise_multiplier": 0.5, "clip": 0.3}
+    noise = {"delta": 1e-4, "noise_multiplier": 0.5, "clip": 0.3}
+    assert said == noise | {"sampling": "uniform, 6 of 6", "adjacency": "replace one client"}
+    federate("poisson", f"{PRIVATE} --dp_delta 1e-4 --client_fraction 0.25 --client_sampling poisson")
+    said = summary("poisson")["privacy"]
+    assert 1 < said.pop("epsilon") < said.pop("epsilon_replace_one_client")
+    sampling = {"sampling": "poisson, each client with probability 0.25", "adjacency": "add or remove one client"}
+    assert said == noise | sampling
+
+
+@pytest.mark.parametrize("options", ["", f"{PRIVATE} --algorithm fedadam", "--algorithm scaffold --optimizer sgd"])
+def test_poisson_rounds_resume_and_are_those_of_many_workers(options, monkeypatch, without_the_library):
+    options += " --client_sampling poisson --client_fraction 0.2 --num_rounds 5 --eval_every 1 --threads 1 --seed 2"
+    federate("whole", options)
+    federate("many", options + " --workers 2")
+    assert_same("whole", "many")
+    clients = [sample_clients(6, 0.2, 2, number, "poisson") for number in range(1, 6)]
+    assert () in clients  # where the run is cut
+    first = next(number for number in range(5) if clients[number] == ())
+    original, seen = Session.validate, []
+
+    def validate(self, evaluate):
+        metrics = original(self, evaluate)
+        seen.append(self.done)
+        if self.done == first + 1:
+            raise KeyboardInterrupt
+        return metrics
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Session, "validate", validate)
+        with pytest.raises(SystemExit, match="130"):
+            federate("cut", options)
+    main(["federated", "--resume", "--run_name", "cut"])
+    assert_same("whole", "cut")
 
 
 @pytest.mark.parametrize(
@@ -139,6 +171,7 @@ def test_the_summary_says_what_privacy_was_spent():
         ("--aggregation median --byzantine 2", "is of trimmed_mean, krum and multi_krum"),
         ("--aggregation median --algorithm scaffold", "scaffold is made for means"),
         ("--aggregation median --head linear", "give a head FILE"),
+        ("--aggregation median --client_sampling poisson", "median needs a fixed number of clients"),
         ("--attack nan", "give both, or neither"),
         ("--attackers 2", "give both, or neither"),
         ("--attack nan --attackers 7", "there are only 6 clients"),

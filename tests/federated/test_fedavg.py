@@ -11,6 +11,7 @@ from fedtalos.data.images import LabelledImages
 from fedtalos.errors import BadUpdateError, InputError
 from fedtalos.metrics import Metrics
 from fedtalos.randomness import torch_generator
+from fedtalos.training.federated.aggregation import median, robust
 from fedtalos.training.federated.clients import Clients
 from fedtalos.training.federated.fedavg import FedAvg, Lost, clients_per_round, fedavg, sample_clients
 from fedtalos.training.federated.traffic import Traffic
@@ -33,6 +34,53 @@ def test_sampling_is_uniform():
     for number in range(2000):
         counts[list(sample_clients(20, 0.25, 0, number))] += 1
     assert (counts / 2000 - 0.25).abs().max() < 0.04
+
+
+def test_poisson_sampling_lets_each_client_come_by_itself():
+    rounds = [sample_clients(20, 0.25, 0, number, "poisson") for number in range(2000)]
+    came = torch.zeros(2000, 20)
+    for number, chosen in enumerate(rounds):
+        assert list(chosen) == sorted(set(chosen))
+        came[number, list(chosen)] = 1
+    assert (came.mean(0) - 0.25).abs().max() < 0.04
+    counts = came.sum(1)  # binomial
+    assert float(counts.mean()) == pytest.approx(20 * 0.25, abs=0.15)
+    assert float(counts.var()) == pytest.approx(20 * 0.25 * 0.75, rel=0.1)
+    pairs = torch.corrcoef(came.T) - torch.eye(20)
+    assert pairs.abs().max() < 0.11
+    assert rounds[3] == sample_clients(20, 0.25, 0, 3, "poisson") != sample_clients(20, 0.25, 1, 3, "poisson")
+    assert sample_clients(20, 1.0, 0, 1, "poisson") == tuple(range(20))
+
+
+def test_rounds_that_no_client_comes_to_leave_the_model_and_can_be_counted(vit):
+    moving, clients = MaskedParameters(vit), clients_of([1, 1, 1])
+    theta, traffic, algorithm = moving.vector(), Traffic(moving, FedAvg(), 3), FedAvg()
+
+    def update(client, _adjust):
+        moving.write(moving.vector() + client + 1)
+
+    options = {"local": Formula(update), "rounds": 12, "fraction": 0.2, "sampling": "poisson", "seed": 1}
+    sizes, met = [], Traffic(moving, FedAvg(), 3, first_contact=5)
+    for round_ in fedavg(moving, clients, algorithm=algorithm, **options):
+        sizes.append(len(round_.clients))
+        theta = theta + (sum(round_.clients) / len(round_.clients) + 1 if round_.clients else 0)
+        torch.testing.assert_close(moving.vector(), theta)
+        assert traffic.count(round_) == (len(round_.clients) * moving.nbytes,) * 2
+        met.count(round_)
+    assert 0 in sizes
+    assert len(set(sizes)) > 2
+    resumed = Traffic(moving, FedAvg(), 3)
+    resumed.skip(12, 0.2, 1, "poisson")
+    assert np.array_equal(resumed._met, met._met)
+
+
+def test_poisson_sampling_wants_a_mean(vit):
+    clients = clients_of([1, 1, 1])
+    local, robust_mean = Formula(lambda *_: None), FedAvg(aggregation=robust(median))
+    with pytest.raises(InputError, match="sampling poisson: robust rules need a fixed number of clients"):
+        next(fedavg(vit, clients, local=local, rounds=1, sampling="poisson", algorithm=robust_mean))
+    with pytest.raises(InputError, match="sampling 'often': expected uniform or poisson"):
+        next(fedavg(vit, clients, local=local, rounds=1, sampling="often"))
 
 
 def test_a_thousand_of_a_million_clients_take_no_more_memory_than_ten():

@@ -18,7 +18,17 @@ from fedtalos.app.load import load, moving_parameters
 from fedtalos.checkpoint import load_checkpoint
 from fedtalos.cli import main, parse
 from fedtalos.experiments import federated
-from fedtalos.models.heads import SCALES, best_head, best_scale, head_sums, nearest_mean_head, read_head, ridge_head
+from fedtalos.models.heads import (
+    PENALTIES,
+    SCALES,
+    best_head,
+    best_scale,
+    head_sums,
+    nearest_mean_head,
+    read_head,
+    ridge_head,
+)
+from fedtalos.notes import noted
 from fedtalos.randomness import generator
 from fedtalos.training import local_training
 from fedtalos.training.feature_cache import FeatureCache, FeatureStore
@@ -72,9 +82,50 @@ def same(first, second):
 def test_ridge_equals_scikit_learn():
     features, labels = data()
     weight, bias = ridge_head(head_sums("ridge", features, labels, 5), penalty=0.1)
-    reference = Ridge(alpha=0.1 * len(features)).fit(features.numpy(), F.one_hot(labels, 5).numpy())
+    variance = features.double().var(0, correction=0).mean().item()
+    reference = Ridge(alpha=0.1 * len(features) * variance).fit(features.numpy(), F.one_hot(labels, 5).numpy())
     np.testing.assert_allclose(weight.numpy(), reference.coef_, rtol=1e-4, atol=1e-6)
     np.testing.assert_allclose(bias.numpy(), reference.intercept_, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("size", "shift"), [(1e-4, 0.0), (1e4, 0.0), (1.0, 30.0), (100.0, -2000.0)])
+def test_answers_do_not_depend_on_the_features_size_and_offset(kind, size, shift):
+    features, labels = data()
+
+    def logits(features):
+        sums = head_sums(kind, features[:120], labels[:120], 5)
+        return F.linear(features.double(), *(part.double() for part in best_head(kind, sums, features, labels)))
+
+    torch.testing.assert_close(logits(features * size + shift), logits(features), rtol=1e-2, atol=1e-2)
+
+
+def test_a_penalty_at_either_end_of_those_tried_is_noted():
+    features, labels = data()
+    shuffled = labels[torch.from_numpy(generator(0, "shuffle").permutation(len(labels)))]
+    noted()
+    for truth, count, penalties, end in (
+        (labels, 20, PENALTIES, None),
+        (labels, 150, PENALTIES, "; that is the smallest tried, where the loss is level"),
+        (shuffled, 150, PENALTIES, "; that is the largest tried, where the loss is level"),
+        (labels, 20, (1e-4, 1e-3, 1e-2), "; that is the largest tried, a better one may lie beyond"),
+        (labels, 20, (3.0, 10.0, 30.0), "; that is the smallest tried, a better one may lie beyond"),
+        (labels, 20, (3.0,), None),
+    ):
+        sums = head_sums("ridge", features[:count], truth[:count], 5)
+        best_head("ridge", sums, features[150:], truth[150:], penalties)
+        sentence = noted()["ridge penalty"]
+        assert sentence.endswith(end or "by the loss on 50 held-out images")
+    best_head("ncm", sums, features[150:], labels[150:])
+    assert "ridge penalty" not in noted()
+
+
+@pytest.mark.parametrize("value", [0.0, 3.0])
+def test_features_that_are_all_alike_give_a_finite_head(value):
+    features, labels = torch.full((20, 12), value), torch.arange(20) % 5
+    weight, bias = best_head("ridge", head_sums("ridge", features, labels, 5), features, labels)
+    assert bool(weight.isfinite().all() and bias.isfinite().all())
+    torch.testing.assert_close(F.linear(features, weight, bias).softmax(1), torch.full((20, 5), 0.2))
 
 
 @pytest.mark.parametrize("shift", [0, 100])  # of all features, as far as a backbone's may lie from zero

@@ -140,7 +140,9 @@ def test_a_run_keeps_which_weights_of_the_hub_it_took(files: dict[str, bytes], e
     in_a_fresh_process(endpoint, tmp_path, *command)
     made_by = yaml.safe_load((tmp_path / "results/a/config.yaml").read_text())["made_by"]
     sha256 = hashlib.sha256(files["owner/bin/pytorch_model.bin"]).hexdigest()
-    assert made_by["weights"] == {"source": f"hub:owner/bin@{REVISION}", "sha256": sha256}
+    source = f"hub:owner/bin@{REVISION}"
+    assert made_by["weights"] == {"source": source, "sha256": sha256, "mean": MEAN, "std": STD}
+    assert f"owner/bin@{REVISION}: pixels are normalised by mean 0.1, 0.2, 0.3" in made_by["decided"]["weights"]
 
 
 def test_a_model_of_the_real_timm_is_fetched_masked_and_trained(
@@ -159,7 +161,7 @@ def test_a_model_of_the_real_timm_is_fetched_masked_and_trained(
     in_a_fresh_process(endpoint, tmp_path, "-c", program, edit, train)
     origin = yaml.safe_load((tmp_path / "results/a/config.yaml").read_text())["made_by"]["weights"]
     source = f"hub:timm/convnext_atto.d2_in1k@{REVISION}"
-    assert origin == {"source": source, "sha256": hashlib.sha256(content).hexdigest()}
+    assert (origin["source"], origin["sha256"]) == (source, hashlib.sha256(content).hexdigest())
     mask, _ = read_mask_file(tmp_path / "masks/m.safetensors")
     after = load_checkpoint(tmp_path / "checkpoints/a/last.json")
     before = {f"net.{name}": tensor for name, tensor in theirs.state_dict().items() if not name.startswith("head.fc.")}

@@ -86,7 +86,9 @@ def libraries(tmp_path, monkeypatch, in_a_folder_of_its_own, without_figures):
     net = Net()
     torch.save(net.state_dict(), cached)
     save_file(dict(net.named_parameters()), file)
-    transforms = types.SimpleNamespace(crop_size=[8], mean=[0.1, 0.2, 0.3], std=[0.4, 0.5, 0.6])
+    transforms = types.SimpleNamespace(
+        crop_size=[8], resize_size=[10], interpolation="bicubic", mean=[0.1, 0.2, 0.3], std=[0.4, 0.5, 0.6]
+    )
     default = types.SimpleNamespace(url=f"https://127.0.0.1/net-{HASH}.pth", transforms=lambda: transforms)
     timm, vision, models = (types.ModuleType(name) for name in ("timm", "torchvision", "torchvision.models"))
     timm.create_model = create_model

@@ -33,7 +33,7 @@ def test_every_epoch_is_one_pass_at_the_schedules_rate(vit, stored):
     found = list(train_centralized(moving, stored, local=LOCAL, epochs=3, optimizer=optimizer, watch=watch))
     assert [number for number, _ in found] == [1, 2, 3]
     assert [metrics.examples for _, metrics in found] == [18] * 3
-    assert rates == pytest.approx([LOCAL.rate(step / 5) for step in range(15)])
+    assert rates == pytest.approx([LOCAL.rate(step / 5, 1 / 5) for step in range(15)])
 
 
 @pytest.mark.parametrize("stopped", [2, 5, 7])

@@ -59,7 +59,7 @@ def head_training(config: CentralizedConfig | FederatedConfig) -> LocalTraining:
 
 def schedule(train: TrainOptions, peak: float, total: int) -> Schedule:
     """Learning rate over so many epochs or rounds."""
-    return Schedule(peak, total, train.schedule, train.warmup, train.step_every, train.step_gamma)
+    return Schedule(peak, total, train.schedule, train.warmup, train.step_every, train.step_gamma, train.final_rate)
 
 
 def clients_of(images: LabelledImages, options: SplitOptions, seed: int) -> Clients:
@@ -156,22 +156,29 @@ def privacy_spent(config: FederatedConfig) -> dict[str, Any]:
 
     Raises InputError where the accountant's library is missing.
     """
-    options = config.aggregation
+    options, federation, clients = config.aggregation, config.federation, config.split.num_clients
     if options.dp_noise is None:
         return {}
-    clients = config.split.num_clients
-    spent = epsilon(
+    count, fraction = clients_per_round(clients, federation.client_fraction), federation.client_fraction
+    poisson = federation.client_sampling == "poisson"
+    spent = partial(
+        epsilon,
         noise_multiplier=options.dp_noise,
         delta=options.dp_delta,
         clients=clients,
-        sampled=clients_per_round(clients, config.federation.client_fraction),
-        rounds=config.federation.num_rounds,
+        sampled=fraction * clients if poisson else count,
+        rounds=federation.num_rounds,
+        sampling=federation.client_sampling,
     )
+    sampling = f"poisson, each client with probability {fraction:g}" if poisson else f"uniform, {count} of {clients}"
+    replaced = {"epsilon_replace_one_client": round(spent(adjacency="replace one client"), 4)} if poisson else {}
     return {
         "privacy": {
-            "epsilon": round(spent, 4),
+            "epsilon": round(spent(), 4),
             "delta": options.dp_delta,
-            "adjacency": "replace one client",
+            "sampling": sampling,
+            "adjacency": "add or remove one client" if poisson else "replace one client",
+            **replaced,
             "noise_multiplier": options.dp_noise,
             "clip": options.max_update_norm,
         }

@@ -56,10 +56,13 @@ class Loaded(Generic[ConfigT]):
         images: LabelledImages = getattr(self.data, split)
         return images.slice(0, self.config.data.eval_limit)
 
-    def origin(self) -> dict[str, dict[str, str]]:
+    def origin(self) -> dict[str, dict[str, Any]]:
         """Sources of the weights and fingerprints of all that the run reads: config.yaml's made_by."""
         origin = self.model.origin
-        source = {"source": origin.source, **({} if origin.source == "none" else {"sha256": origin.fingerprint})}
+        source: dict[str, Any] = {"source": origin.source}
+        if origin.source != "none":
+            pixels = {"mean": list(self.model.mean), "std": list(self.model.std)}
+            source |= {"sha256": origin.fingerprint, **pixels, **self._resizing()}
         mask = {} if self.mask is None else {"mask": fingerprint(self.mask[0])}
         return {
             "weights": source,
@@ -72,9 +75,16 @@ class Loaded(Generic[ConfigT]):
             "model": self.model.architecture.as_dict(),
             "mean": self.model.mean,
             "std": self.model.std,
+            **self._resizing(),
             "weights": self.model.origin.fingerprint,
             "classes": self.data.classes,
         }
+
+    def _resizing(self) -> dict[str, Any]:
+        """The way in which the model has its images resized, where it is not the plain one."""
+        model = self.model
+        plain = (model.interpolation, model.crop) == ("bilinear", 1.0)
+        return {} if plain else {"interpolation": model.interpolation, "crop": model.crop}
 
 
 def load(config: ConfigT) -> Loaded[ConfigT]:
@@ -189,6 +199,8 @@ def checkpoint_weights(path: Path) -> Weights:
             source=str(path),
             sha256=checkpoint.sha256,
             classes=tuple(facts["classes"]),
+            interpolation=facts.get("interpolation", "bilinear"),
+            crop=facts.get("crop", 1.0),
         )
     except (KeyError, TypeError) as error:
         raise InputError(f"checkpoint {path}: holds no model, or is of another version; give another") from error
@@ -217,6 +229,8 @@ def _architecture(options: ModelOptions, weights: Weights | None) -> Architectur
         return replace(weights.architecture, image_size=options.image_size)
     if options.head == "weights":
         raise InputError("--head weights: there are none; use random, ridge, ncm, linear or a head file")
+    if options.resize == "weights":
+        raise InputError("--resize weights: there are none; leave it out")
     assert options.model_size is not None
     assert options.patch_size is not None
     return Architecture(options.model_size, options.image_size, options.patch_size, num_classes=0)
@@ -232,7 +246,8 @@ def _load_model(
     if weights is None:
         model = build_model(replace(architecture, num_classes=len(classes)), seed)
     else:
-        model = model_with_weights(weights, classes, image_size=architecture.image_size, seed=seed, head=options.head)
+        size, head, resize = architecture.image_size, options.head, options.resize
+        model = model_with_weights(weights, classes, image_size=size, seed=seed, head=head, resize=resize)
     if (override := STATISTICS.get(options.normalisation)) is not None:
         model.mean, model.std = override
     return model

@@ -12,6 +12,7 @@ import pooch
 import requests
 
 from fedtalos.errors import InputError
+from fedtalos.files import naming
 from fedtalos.progress import Bar, silent
 
 HOME = "https://www.cs.toronto.edu/~kriz/"
@@ -90,7 +91,8 @@ def _append(response: requests.Response, part: Path, bar: Bar) -> None:
         with bar(part.stem, total, "bytes") as advance:
             advance(file.tell())
             for chunk in response.iter_content(CHUNK):
-                file.write(chunk)
+                with naming(part):
+                    file.write(chunk)
                 advance(len(chunk))
         if total is not None and file.tell() < total:  # older urllib3 ends a cut stream without an error
             raise requests.ConnectionError(f"{file.tell()} of {total} bytes")

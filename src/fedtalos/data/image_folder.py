@@ -1,169 +1,142 @@
-"""Image folders: one folder per class, decoded once to a cached tensor file.
+"""Image folders: one folder per class, read as people keep them, decoded once to a cached tensor file.
 
-Either DIR/train/CLASS/*.jpg and DIR/test/CLASS/*.jpg, or DIR/CLASS/*.jpg with no test set of its own.
 Letters: N images, S pixels a side.
 """
 
 import hashlib
 import warnings
-from concurrent.futures import ThreadPoolExecutor
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from typing import Any, TypeVar
 
 import numpy as np
-import safetensors.torch
 import torch
 from numpy.typing import NDArray
-from PIL import Image, ImageOps
-from safetensors import SafetensorError
 from torch import Tensor
 
+from fedtalos.data.class_names import alike, some
+from fedtalos.data.decoding import LARGE, Square, decode_image, inspect_image
+from fedtalos.data.deep_images import Scale
+from fedtalos.data.folder_cache import LIMIT, Entry, cache_folder, source_name
+from fedtalos.data.folder_layout import Files, Layout, check_two_classes, find_layout
+from fedtalos.data.image_files import OTHER_PICTURES, BadImageError, NotAnImageError, can_read
 from fedtalos.data.images import LabelledImages, Published
 from fedtalos.errors import InputError
-from fedtalos.files import write_atomic
+from fedtalos.notes import note
 from fedtalos.progress import Bar, silent
 from fedtalos.randomness import generator
 
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
-FORMATS = ("PNG", "JPEG", "WEBP")  # whatever the suffix says: for some others Pillow starts programs
-CACHE = ".fedtalos_cache"
-
-Pixels = NDArray[np.uint8]
-Listing = dict[str, list[Path]]  # class name -> its image files, both in sorted order
+RECIPE = 1
+"""Number of the way images are decoded; another one makes old entries of the cache void."""
+T = TypeVar("T")
 
 
-def read_image_folder(folder: Path, image_size: int, bar: Bar = silent) -> Published:
-    """Read class names, training images and test images (None: no test folder) of uint8 (N, 3, S, S).
+@dataclass
+class Found:
+    """Images of a folder, by split and class, after a look into each file."""
+
+    images: dict[str, Files]
+    deep: dict[Path, tuple[float, float]] = field(default_factory=dict)
+    """Least and greatest value of the images of more than 8 bits a channel."""
+    left_out: list[Path] = field(default_factory=list)
+    """Files that are no images."""
+
+
+def read_image_folder(
+    folder: Path, image_size: int, bar: Bar = silent, *, cache_dir: Path | None = None
+) -> Published:
+    """Read class names and images of uint8 (N, 3, S, S): training, and test and validation where there are folders.
 
     The shorter side is scaled to S = ``image_size`` and the middle square is kept. Images lie in one fixed shuffled
-    order, so that the first n are of mixed classes. The first call decodes the images and writes the cache. Later calls
-    read it, until a file is added, removed or changed.
+    order, so that the first n are of mixed classes. The first call decodes the images and keeps them under
+    ``cache_dir`` (None: $FEDTALOS_CACHE, or the user's cache folder). Later calls read them there, until a file is
+    added, removed or changed. Notes say what was left out, and what was decided.
 
-    Raises InputError, which names the file or folder at fault; nothing is written then.
+    Raises InputError, which names the file or folder at fault.
 
-    >>> classes, train, test = read_image_folder(Path("photos"), image_size=224)
+    >>> photos = read_image_folder(Path("photos"), image_size=224)
+    >>> photos.classes, len(photos.train)
+    (('cat', 'dog'), 140)
     """
     if image_size < 1:
         raise InputError(f"image_size {image_size}: expected at least 1 pixel")
-    listings = _listings(folder)
-    cache = folder / CACHE / f"{image_size}px_{_fingerprint(folder, listings, image_size)}.safetensors"
-    if not cache.exists():
-        tensors: dict[str, Tensor] = {}
-        for split, listing in listings.items():
-            tensors[f"{split}_pixels"], tensors[f"{split}_labels"] = _decode(split, listing, image_size, bar)
-        try:
-            write_atomic(cache, safetensors.torch.save(tensors))
-        except OSError as error:
-            raise InputError(
-                f"the decoded images could not be written to {cache} ({error.strerror}): give data_dir a folder "
-                "with space that you may write to"
-            ) from error
-    images: dict[str, LabelledImages] = {}
-    try:
-        tensors = safetensors.torch.load_file(cache)
-        for split, listing in listings.items():
-            pixels, labels = tensors[f"{split}_pixels"], tensors[f"{split}_labels"]
-            shape = (sum(map(len, listing.values())), 3, image_size, image_size)
-            if pixels.dtype != torch.uint8 or pixels.shape != shape or not torch.equal(labels, _labels(split, listing)):
-                raise ValueError("it is of other images")
-            images[split] = LabelledImages(pixels, labels)
-    except (SafetensorError, OSError, KeyError, ValueError) as error:
-        raise InputError(f"{cache} cannot be read ({error}): delete it, it will be made again") from error
-    return tuple(listings["train"]), images["train"], images.get("test")
+    layout = find_layout(folder)
+    entry = _entry(layout, image_size, cache_folder(cache_dir))
+    if (published := _from_cache(entry, image_size)) is None:
+        with entry.alone(bar):
+            published = _from_cache(entry, image_size) or _decoded(layout, entry, image_size, bar)
+    splits, classes, said = published
+    for what, sentence in (layout.said | said).items():
+        note(what, sentence)
+    note("images", "; ".join(_counts(name, images.labels, classes) for name, images in splits.items()))
+    return Published(classes, splits["train"], splits.get("test"), splits.get("val"))
 
 
-def _listings(folder: Path) -> dict[str, Listing]:
-    if not folder.is_dir():
-        raise InputError(f"{folder} is not a folder: give data_dir a folder of class folders of images")
-    if not ((folder / "train").is_dir() and (folder / "test").is_dir()):
-        return {"train": _class_folders(folder)}
-    train, test = _class_folders(folder / "train"), _class_folders(folder / "test")
-    if train.keys() != test.keys():
-        odd = min(train.keys() ^ test.keys())
-        there, missing = ("train", "test") if odd in train else ("test", "train")
-        raise InputError(
-            f"{folder / there / odd} has no counterpart {folder / missing / odd}: train and test need the same "
-            "class folders"
-        )
-    return {"train": train, "test": test}
+Kept = tuple[dict[str, LabelledImages], tuple[str, ...], dict[str, str]]
+"""Images by split, class names, and sentences about what was decided."""
 
 
-def _class_folders(folder: Path) -> Listing:
-    listing: Listing = {}
-    for class_folder in sorted(folder.iterdir()):
-        if class_folder.is_dir() and not class_folder.name.startswith("."):
-            listing[class_folder.name] = sorted(
-                file
-                for file in class_folder.iterdir()
-                if file.suffix.lower() in SUFFIXES and not file.name.startswith(".")
-            )
-    kinds = ", ".join(SUFFIXES)
-    if not listing:
-        raise InputError(f"{folder} holds no class folders: expected {folder}/CLASS/IMAGE with images of {kinds}")
-    for name, files in listing.items():
-        if not files:
-            raise InputError(
-                f"{folder / name} holds no images ({kinds}): every class folder needs some; remove it or fill it"
-            )
-        for file in files:
-            if not file.is_file():  # a folder, a pipe, a link to nothing or to itself
-                raise InputError(f"{file} is called an image and is no file: replace or remove it")
-    return listing
-
-
-def _fingerprint(folder: Path, listings: dict[str, Listing], image_size: int) -> str:
-    digest = hashlib.blake2b(repr(image_size).encode(), digest_size=8)
-    for listing in listings.values():
-        for files in listing.values():
+def _entry(layout: Layout, image_size: int, cache: Path) -> Entry:
+    """Find the place of these files, as they are now, in the cache."""
+    root = layout.root.resolve()
+    source = hashlib.blake2b(repr((str(root), image_size)).encode(errors="surrogateescape"), digest_size=4)
+    digest = hashlib.blake2b(repr((RECIPE, can_read(".heic"), can_read(".avif"))).encode(), digest_size=8)
+    for split, classes in layout.splits.items():
+        for name, files in classes.items():
+            digest.update(repr((split, name)).encode())
             for file in files:
-                stat = file.stat()
-                seen = (file.relative_to(folder).as_posix(), stat.st_size, stat.st_mtime_ns)
-                digest.update(repr(seen).encode())
-    return digest.hexdigest()
+                stat = file.stat() if file.exists() else file.lstat()
+                seen = (str(file.relative_to(layout.root)), stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns)
+                digest.update(repr(seen).encode(errors="surrogateescape"))
+    return Entry(cache, source_name(root, image_size, source.hexdigest()), digest.hexdigest())
 
 
-def _decode(split: str, listing: Listing, image_size: int, bar: Bar) -> tuple[Tensor, Tensor]:
-    """Decode to pixels (N, 3, S, S) and labels (N,), in the fixed shuffled order."""
-    files = [file for files in listing.values() for file in files]
-    order = _order(split, len(files))
-    pixels = torch.empty(len(files), 3, image_size, image_size, dtype=torch.uint8)
-    with (
-        warnings.catch_warnings(),
-        ThreadPoolExecutor() as threads,
-        bar(f"decoding {split} images", len(files), "images") as advance,
-    ):
-        warnings.simplefilter("error", Image.DecompressionBombWarning)
-        images = threads.map(partial(_read_image, image_size=image_size), [files[i] for i in order])
-        for i, image in enumerate(images):
-            pixels[i] = torch.from_numpy(image).permute(2, 0, 1)
-            advance(1)
-    return pixels, _labels(split, listing)
-
-
-def _order(split: str, count: int) -> NDArray[np.int64]:
-    return generator(0, "folder order", split).permutation(count)
-
-
-def _labels(split: str, listing: Listing) -> Tensor:
-    labels = np.repeat(np.arange(len(listing)), [len(files) for files in listing.values()])
-    return torch.from_numpy(labels[_order(split, len(labels))])
-
-
-def _read_image(file: Path, image_size: int) -> Pixels:
-    """Decode the middle square, upright, in RGB: uint8 (S, S, 3)."""
+def _from_cache(entry: Entry, image_size: int) -> Kept | None:
+    if (kept := entry.load()) is None:
+        return None
+    tensors, facts = kept
     try:
-        with Image.open(file, formats=FORMATS) as image:
-            if image.format != "MPO" and getattr(image, "n_frames", 1) > 1:  # MPO: a photo and its preview
-                raise ValueError("it is animated")
-            rgb = _as_rgb(ImageOps.exif_transpose(image))
-            return np.array(ImageOps.fit(rgb, (image_size, image_size), Image.Resampling.LANCZOS))
-    except Exception as error:  # a decoder fed with broken bytes may raise anything
-        raise InputError(f"{file} is not a readable image ({error}): replace or remove it") from error
+        classes, said = tuple(map(str, facts["classes"])), {str(k): str(v) for k, v in facts["said"].items()}
+        splits = {}
+        for name in facts["splits"]:
+            pixels, labels = tensors[f"{name}_pixels"], tensors[f"{name}_labels"]
+            shape = (len(labels), 3, image_size, image_size)
+            if pixels.dtype != torch.uint8 or pixels.shape != shape or labels.dtype != torch.int64:
+                return None
+            if len(labels) == 0 or labels.min() < 0 or labels.max() >= len(classes):
+                return None
+            splits[name] = LabelledImages(pixels, labels)
+        return (splits, classes, said) if "train" in splits else None
+    except (KeyError, TypeError, AttributeError, RuntimeError):
+        return None
 
 
-def _as_rgb(image: Image.Image) -> Image.Image:
-    if image.mode.startswith("I"):  # 16-bit grey, which Pillow would clip to 255 rather than scale
-        return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
-    if image.mode == "P":  # Pillow warns where a palette with transparency does not go through RGBA
-        return image.convert("RGBA").convert("RGB")
-    return image.convert("RGB")
+def _decoded(layout: Layout, entry: Entry, image_size: int, bar: Bar) -> Kept:
+    """Decode all images, and keep them in the cache if that can be."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of odd metadata, which change no pixel
+        found = _found(layout, bar)
+        classes, said = _classes(layout, found)
+        scale = _scale(found, said)
+        traits: Counter[str] = Counter()
+        tensors: dict[str, Tensor] = {}
+        for split, listing in found.images.items():
+            pixels, labels = _decode(split, listing, classes, image_size, scale, traits, bar)
+            tensors |= {f"{split}_pixels": pixels, f"{split}_labels": labels}
+    total = sum(len(files) for listing in found.images.values() for files in listing.values())
+    said |= _peculiarities(traits, total)
+    facts = {"classes": classes, "said": said, "splits": list(found.images)}
+    if (why := entry.save(tensors, facts)) is not None:
+        note(
+            "image cache",
+            f"the decoded images could not be kept ({why}), so the next run decodes them again; cache_dir takes another "
+            "folder",
+        )
+    else:
+        note("image cache", f"decoded images are kept in {entry.folder}, {LIMIT / 1e9:g} GB at most")
+    splits = {name: LabelledImages(tensors[f"{name}_pixels"], tensors[f"{name}_labels"]) for name in found.images}
+    return splits, classes, said

@@ -13,7 +13,10 @@ from fedtalos.app.config.schema import CentralizedConfig, EditingConfig, Federat
 from fedtalos.app.config.tools import DemoConfig
 from fedtalos.app.figures import draw
 from fedtalos.app.run.display import say
-from fedtalos.app.run.folders import AlreadyFinished, RunPaths
+from fedtalos.app.run.folders import AlreadyFinished
+from fedtalos.app.run.paths import RunPaths
+from fedtalos.app.run.resume import nothing_to_resume
+from fedtalos.errors import InputError
 from fedtalos.experiments import centralized, editing, federated
 
 ConfigT = TypeVar("ConfigT", CentralizedConfig, EditingConfig, FederatedConfig)
@@ -38,7 +41,8 @@ FEDERATION = {
 def run(config: DemoConfig, console: Console) -> None:
     """Pretrain, edit at 0.9, federate 20 clients of 2 classes each dense and with the mask; print a table and paths."""
     name = _name(config)
-    plain: dict[str, Any] = {**config.model_dump(include={"seed", "device", "output_dir", "resume"}), **DIGITS}
+    plain: dict[str, Any] = {**config.model_dump(include={"seed", "device", "output_dir"}), **DIGITS}
+    plain["resume_or_start"] = config.resume or config.resume_or_start  # later runs may not have begun
 
     def step(
         first: ConfigT, suffix: str, run_command: Callable[[ConfigT, Console], None], values: dict[str, Any]
@@ -83,12 +87,20 @@ def _table(runs: dict[str, RunPaths]) -> Table:
 
 
 def _name(config: DemoConfig) -> str:
-    """Take the given name; with --resume the newest demo's, where it is not finished; else a new one."""
+    """Take the given name, or the newest unfinished demo's where one is to go on, or else a new one.
+
+    Raises InputError where --resume finds nothing.
+    """
+    if config.resume and config.resume_or_start:
+        raise InputError("--resume and --resume_or_start both say how to go on; give one of them")
+    begun = [path.parent for path in (config.output_dir / "results").glob("*-pretrained/config.yaml")]
+    demos = [path.name.removesuffix("-pretrained") for path in sorted(begun, key=lambda path: path.stat().st_mtime)]
+    unnamed = [name for name in demos if name.startswith("demo-")]
+    unfinished = [name for name in unnamed if not RunPaths(config.output_dir, f"{name}-sparse").finished]
+    if config.resume and (config.run_name not in demos if config.run_name is not None else not unfinished):
+        raise InputError(nothing_to_resume(config.output_dir, config.run_name, "demo", demos[::-1]))
     if config.run_name is not None:
         return config.run_name
-    begun = sorted((config.output_dir / "results").glob("demo-*-pretrained"))
-    if config.resume and begun:
-        newest = begun[-1].name.removesuffix("-pretrained")
-        if not RunPaths(config.output_dir, f"{newest}-sparse").finished:
-            return newest
+    if unfinished and (config.resume or config.resume_or_start):
+        return unfinished[-1]
     return f"demo-{datetime.now():%Y%m%d-%H%M%S}"

@@ -14,8 +14,9 @@ from fedtalos.app.federation import clients_of
 from fedtalos.app.load import Loaded, load
 from fedtalos.app.run.books import Books
 from fedtalos.app.run.display import Display, density_report, say
-from fedtalos.app.run.folders import RunPaths, begun, open_run
+from fedtalos.app.run.folders import begun, open_run
 from fedtalos.app.run.launch import check_alone
+from fedtalos.app.run.paths import RunPaths
 from fedtalos.app.run.recorder import write_csv, write_yaml
 from fedtalos.app.run.split_file import describe_split, write_split
 from fedtalos.devices import strict_float32
@@ -39,7 +40,7 @@ def run(config: EditingConfig, console: Console) -> None:
     check_alone(config.command)
     with begun(config, console) as paths:
         edit = prepare(load(config))
-        open_run(edit.loaded.config, paths, edit.loaded.origin())
+        open_run(edit.loaded.config, paths, edit.loaded.origin(), console)
         if edit.clients is not None:
             write_split(paths.results, edit.clients, edit.loaded.data.classes)
         sent = fit_first_head(edit, paths, console)

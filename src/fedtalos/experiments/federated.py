@@ -69,6 +69,7 @@ def run(config: FederatedConfig, console: Console) -> None:
                 local=local,
                 rounds=total,
                 fraction=config.federation.client_fraction,
+                sampling=config.federation.client_sampling,
                 seed=config.run.seed,
                 algorithm=algorithm,
                 through=transforms_of(config, clients, local),
@@ -77,7 +78,8 @@ def run(config: FederatedConfig, console: Console) -> None:
                 done=session.done,
             )
             traffic = Traffic(moving, algorithm, len(clients), first_contact=first_contact_bytes(loaded, moving))
-            traffic.skip(session.done, config.federation.client_fraction, config.run.seed)
+            federation = config.federation
+            traffic.skip(session.done, federation.client_fraction, config.run.seed, federation.client_sampling)
             if session.due(session.done):
                 session.validate(evaluate)
             for round_ in session.shown(rounds):
@@ -140,10 +142,17 @@ def rounds_of_the_head(
     loaded: Loaded[FederatedConfig], clients: Clients, head: MaskedParameters, seed: int, watch: Watch
 ) -> Iterator[tuple[Round, int, int]]:
     """Train a linear head by FedAvg, in this process alone: on kept features a round takes milliseconds."""
-    rounds, fraction = settled(loaded.config.train.head_rounds), loaded.config.federation.client_fraction
-    traffic = Traffic(head, FedAvg(), len(clients))
-    training, engine = head_training(loaded.config), partial(one_by_one, watch=watch)
-    for round_ in fedavg(head, clients, local=training, rounds=rounds, fraction=fraction, seed=seed, engine=engine):
+    traffic, federation = Traffic(head, FedAvg(), len(clients)), loaded.config.federation
+    for round_ in fedavg(
+        head,
+        clients,
+        local=head_training(loaded.config),
+        rounds=settled(loaded.config.train.head_rounds),
+        fraction=federation.client_fraction,
+        sampling=federation.client_sampling,
+        seed=seed,
+        engine=partial(one_by_one, watch=watch),
+    ):
         yield round_, *traffic.count(round_)
 
 

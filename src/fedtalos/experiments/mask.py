@@ -5,15 +5,16 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from rich.console import Console
 from rich.table import Table
 
 from fedtalos.app.config.tools import MaskCombineConfig, MaskCompareConfig, MaskConfig, MaskShowConfig
 from fedtalos.app.figures import draw
 from fedtalos.app.run.display import density_report, say
-from fedtalos.app.run.folders import RunPaths, plain_name
+from fedtalos.app.run.paths import RunPaths, plain_name
 from fedtalos.errors import InputError
-from fedtalos.training.editing.combine import combine_masks, joined_facts, overlap
+from fedtalos.training.editing.combine import chance_overlap, combine_masks, joined_facts, overlap
 from fedtalos.training.editing.describe import density_table, describe_facts, differences
 from fedtalos.training.editing.mask_file import (
     MaskFacts,
@@ -48,16 +49,20 @@ def show(config: MaskShowConfig, console: Console) -> list[Path]:
 
 
 def compare(config: MaskCompareConfig, console: Console) -> list[Path]:
-    """Print how much each two masks overlap and which facts differ, and draw densities and overlap.
+    """Print how much each two masks overlap, and would by chance, and which facts differ; draw densities and overlap.
 
     Raises InputError for fewer than two masks, two of one name, or masks that speak of different tensors.
     """
     _several("compare", config.masks)
     masks, headers = _load(config.masks)
-    shares = np.eye(len(masks))
+    shares, chance = np.eye(len(masks)), np.eye(len(masks))
     for first, second in zip(*np.triu_indices(len(masks), 1), strict=True):
-        shares[first, second] = shares[second, first] = overlap(masks[first], masks[second])
-    drawn = draw.plot_masks(config.masks, config.output_dir / "plots" / plain_name("--name", config.name))
+        pair, rules = (masks[first], masks[second]), (headers[first].eligible_in, headers[second].eligible_in)
+        shares[first, second] = shares[second, first] = overlap(*pair)
+        chance[first, second] = chance[second, first] = chance_overlap(*pair, rules)
+    names = draw.name_together(draw.mask_names(config.masks))
+    folder = names if config.name is None else plain_name("--name", config.name)
+    drawn = draw.plot_masks(config.masks, config.output_dir / "plots" / folder)
     numbers = [str(number) for number in range(1, len(masks) + 1)]
     named_in_all = set.intersection(*(set(mask) for mask in masks))
     common = sum(int(torch.stack([mask[name] for mask in masks]).all(0).sum()) for name in named_in_all)
@@ -68,14 +73,27 @@ def compare(config: MaskCompareConfig, console: Console) -> list[Path]:
         in_every = f"{100 * common / facts.active:.1f}" if facts.active else ""
         table.add_row(number, str(path), f"{100 * facts.density:.1f}", in_every)
     _print(console, table)
-    matrix = ["Overlap (intersection over union)", "".join(f"{number:>5}" for number in ("", *numbers))]
-    for number, row in zip(numbers, shares, strict=True):
-        matrix.append(f"{number:>5}" + "".join(f"{share:5.2f}" for share in row))
-    console.print("\n".join(matrix), highlight=False, markup=False, soft_wrap=True)
+    print_overlaps(shares, chance, console)
     differing = differences([describe_facts(facts) for facts in headers])
     _print(console, "Made differently (by which masks):" if differing else "Made differently: nothing")
     _print(console, _two_columns(differing))
     return drawn
+
+
+def print_overlaps(shares: NDArray[np.float64], chance: NDArray[np.float64], console: Console) -> None:
+    """Print the overlap of each two masks, with what chance gives in brackets: (M, M) each, 0 to 1."""
+    numbers = [str(number) for number in range(1, len(shares) + 1)]
+    lines = [
+        "Overlap (intersection over union), in brackets that of random masks of the same densities per tensor",
+        f"{'':>5}" + "".join(f"{number:>12}" for number in numbers),
+    ]
+    for at, number in enumerate(numbers):
+        cells = [
+            f"{share:.2f}" + ("       " if at == other else f" ({chance[at, other]:.2f})")
+            for other, share in enumerate(shares[at])
+        ]
+        lines.append(f"{number:>5}" + "".join(f"{cell:>13}" for cell in cells).rstrip())
+    console.print("\n".join(lines), highlight=False, markup=False, soft_wrap=True)
 
 
 def combine(config: MaskCombineConfig, console: Console) -> list[Path]:
@@ -85,6 +103,10 @@ def combine(config: MaskCombineConfig, console: Console) -> list[Path]:
     weights, an empty result, and a file that exists.
     """
     _several("combine", config.masks)
+    if config.rule != "vote" and config.quorum != MaskCombineConfig.model_fields["quorum"].default:
+        raise InputError(
+            f"--quorum {config.quorum:g}: is of --rule vote, not of {config.rule}; give that, or leave it out"
+        )
     path = RunPaths(config.output_dir, plain_name("--name", config.name)).mask
     if path.exists():
         raise InputError(f"{path} exists: move it away, or choose another --name")

@@ -12,13 +12,14 @@ from fedtalos.app.config.files import read_yaml
 from fedtalos.app.config.schema import RunConfig
 from fedtalos.app.config.tools import SweepConfig
 from fedtalos.app.run.display import say
-from fedtalos.app.run.folders import AlreadyFinished, RunPaths
+from fedtalos.app.run.folders import AlreadyFinished
 from fedtalos.app.run.interruption import Interrupted
 from fedtalos.app.run.launch import check_alone
+from fedtalos.app.run.paths import RunPaths
 from fedtalos.app.run.recorder import write_yaml
 from fedtalos.app.sweep.estimate import duration, estimate
 from fedtalos.app.sweep.grid import Cell, expand, read_grid, with_needs
-from fedtalos.app.sweep.plots import check_lines, plot_grid
+from fedtalos.app.sweep.plots import check_data, check_lines, plot_grid
 from fedtalos.app.sweep.tables import over_seeds, print_table, read_result, write_tables
 from fedtalos.errors import InputError, TrainingError
 from fedtalos.files import write_atomic
@@ -37,6 +38,7 @@ def run(config: SweepConfig, console: Console) -> None:
     grid = read_grid(config.grid)
     cells = expand(config.grid, grid, given(config), config.seeds)
     check_lines(cells)
+    check_data(cells)
     chosen = cells if config.only is None else with_needs(cells, config.only)
     folder = RunPaths(config.output_dir, config.grid)
     if folder.config.exists():

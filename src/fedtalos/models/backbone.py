@@ -6,7 +6,7 @@ Shapes: B images, H W pixels a side, D width of the features, C classes.
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Literal, Protocol
 
 from torch import Tensor, nn
 
@@ -64,6 +64,10 @@ class Backbone(nn.Module, ABC):
         """Mean by channel of the pixels (in 0..1) that the weights were trained on."""
         self.std: tuple[float, float, float] = (0.5, 0.5, 0.5)
         """Standard deviation of these pixels."""
+        self.interpolation: Literal["bilinear", "bicubic"] = "bilinear"
+        """How images are resized for it."""
+        self.crop = 1.0
+        """Share of each side of an image that a middle crop keeps for it, 0 to 1."""
         self.origin = Origin()
         self.head_source = "random"
         """Source of the head: random, weights, ridge, ncm, linear, file or trained."""

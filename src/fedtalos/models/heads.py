@@ -19,6 +19,7 @@ from torch import Tensor
 from fedtalos.errors import InputError
 from fedtalos.files import UNSEALED, is_sealed, sealed, write_atomic
 from fedtalos.models.backbone import Backbone
+from fedtalos.notes import note
 
 ClosedForm = Literal["ridge", "ncm"]
 Head = tuple[Tensor, Tensor]
@@ -27,10 +28,12 @@ Head = tuple[Tensor, Tensor]
 HEADS = ("weights", "random", "ridge", "ncm", "linear")
 """Sources of a head, beside a file."""
 
-PENALTIES = (1e-3, 1e-2, 1e-1, 1.0)
-"""Ridge penalties to choose from, per image."""
+PENALTIES = tuple(10 ** (power / 2) for power in range(-8, 5))
+"""Ridge penalties to choose from, 1e-4 to 1e2, in units of the features' mean variance."""
+LEVEL = 1e-3
+"""Nats of loss between two neighbouring penalties that make no difference."""
 SCALES = torch.logspace(-4, 4, 161).tolist()
-"""Temperatures to choose from, 12 % apart."""
+"""Temperatures to choose from, 12 % apart, for outputs of deviation 1."""
 
 
 @dataclass(frozen=True)
@@ -67,17 +70,30 @@ def head_sums(kind: ClosedForm, features: Tensor, labels: Tensor, num_classes: i
 
 
 def ridge_head(sums: HeadSums, penalty: float) -> Head:
-    """Solve ridge regression: the W that minimises |XW - Y|^2 + penalty N |W|^2, its bias not penalised.
+    """Solve ridge regression: the W that minimises |XW - Y|^2 + penalty N v |W|^2, its bias not penalised.
 
-    The outputs of an image add up to 1, and are 0 for a class without images: such a class is never chosen.
+    v is the features' variance over the images, averaged over their D columns: the trace of the centred X^T X, over
+    N D. So one penalty means the same for features of any size and offset, and comes from the sums alone. The outputs
+    of an image add up to 1, and are 0 for a class without images: such a class is never chosen.
 
     >>> weight, bias = ridge_head(head_sums("ridge", features, labels, num_classes=10), penalty=0.1)
     """
     assert sums.xx is not None
-    ridge = torch.full((len(sums.xx),), penalty * sums.xy[-1].sum().item(), dtype=torch.float64)
+    ridge = torch.full((len(sums.xx),), penalty * _scatter(sums.xx) / (len(sums.xx) - 1), dtype=torch.float64)
     ridge[-1] = 0
     solution = torch.linalg.solve(sums.xx + ridge.diag(), sums.xy)  # (D+1, C)
     return solution[:-1].T.float().contiguous(), solution[-1].float()
+
+
+def _scatter(xx: Tensor) -> float:
+    """Trace of the centred X^T X: the squared distances of all images' features from their mean, summed.
+
+    Where the features are all alike it is rounding alone, and the trace itself, or 1, stands in: some penalty there
+    must be.
+    """
+    energy = float(xx.diagonal()[:-1].sum())
+    centred = energy - float(xx[:-1, -1].square().sum() / xx[-1, -1])
+    return centred if centred > 1e-9 * energy else energy or 1.0
 
 
 def nearest_mean_head(sums: HeadSums) -> Head:
@@ -105,7 +121,8 @@ def best_head(
     """Fit a head and choose its temperature, and a ridge head's penalty, by the loss on held-out images.
 
     The held-out images are ``features`` (N, D) and ``labels`` (N,). Neither head's outputs are logits (a ridge head's
-    lie near [0, 1]); the temperature, folded into weight and bias, makes them so.
+    lie near [0, 1]); the temperature, folded into weight and bias, makes them so. The penalty chosen is noted, and
+    where it is the first or the last of those tried.
 
     >>> weight, bias = best_head("ridge", sums, val_features, val_labels)
     """
@@ -113,10 +130,27 @@ def best_head(
     heads = [ridge_head(sums, penalty) for penalty in penalties] if kind == "ridge" else [nearest_mean_head(sums)]
     fitted = []
     for weight, bias in heads:
-        loss, scale = best_scale(F.linear(features, weight, bias), labels)
-        fitted.append((loss, weight * scale, bias * scale))
-    _, weight, bias = min(fitted, key=lambda head: head[0])
+        outputs = F.linear(features, weight, bias)
+        unit = outputs.std(correction=0).item() or 1.0  # nearest means' outputs are as large as features squared
+        loss, scale = best_scale(outputs / unit, labels)
+        fitted.append((loss, weight * (scale / unit), bias * (scale / unit)))
+    losses = [loss for loss, *_ in fitted]
+    chosen = losses.index(min(losses))
+    if kind == "ridge":
+        _note_penalty(penalties, losses, chosen, len(labels))
+    _, weight, bias = fitted[chosen]
     return weight, bias
+
+
+def _note_penalty(penalties: Sequence[float], losses: Sequence[float], chosen: int, held_out: int) -> None:
+    """Note which ridge penalty was chosen, and where it is the first or the last, how sure that is."""
+    sentence = f"{penalties[chosen]:.2g} times the features' variance, by the loss on {held_out} held-out images"
+    last = len(penalties) - 1
+    if last and chosen in (0, last):
+        most = "smallest" if penalties[chosen] == min(penalties) else "largest"
+        flat = losses[1 if chosen == 0 else last - 1] - losses[chosen] < LEVEL
+        sentence += f"; that is the {most} tried, {'where the loss is level' if flat else 'a better one may lie beyond'}"
+    note("ridge penalty", sentence)
 
 
 def best_scale(outputs: Tensor, labels: Tensor) -> tuple[float, float]:

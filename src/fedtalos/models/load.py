@@ -6,17 +6,22 @@ Letters: D width, g patches a side; 1 + g² position embeddings, the class token
 import math
 from collections.abc import Mapping
 from dataclasses import replace
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from fedtalos.errors import InputError
 from fedtalos.models.backbone import Backbone, Origin
 from fedtalos.models.library_model import LibraryArchitecture, LibraryModel
 from fedtalos.models.vision_transformer import Architecture, VisionTransformer
 from fedtalos.models.weights import Weights
+from fedtalos.notes import note
 from fedtalos.randomness import torch_generator
+
+Resize = Literal["plain", "weights"]
+"""How images are resized: bilinearly and whole, or as the weights' makers did where they evaluated them."""
 
 
 def build_model(architecture: Architecture | LibraryArchitecture, seed: int = 0) -> Backbone:
@@ -35,13 +40,21 @@ def build_model(architecture: Architecture | LibraryArchitecture, seed: int = 0)
 
 
 def model_with_weights(
-    weights: Weights, classes: tuple[str, ...], *, image_size: int | None = None, seed: int = 0, head: str = "auto"
+    weights: Weights,
+    classes: tuple[str, ...],
+    *,
+    image_size: int | None = None,
+    seed: int = 0,
+    head: str = "auto",
+    resize: Resize = "plain",
 ) -> Backbone:
     """Make a model of these weights for these classes.
 
     ``image_size`` (pixels a side) is that of the weights where it is None. With ``head`` "weights" the model takes the
     weights' own head. With "auto" it does so only where the head's classes are known to be these, since a count alone
-    says little. Else the head is drawn from ``seed``, to be replaced or trained.
+    says little. Else the head is drawn from ``seed`` and the weights' checksum, to be replaced or trained: the seed
+    alone could give the very head that the weights were trained from. With ``resize`` "weights", images are resized and
+    cropped as the weights' makers did; a checkpoint of ours keeps its own way.
 
     Raises InputError where head "weights" is asked for and does not fit.
 
@@ -49,17 +62,30 @@ def model_with_weights(
     """
     size = image_size or weights.architecture.image_size
     model = build_model(replace(weights.architecture, image_size=size, num_classes=len(classes)), seed)
-    drawn = {name: tensor.clone() for name, tensor in model.head.state_dict().items()}
     fits = not load_into(model, weights) and weights.classes in (None, classes)
     if head == "weights" and not fits:
         raise InputError("head weights: they hold no head for these classes; use random, ridge, ncm, linear or a file")
     if fits and (head == "weights" or (head == "auto" and weights.classes is not None)):
         model.head_source = "weights"
     else:
-        model.head.load_state_dict(drawn)
+        with torch.no_grad():
+            nn.init.trunc_normal_(
+                model.head.weight, std=0.02, generator=torch_generator(seed, "new head", weights.sha256)
+            )
+            nn.init.zeros_(model.head.bias)
     model.mean, model.std = weights.mean, weights.std
+    _set_resizing(model, weights, resize)
     model.origin = Origin(weights.source, weights.sha256)
     return model
+
+
+def _set_resizing(model: Backbone, weights: Weights, resize: Resize) -> None:
+    """Take the weights' way of resizing where it is asked for, and in checkpoints, which were trained in that way."""
+    if resize == "weights" or weights.classes is not None:
+        model.interpolation, model.crop = weights.interpolation, weights.crop
+    if (weights.interpolation, weights.crop) != ("bilinear", 1.0):
+        ours, theirs = (f"{one.interpolation}, the middle {one.crop:.3g} of each side" for one in (model, weights))
+        note("resize", f"images are resized {ours}" + ("" if ours == theirs else f"; the weights' makers: {theirs}"))
 
 
 def load_into(model: Backbone, weights: Weights) -> list[str]:

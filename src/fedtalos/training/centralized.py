@@ -47,7 +47,7 @@ def train_centralized(
         first = metrics.examples // local.batch_size
 
         def rate(step: int, done: int = number - 1, first: int = first) -> float:
-            return local.rate(done + (first + step) / steps)
+            return local.rate(done + (first + step) / steps, 1 / steps)
 
         try:
             metrics += local.run(

@@ -3,6 +3,7 @@
 Shapes: N images, T tokens, D width; an image's features are (T, D) after a block, (D,) after the last stage.
 """
 
+import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
@@ -17,6 +18,7 @@ from fedtalos.data.images import LabelledImages
 from fedtalos.data.sampling import Ids
 from fedtalos.data.view import View
 from fedtalos.devices import Precision, autocast
+from fedtalos.files import naming
 from fedtalos.models.backbone import Backbone
 
 
@@ -134,6 +136,10 @@ class FeatureCache:
         else:
             folder.mkdir(parents=True, exist_ok=True)
             with NamedTemporaryFile(dir=folder, prefix="features-") as file:  # its name goes now, its space later
+                # A disk that fills up under a mapped file kills the process, without a word.
+                if size and hasattr(os, "posix_fallocate"):
+                    with naming(Path(file.name)):
+                        os.posix_fallocate(file.fileno(), 0, size)
                 values = torch.from_file(file.name, shared=True, size=size // 4).view(shape)
         self.features = LabelledImages(values, images.labels.to(values.device))
 

@@ -71,9 +71,9 @@ class LocalTraining:
         """J of a holder of so many images: as given, or as many as ``epochs`` passes take."""
         return self.steps if self.epochs is None else self.epochs * steps_per_epoch(examples, self.batch_size)
 
-    def rate(self, done: float) -> float:
-        """The learning rate after ``done`` rounds or epochs."""
-        return self.learning_rate(done) if isinstance(self.learning_rate, Schedule) else self.learning_rate
+    def rate(self, done: float, share: float = 1.0) -> float:
+        """The learning rate after ``done`` rounds or epochs, to be held for a ``share`` of one."""
+        return self.learning_rate(done, share) if isinstance(self.learning_rate, Schedule) else self.learning_rate
 
     def optimizer_for(self, moving: MaskedParameters) -> Optimizer:
         """A fresh optimiser of what moves."""

@@ -18,6 +18,7 @@ from fedtalos.errors import InputError
 from fedtalos.training.federated.aggregation import TooFewError, check_enough
 from fedtalos.training.federated.fedavg import clients_per_round
 
+
 class _Given:
     """Stands for any value but none, no and zero, in USED_WHEN."""
 
@@ -35,6 +36,7 @@ USED_WHEN: dict[str, tuple[Condition, ...]] = {
     "momentum": (("optimizer", ("sgd",)),),
     "step_every": (("schedule", ("step",)),),
     "step_gamma": (("schedule", ("step",)),),
+    "final_rate": (("schedule", ("cosine",)),),
     "head_rounds": (("head", ("linear",)),),
     "head_learning_rate": (("head", ("linear",)),),
     "num_clients": (OF_CLIENTS,),
@@ -113,12 +115,20 @@ def check_used(config: RunConfig, given: Collection[str] | None = None) -> None:
             of = " or ".join(map(str, wanted)) if GIVEN not in wanted else ""
             here = "" if GIVEN in wanted else f", not of {now}"
             mend = f"give --{other} {of}".rstrip() + " too" if len(wanted) == 1 else "choose one of these"
-            raise InputError(f"{_asked(option, values)}: is of --{other} {of}".rstrip() + f"{here}; {mend}, or leave it out")
+            raise InputError(
+                f"{_asked(option, values)}: is of --{other} {of}".rstrip() + f"{here}; {mend}, or leave it out"
+            )
 
 
 def _asked(option: str, values: Mapping[str, object]) -> str:
     value = values[option]
-    return f"--{option}" if value is True else f"--{option} {value:g}" if isinstance(value, float) else f"--{option} {value}"
+    return (
+        f"--{option}"
+        if value is True
+        else f"--{option} {value:g}"
+        if isinstance(value, float)
+        else f"--{option} {value}"
+    )
 
 
 def _check_federated(config: FederatedConfig) -> None:
@@ -142,6 +152,10 @@ def _check_aggregation(config: FederatedConfig) -> None:
     if (asked := asked + _failures_asked(config.failures)) and head == "linear":
         raise InputError(f"{asked[0]}: the rounds of --head linear are plain averages; give a head FILE, or random")
     if rule != "mean":
+        if config.federation.client_sampling == "poisson":
+            raise InputError(
+                f"--client_sampling poisson: --aggregation {rule} needs a fixed number of clients; drop one"
+            )
         if algorithm in ("scaffold", "fednova"):
             raise InputError(f"--aggregation {rule}: {algorithm} is made for means; leave out one of them")
         try:

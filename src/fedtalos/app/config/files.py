@@ -146,6 +146,11 @@ def from_file(path: Path, command: str) -> dict[str, Any]:
     return {key: value for key, value in values.items() if key in mine and key not in passed_over}
 
 
+def is_record(path: Path) -> bool:
+    """Tell whether a config file is one that a run left: it says by what it was made."""
+    return "made_by" in read_yaml(path)
+
+
 def presets_files() -> list[Path]:
     """List the files of presets and grids: the working folder's, if it has one, then the published one.
 

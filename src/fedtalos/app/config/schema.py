@@ -18,7 +18,7 @@ from fedtalos.training.editing.fisher import FisherMode
 from fedtalos.training.editing.ranking import Granularity
 from fedtalos.training.editing.talos import Criterion
 from fedtalos.training.federated.aggregation import Rule
-from fedtalos.training.federated.fedavg import OnBadClient
+from fedtalos.training.federated.fedavg import OnBadClient, Sampling
 from fedtalos.training.federated.partition import Scheme
 from fedtalos.training.federated.transforms import Attack
 
@@ -43,6 +43,7 @@ class RunOptions(Options):
     resume: Annotated[bool, EVERYDAY] = Field(
         False, description="continue the run called --run_name, or else the newest unfinished one"
     )
+    resume_or_start: bool = Field(False, description="continue as --resume does, or begin where there is nothing")
     output_dir: Annotated[Path, EVERYDAY] = Field(
         Path(), description="folder for results/, checkpoints/, masks/ and plots/"
     )
@@ -51,7 +52,9 @@ class RunOptions(Options):
         "auto", description="where to compute; auto takes the first of mps, cuda and cpu that is there"
     )
     precision: Literal["auto", "fp32", "bf16"] = Field(
-        "auto", description="arithmetic; auto: bf16 on CUDA cards of the Ampere generation or later, fp32 elsewhere"
+        "auto",
+        description="arithmetic; auto: bf16 on CUDA cards of the Ampere generation or later, fp32 elsewhere and, without "
+        "TF32, for the scores of editing",
     )
     threads: Annotated[int | None, unset("N", "all cores, shared among the workers")] = Field(
         None, ge=1, le=1024, description="CPU threads of each process; another number changes the last bits of results"
@@ -108,6 +111,10 @@ class ModelOptions(Options):
     normalisation: Literal["auto", "imagenet", "half"] = Field(
         "auto", description="mean and deviation of pixels; auto: those of the weights; half: 0.5 and 0.5"
     )
+    resize: Literal["plain", "weights"] = Field(
+        "plain",
+        description="how images get their size: bilinearly and whole, or as the weights' makers resize and crop",
+    )
     head: Annotated[str, EVERYDAY, tyro.conf.arg(metavar="NAME|FILE")] = Field(
         "auto",
         description="classifier to start with: weights (their own), random, ridge or ncm (closed form), linear "
@@ -151,6 +158,9 @@ class TrainOptions(Options):
     warmup: int = Field(0, ge=0, description="epochs or rounds over which the learning rate first rises")
     step_every: int = Field(30, ge=1, description="schedule step: epochs or rounds between two steps")
     step_gamma: float = Field(0.1, gt=0, le=1, description="schedule step: factor on the learning rate at each step")
+    final_rate: float = Field(
+        0.0, ge=0, le=1, description="schedule cosine: share of the peak learning rate that it ends at"
+    )
     eval_every: Annotated[int | None, unset("N", "1 epoch, 10 rounds")] = Field(
         None, ge=1, description="epochs or rounds from one validation and checkpoint to the next"
     )
@@ -186,6 +196,11 @@ class FederationOptions(Options):
     num_rounds: Annotated[int, EVERYDAY] = Field(100, ge=1, description="number of rounds")
     client_fraction: Annotated[float, EVERYDAY] = Field(
         0.1, gt=0, le=1, description="C, share of the clients that train in a round"
+    )
+    client_sampling: Sampling = Field(
+        "uniform",
+        description="clients of a round: a fixed number (uniform), or each with probability C (poisson), for which "
+        "differential privacy has a smaller epsilon",
     )
     local_steps: Annotated[int, EVERYDAY] = Field(4, ge=1, description="J, optimiser steps of each client in a round")
     local_epochs: Annotated[int | None, unset("N", "none")] = Field(
@@ -289,7 +304,9 @@ class EditingOptions(Options):
         BeforeValidator(lambda value: "least_sensitive" if value == "talos" else value),
     ] = Field("least_sensitive", description="entries that may move; least_sensitive is TaLoS, and talos works too")
     eligible: Eligible = Field(
-        "blocks", description="entries to choose among: all in the blocks, attention's, its q and k, or biases"
+        "blocks",
+        description="entries to choose among: all in the blocks, attention's, its q and k, biases, or as the paper's "
+        "code all in the blocks, the patch convolution and the last norm",
     )
     granularity: Granularity = Field("entry", description="what moves or freezes together; coarser trains faster")
     soft_zero: float = Field(0.01, gt=0, le=1, description="factor on excluded entries while the others are scored")

@@ -7,21 +7,27 @@ import tyro
 from pydantic import Field, SkipValidation
 
 from fedtalos.app.config.options import Options, unset
+from fedtalos.data.dataset_loader import DatasetName
 from fedtalos.training.editing.combine import JoinRule
 
 
 class EvaluateConfig(Options):
-    """Print the loss and accuracy of a trained run on a split."""
+    """Print the loss and accuracy of a trained run, or of weights with a head, on a split."""
 
     command: ClassVar[str] = "evaluate"
 
-    checkpoint: Annotated[Path, tyro.conf.Positional] = Field(description="run name, or a file under checkpoints/")
+    checkpoint: Annotated[Path, tyro.conf.Positional] = Field(
+        description="run name, or a file under checkpoints/; with --dataset a weights file, too"
+    )
     split: Literal["train", "val", "test"] = Field("test", description="images to evaluate on")
     which: Literal["best", "last"] = Field("last", description="checkpoint of the run; best on validation, or last")
     eval_limit: Annotated[int | None, unset("N", "as its run had it")] = Field(
         None, ge=1, description="evaluate on the first N images of the split only"
     )
     output_dir: Path = Field(Path(), description="folder that holds results/ and checkpoints/")
+    dataset: Annotated[DatasetName | None, unset("NAME", "that of the run")] = Field(
+        None, description="images of another data set, of the same classes"
+    )
     data_dir: Annotated[Path | None, unset("PATH", "where the run had it")] = Field(
         None, description="where the data set is"
     )
@@ -31,13 +37,15 @@ class EvaluateConfig(Options):
 
 
 class PlotConfig(Options):
-    """Draw the figures of a run, or of several runs compared, and of masks."""
+    """Draw the figures of a run, or of several runs compared, of a sweep, and of masks."""
 
     command: ClassVar[str] = "plot"
 
-    runs: Annotated[tuple[Path, ...], tyro.conf.Positional] = Field((), description="run names, or folders of results")
+    runs: Annotated[tuple[Path, ...], tyro.conf.Positional] = Field(
+        (), description="run names, or folders of results; or a sweep's"
+    )
     masks: tuple[Path, ...] = Field((), description="mask files to draw")
-    name: Annotated[str | None, unset("NAME", "the run's, or comparison, or masks")] = Field(
+    name: Annotated[str | None, unset("NAME", "the names of the runs, or of the masks")] = Field(
         None, description="name of the folder under plots/"
     )
     output_dir: Path = Field(Path(), description="folder that holds results/ and plots/")
@@ -86,6 +94,7 @@ class DemoConfig(Options):
         None, description="first part of the names of its runs"
     )
     resume: bool = Field(False, description="continue the demo called --run_name, or else the newest unfinished one")
+    resume_or_start: bool = Field(False, description="continue as --resume does, or begin where there is nothing")
     seed: int = Field(0, ge=0, description="seed of the random draws")
     device: Literal["auto", "mps", "cuda", "cpu"] = Field(
         "cpu", description="where to compute; auto takes the first of mps, cuda and cpu that is there"
@@ -124,7 +133,9 @@ class MaskCompareConfig(Options):
     command: ClassVar[str] = "compare"
 
     masks: Files = Field(description="mask files, each with its own name")
-    name: str = Field("masks", description="name of the folder under plots/")
+    name: Annotated[str | None, unset("NAME", "the names of the masks")] = Field(
+        None, description="name of the folder under plots/"
+    )
     output_dir: Path = Field(Path(), description="folder that holds plots/")
 
 

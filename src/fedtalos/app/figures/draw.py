@@ -4,6 +4,7 @@ All figures of a call are rendered before the first is written, so that an error
 where a folder or file is missing or cannot be read. Importing this module takes up to a second: import it late.
 """
 
+import hashlib
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -14,8 +15,8 @@ from pydantic import BaseModel, ValidationError
 
 from fedtalos.app.config.files import read_yaml
 from fedtalos.app.figures import runs as figures
-from fedtalos.app.figures.records import History, read_history, read_report
-from fedtalos.app.figures.style import png
+from fedtalos.app.figures.records import History, check_one_data_set, read_history, read_report
+from fedtalos.app.figures.style import drawable, png
 from fedtalos.app.run.split_file import read_split
 from fedtalos.errors import InputError
 from fedtalos.files import write_atomic
@@ -23,6 +24,9 @@ from fedtalos.training.editing.combine import overlap
 from fedtalos.training.editing.describe import density_table
 from fedtalos.training.editing.mask_file import read_mask_file
 from fedtalos.training.federated.clients import class_counts
+
+LONGEST_NAME = 100
+"""Most characters of a name put together; the system allows 255 bytes."""
 
 
 class _SplitOptions(BaseModel):
@@ -49,7 +53,7 @@ def plot_split(run_dir: Path, plots_dir: Path) -> list[Path]:
 def plot_comparison(run_dirs: Sequence[Path], plots_dir: Path) -> list[Path]:
     """Draw several runs over each other: curves.png always, megabytes.png of the runs that sent bytes, if any.
 
-    Raises InputError, too, where runs share a name or are too many to tell apart.
+    Raises InputError, too, where runs share a name, are of different data sets, or are too many to tell apart.
     """
     return write_figures(_comparison(run_dirs), plots_dir)
 
@@ -88,6 +92,27 @@ def write_figures(drawn: Mapping[str, Figure], plots_dir: Path) -> list[Path]:
     return list(contents)
 
 
+def name_together(names: Sequence[str]) -> str:
+    """Name a folder for figures of several runs or masks, so that those of others are not overwritten.
+
+    >>> name_together(["dense", "masked"])
+    'dense-vs-masked'
+    """
+    name = "-vs-".join(names)
+    if len(name) <= LONGEST_NAME:
+        return name
+    digest = hashlib.blake2b("\0".join(names).encode("utf-8", "surrogatepass"), digest_size=4).hexdigest()
+    return f"{names[0][:40]}-and-{len(names) - 1}-more-{digest}"
+
+
+def mask_names(mask_paths: Sequence[Path]) -> list[str]:
+    """Names of masks in figures: of their files, and where these clash of their folders too."""
+    names = [path.stem for path in mask_paths]
+    if len(set(names)) < len(names):  # clients' masks of several runs
+        names = [f"{path.resolve().parent.name}_{path.stem}" for path in mask_paths]
+    return names
+
+
 def split_title(partition: str, classes_per_client: int | None, alpha: float | None) -> str:
     """Name a split for a title, e.g. "IID" or "2 classes per client"."""
     known = {
@@ -112,6 +137,7 @@ def _comparison(run_dirs: Sequence[Path]) -> dict[str, Figure]:
         )
     histories = [read_history(run_dir) for run_dir in run_dirs]
     _check_names("runs", [history.name for history in histories])
+    check_one_data_set(run_dirs)
     return {"curves": figures.curves(histories), **_megabytes(histories)}
 
 
@@ -135,23 +161,21 @@ def _split(run_dir: Path) -> dict[str, Figure]:
         raise InputError(f"{path}: expected the run's options, a YAML mapping; make the run anew") from error
     name = split_title(options.partition, options.classes_per_client, options.alpha)
     title = f"Images of each class at each client\n{name}, {number}"
-    return {"clients": figures.clients(counts, split.classes, title)}
+    return {"clients": figures.clients(counts, [*map(drawable, split.classes)], title)}
 
 
 def _masks(mask_paths: Sequence[Path]) -> dict[str, Figure]:
-    names = [path.stem for path in mask_paths]
-    if len(set(names)) < len(names):  # clients' masks of several runs
-        names = [f"{path.resolve().parent.name}_{path.stem}" for path in mask_paths]
+    names = mask_names(mask_paths)
     _check_names("masks", names)
     masks = [read_mask_file(path) for path in mask_paths]
     drawn = {}
     for name, (mask, facts) in zip(names, masks, strict=True):
         rows = density_table(mask, facts.eligible_in)
         title = f"Where entries may move, by block and kind\n{name}: {100 * facts.density:.1f} % in all"
-        drawn[f"{name}_density"] = figures.density(rows, title)
+        drawn[f"{name}_density"] = figures.density(rows, drawable(title))
     if len(masks) > 1:
         shares = np.array([[overlap(first, second) for first, _ in masks] for second, _ in masks])
-        drawn["overlap"] = figures.overlap(names, shares)
+        drawn["overlap"] = figures.overlap([*map(drawable, names)], shares)
     return drawn
 
 
@@ -160,7 +184,7 @@ def _iterations(run_dir: Path) -> dict[str, Figure]:
     if len(report) < 2:
         return {}
     name = run_dir.resolve().name
-    return {f"{name}_iterations": figures.iterations(report, name)}
+    return {f"{name}_iterations": figures.iterations(report, drawable(name))}
 
 
 def _check_names(what: str, names: Sequence[str]) -> None:

@@ -5,7 +5,10 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+from fedtalos.app.config.files import read_yaml
+from fedtalos.app.figures.style import drawable
 from fedtalos.errors import InputError, shown
 from fedtalos.training.editing.describe import DensityRow
 
@@ -73,7 +76,36 @@ def read_history(run_dir: Path) -> History:
         raise InputError(f"{path}: not a readable CSV file ({error}); make the run anew") from error
     if not any(math.isfinite(row.accuracy) for row in rows):
         raise InputError(f"{path}: holds no accuracy yet; wait for the run's first evaluation or make the run anew")
-    return History(run_dir.resolve().name, step_name, rows)
+    return History(drawable(run_dir.resolve().name), step_name, rows)
+
+
+def check_one_data_set(run_dirs: Sequence[Path]) -> None:
+    """Raise InputError where runs are of different images, by their config.yaml; a run without one may be of any.
+
+    Folders of images are the same where their paths are, or the images themselves.
+    """
+    known = [(run_dir, found) for run_dir in run_dirs if (found := _data_set(run_dir)) is not None]
+    for run_dir, (name, same) in known[1:]:
+        first_dir, (first, same_first) = known[0]
+        if not same & same_first:
+            raise InputError(
+                f"runs to compare: {first_dir.resolve().name} is of {first} and {run_dir.resolve().name} of {name}, "
+                "whose accuracies are not to be read on one axis; draw the runs of each data set by themselves"
+            )
+
+
+def _data_set(run_dir: Path) -> tuple[str, set[str]] | None:
+    """The data set of a run in words, and what tells it: one of these suffices."""
+    path = run_dir / "config.yaml"
+    config = read_yaml(path) if path.is_file() else {}
+    name, made_by = config.get("dataset"), config.get("made_by")
+    if not isinstance(name, str):
+        return None
+    if name != "folder":
+        return name, {name}
+    record: dict[str, Any] = made_by if isinstance(made_by, dict) else {}
+    place, inputs = Path(str(record.get("folder", ""))) / str(config.get("data_dir")), record.get("inputs")
+    return f"the folder {place}", {str(place), *([str(inputs.get("data"))] if isinstance(inputs, dict) else [])}
 
 
 def _row(path: Path, line: int, step_name: str, record: Mapping[str, str]) -> Row:

@@ -53,6 +53,15 @@ def megabyte_axis(axes: Axes, smallest_total: float, largest_total: float, *, na
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.10g}"))
 
 
+def drawable(text: str) -> str:
+    """Replace what no font can draw: bytes of a file's name that are no characters.
+
+    >>> drawable("caf\\udce9")
+    'caf?'
+    """
+    return text.encode("utf-8", "replace").decode()
+
+
 def png(figure: Figure) -> bytes:
     """Render a figure as PNG; equal figures give equal bytes."""
     buffer = io.BytesIO()

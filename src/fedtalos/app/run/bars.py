@@ -7,7 +7,6 @@ from rich.console import Console
 from rich.progress import (
     BarColumn,
     DownloadColumn,
-    Progress,
     ProgressColumn,
     TaskProgressColumn,
     TextColumn,
@@ -15,6 +14,7 @@ from rich.progress import (
     TransferSpeedColumn,
 )
 
+from fedtalos.app.run.display import OneLine
 from fedtalos.progress import Advance
 
 
@@ -26,10 +26,13 @@ def bar(title: str, total: int | None, unit: str) -> Iterator[Advance]:
     ...     advance(1)
     """
     console = Console(stderr=True)
+    if not console.is_terminal:
+        yield lambda _count: None
+        return
     counts: list[ProgressColumn] = (
         [DownloadColumn(), TransferSpeedColumn()] if unit == "bytes" else [TaskProgressColumn()]
     )
-    columns = [TextColumn("{task.description}"), BarColumn(), *counts, TimeRemainingColumn()]
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+    columns = [TextColumn("{task.description}", markup=False), BarColumn(16), *counts, TimeRemainingColumn()]
+    with OneLine(*columns, console=console) as progress:
         task = progress.add_task(title, total=total)
         yield lambda count: progress.advance(task, count)

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fedtalos.app.run.folders import RunPaths
+from fedtalos.app.run.paths import RunPaths
 from fedtalos.checkpoint import load_checkpoint, save_checkpoint
 from fedtalos.errors import InputError
 from fedtalos.training.editing.describe import density_table

@@ -10,7 +10,7 @@ from rich.console import Console
 from fedtalos.app.config.schema import FederatedConfig
 from fedtalos.app.federation import local_training, settled
 from fedtalos.app.load import Loaded
-from fedtalos.app.run.folders import RunPaths
+from fedtalos.app.run.paths import RunPaths
 from fedtalos.app.run.recorder import write_csv
 from fedtalos.data.sampling import Ids
 from fedtalos.randomness import generator

@@ -7,9 +7,10 @@ from contextlib import contextmanager
 from types import TracebackType
 from typing import Self, TypeVar
 
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
-from rich.table import Table
+from rich.console import Console, RenderableType
+from rich.constrain import Constrain
+from rich.progress import BarColumn, Progress, ProgressColumn, TaskID, TextColumn, TimeRemainingColumn
+from rich.table import Column, Table
 
 from fedtalos.metrics import Metrics
 from fedtalos.training.editing.describe import KINDS, DensityRow
@@ -55,6 +56,22 @@ def warnings_shown(console: Console) -> Iterator[None]:
         log.removeHandler(handler)
 
 
+class OneLine(Progress):
+    """A bar that never fills its line, and is gone when it ends.
+
+    A terminal puts its own ^C at the line's end. In a full line that would begin another one, and copies of the bar
+    would stay.
+    """
+
+    def __init__(self, *columns: ProgressColumn, console: Console) -> None:
+        self._terminal = console  # it is asked for before rich has put it in its place
+        super().__init__(*columns, console=console, transient=True)
+
+    def get_renderable(self) -> RenderableType:
+        """The bar, a few columns narrower than the terminal."""
+        return Constrain(super().get_renderable(), max(20, self._terminal.width - 4))
+
+
 class Display:
     """Progress over ``total`` epochs, rounds or iterations, of which ``done`` were done before."""
 
@@ -63,13 +80,18 @@ class Display:
         self._start, self._images = time.perf_counter(), 0
         self._progress: Progress | None = None
         self._task: TaskID | None = None
+        self._unsaid = ""
 
     def __enter__(self) -> Self:
         if self._console.is_terminal:
-            self._progress = Progress(
+            self._progress = OneLine(
                 TextColumn("{task.description}"),
-                BarColumn(bar_width=24),
-                TextColumn("{task.fields[figures]}"),
+                BarColumn(bar_width=12),
+                TextColumn(
+                    "{task.fields[figures]}",
+                    markup=False,
+                    table_column=Column(no_wrap=True, overflow="ellipsis", ratio=1),
+                ),
                 TextColumn("ETA"),
                 TimeRemainingColumn(elapsed_when_finished=True),
                 console=self._console,
@@ -83,6 +105,8 @@ class Display:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         if self._progress is not None:
             self._progress.stop()
+            if self._unsaid:  # the bar is gone, so what it said last is left as a line
+                self._console.print(self._unsaid, highlight=False)
 
     def watch(self, items: Iterable[T], share: float) -> Iterator[T]:
         """Pass ``items`` on; each one is ``share`` of the present epoch, round or iteration."""
@@ -94,23 +118,30 @@ class Display:
     def finished(self, number: int, train: Metrics, validation: Metrics | None) -> None:
         """Epoch or round ``number`` is done with these figures; on a terminal only validations leave a line."""
         self._images += train.examples
+        rate = f"{self._images / (time.perf_counter() - self._start):.0f} images/s"
         figures = f"train loss {train.loss:.3f}, accuracy {100 * train.accuracy:.1f} %"
+        short = f"loss {train.loss:.3f}, {100 * train.accuracy:.1f} %, {rate}"
         if train.examples == 0:
-            figures = "no client's update counted"
+            figures = short = "no client's update counted"
         if validation is not None:
             figures += f"; val loss {validation.loss:.3f}, accuracy {100 * validation.accuracy:.1f} %"
-        figures += f"; {self._images / (time.perf_counter() - self._start):.0f} images/s"
-        self.show(number, figures, keep=validation is not None)
+        if self._progress is None:
+            figures += f"; {rate}"  # a terminal's bar says it
+        self.show(number, figures, keep=validation is not None, short=short)
 
     def note(self, text: str) -> None:
         """Leave a line of what should not be missed."""
         self._console.print(text, highlight=False, soft_wrap=True)
 
-    def show(self, number: int, figures: str, *, keep: bool = True) -> None:
-        """Epoch, round or iteration ``number`` is done; ``keep`` leaves a line of it on a terminal too."""
+    def show(self, number: int, figures: str, *, keep: bool = True, short: str = "") -> None:
+        """Epoch, round or iteration ``number`` is done; ``keep`` leaves a line of it on a terminal too.
+
+        ``short`` is what the bar says where that is less than ``figures``.
+        """
         name = f"{self._unit} {number}/{self._total}"
         if self._progress is not None and self._task is not None:
-            self._progress.update(self._task, completed=number, description=name, figures=figures)
+            self._progress.update(self._task, completed=number, description=name, figures=short or figures)
+            self._unsaid = "" if keep else f"{name}: {figures}"
             if keep:
                 self._console.print(f"{name}: {figures}", highlight=False)
         else:

@@ -1,8 +1,7 @@
-"""The folders of a run: choosing, opening and resuming them."""
+"""The folders of a run: choosing, claiming and opening them."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -15,82 +14,12 @@ from fedtalos.app.config.files import flatten, read_yaml
 from fedtalos.app.config.schema import RunConfig
 from fedtalos.app.run.display import say
 from fedtalos.app.run.interruption import Interrupted
+from fedtalos.app.run.paths import RunPaths, plain_name
 from fedtalos.app.run.recorder import made_by, require_tracker, write_yaml
-from fedtalos.errors import InputError, shown
+from fedtalos.app.run.resume import differing, run_to_resume, saved_options
+from fedtalos.errors import InputError
 from fedtalos.files import remove_leftovers
-
-MAY_DIFFER = (
-    "config",
-    "preset",
-    "run_name",
-    "resume",
-    "output_dir",
-    "data_dir",
-    "device",
-    "precision",
-    "threads",
-    "workers",
-    "cache_gb",
-    "clients_at_once",
-    "tracker",
-)
-"""Options that a resumed run may be given anew."""
-
-
-@dataclass(frozen=True)
-class RunPaths:
-    """The folders of one run."""
-
-    root: Path
-    name: str
-
-    @property
-    def results(self) -> Path:
-        return self.root / "results" / self.name
-
-    @property
-    def config(self) -> Path:
-        return self.results / "config.yaml"
-
-    @property
-    def checkpoints(self) -> Path:
-        return self.root / "checkpoints" / self.name
-
-    @property
-    def plots(self) -> Path:
-        return self.root / "plots" / self.name
-
-    @property
-    def mask(self) -> Path:
-        return self.root / "masks" / f"{self.name}.safetensors"
-
-    @property
-    def head(self) -> Path:
-        return self.root / "masks" / f"{self.name}.head.safetensors"
-
-    @property
-    def lock(self) -> Path:
-        return self.results / ".lock"
-
-    @property
-    def started(self) -> bool:
-        return self.config.exists()
-
-    @property
-    def finished(self) -> bool:
-        return (self.results / "summary.yaml").exists()
-
-    @property
-    def free(self) -> bool:
-        """True where the folder of results is not there, or was claimed by a run that was killed before it began."""
-        return not self.results.exists() or all(path.name.startswith(".") for path in self.results.iterdir())
-
-
-def plain_name(flag: str, name: str) -> str:
-    """``name``, if it is one that a folder can have."""
-    if name in ("", ".", "..") or Path(name).name != name or not name.isprintable():
-        raise InputError(f"{flag} {shown(name)}: expected a plain folder name, without slashes")
-    return name
+from fedtalos.notes import noted
 
 
 class AlreadyFinished(Exception):  # noqa: N818  it is no error
@@ -110,12 +39,17 @@ def begun(config: RunConfig, console: Console) -> Iterator[RunPaths]:
     if paths.finished:
         raise AlreadyFinished(f"{paths.name} is finished already: {paths.results / 'summary.yaml'}")
     say(console, f"{config.command}: run {paths.name} {'goes on' if paths.started else 'begins'}")
+    noted()  # an earlier run's are not this one's
     try:
         with claimed(paths):
-            yield paths
+            try:
+                yield paths
+            finally:
+                say_decisions(paths, console)
     except (Interrupted, KeyboardInterrupt):
         place = "" if paths.root == Path() else f" --output_dir {paths.root}"
-        say(console, f"stopped; fedtalos {config.command} --resume --run_name {paths.name}{place} goes on")
+        again = f"fedtalos {config.command} --resume --run_name {paths.name}{place} goes on"
+        say(console, f"stopped; {again if paths.started else 'nothing is kept, for the run had not begun'}")
         raise
 
 
@@ -148,38 +82,22 @@ def claimed(paths: RunPaths) -> Iterator[None]:
         ) from None
 
 
-def run_to_resume(root: Path, name: str | None, command: str) -> RunPaths | None:
-    """The run that --resume means: the named one, else the newest of this command without a summary; None: it is
-    still to begin.
-    """
-    if name is not None:
-        paths = RunPaths(root, plain_name("--run_name", name))
-        if not paths.started:
-            return None
-        if (made_by_command := read_yaml(paths.config).get("command")) != command:
-            raise InputError(f"--resume: {name} is a run of `{made_by_command}`, not of `{command}`")
-        return paths
-    configs = (root / "results").glob("*/config.yaml")
-    for path in sorted(configs, key=lambda path: path.stat().st_mtime, reverse=True):
-        paths = RunPaths(root, path.parent.name)
-        if not paths.finished and f"command: {command}\n" in path.read_text(encoding="utf-8", errors="replace"):
-            return paths
-    return None
-
-
 def choose_run(config: RunConfig) -> RunPaths:
     """The folders that this run writes to, or, with --resume, goes on in. Nothing is written yet.
 
-    Raises InputError where the name is taken or not plain, or the run to resume has other options.
+    Raises InputError where the name is taken or not plain, there is nothing to resume, or what there is has other
+    options.
     """
-    options = config.run
-    paths = run_to_resume(options.output_dir, options.run_name, config.command) if options.resume else None
+    options, paths = config.run, None
+    if options.resume or options.resume_or_start:
+        paths = run_to_resume(options.output_dir, options.run_name, config.command, or_start=options.resume_or_start)
     if paths is not None:
-        saved = flatten(type(config)()) | read_yaml(paths.config)  # an earlier version may have had fewer options
-        for key, value in flatten(config).items():
-            if key not in MAY_DIFFER and value not in (None, "auto") and saved.get(key) != value:
+        was = flatten(type(config)()) | saved_options(paths, config.command)  # an earlier version may have had fewer
+        now = flatten(config)
+        for option in differing(was, config):
+            if now[option] not in (None, "auto"):
                 raise InputError(
-                    f"--resume: {key} was {saved.get(key)!r} in {paths.name}, now {value!r}; "
+                    f"--resume: {option} was {was.get(option)!r} in {paths.name}, now {now[option]!r}; "
                     "give the same, or start a run of another name"
                 )
         return paths
@@ -194,8 +112,8 @@ def choose_run(config: RunConfig) -> RunPaths:
     return paths
 
 
-def open_run(config: RunConfig, paths: RunPaths, origin: Mapping[str, Mapping[str, str]]) -> None:
-    """Write config.yaml; of a run that goes on, check that data, weights and mask are the same.
+def open_run(config: RunConfig, paths: RunPaths, origin: Mapping[str, Mapping[str, str]], console: Console) -> None:
+    """Write config.yaml, or check that the run goes on with the same data, weights and mask; say what was decided.
 
     ``origin`` goes to made_by; its ``inputs`` are fingerprints, by what they are of.
     """
@@ -208,8 +126,28 @@ def open_run(config: RunConfig, paths: RunPaths, origin: Mapping[str, Mapping[st
                     f"--resume: the {what} of {paths.name} changed since it started; "
                     "put back what it was, or start a run of another name"
                 )
+    else:
+        options = {**flatten(config), "run_name": paths.name}
+        write_yaml(
+            paths.config, {"command": config.command, **options, "made_by": {**made_by(config.run.device), **origin}}
+        )
+    say_decisions(paths, console)
+
+
+def say_decisions(paths: RunPaths, console: Console) -> None:
+    """Say what was decided for the user since the last call, and add what is new to config.yaml, in made_by.
+
+    >>> say_decisions(paths, Console())
+    images: 3 of 140 files are no images and were left out: notes.txt, ...
+    """
+    decided = noted()
+    for what, sentence in decided.items():
+        say(console, f"{what}: {sentence}")
+    if not decided or not paths.started:
         return
-    options = {**flatten(config), "run_name": paths.name}
-    write_yaml(
-        paths.config, {"command": config.command, **options, "made_by": {**made_by(config.run.device), **origin}}
-    )
+    record = read_yaml(paths.config)
+    made_by_then = record.get("made_by")
+    if isinstance(made_by_then, dict):
+        before = made_by_then.get("decided") or {}
+        if not decided.keys() <= before.keys():
+            write_yaml(paths.config, {**record, "made_by": {**made_by_then, "decided": {**decided, **before}}})

@@ -1,6 +1,7 @@
 """Ctrl-C and SIGTERM: raised at once, or, while there is something to save, at the next safe point."""
 
 import signal
+import threading
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from types import FrameType
@@ -36,7 +37,10 @@ _signals = _Signals()
 
 @contextmanager
 def handled() -> Iterator[None]:
-    """Inside, SIGINT and SIGTERM raise Interrupted."""
+    """Inside, SIGINT and SIGTERM raise Interrupted; in the main thread alone, for other threads get no signals."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
     before = {number: signal.signal(number, _signals) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield

@@ -155,7 +155,7 @@ def others(config: FederatedConfig, run_name: str = "") -> Iterator[Others]:
 def _start(config: FederatedConfig, folder: Path, size: int) -> PContext:
     """Start processes 1 to ``size`` - 1 with torch's own process manager; what they say goes to files."""
     options = {key: value for key, value in flatten(config).items() if key not in NOT_IN_FILES}
-    write_yaml(folder / "config.yaml", options)
+    write_yaml(folder / "config.yaml", {**options, "made_by": {"leader": os.getpid()}})  # checked here already
     shared = {"WORLD_SIZE": str(size), "LOCAL_WORLD_SIZE": str(size), LEADER: str(os.getpid())}
     shared[MEETING_POINT] = str(folder / "meeting")
     numbers = range(size - 1)  # torch counts from 0; rank 0 is this process
@@ -170,8 +170,9 @@ def _start(config: FederatedConfig, folder: Path, size: int) -> PContext:
             logs_specs=DefaultLogsSpecs(log_dir=str(folder), redirects=Std.ALL),
         )
     finally:
-        for number, handler in handlers.items():  # torch puts its own in their place
-            signal.signal(number, handler)
+        if threading.current_thread() is threading.main_thread():
+            for number, handler in handlers.items():  # torch puts its own in their place
+                signal.signal(number, handler)
 
 
 def _end_with_the_leader(leader: int, folder: Path) -> None:

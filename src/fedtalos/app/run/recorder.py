@@ -5,6 +5,7 @@ import importlib.util
 import io
 import os
 import platform
+import secrets
 import subprocess
 import sys
 import time
@@ -18,8 +19,11 @@ import yaml
 
 from fedtalos._version import __version__
 from fedtalos.errors import InputError, install
-from fedtalos.files import write_atomic
+from fedtalos.files import naming, write_atomic
 from fedtalos.metrics import Metrics
+
+WANDB_NAME = 128
+"""Most characters of a name that wandb shows."""
 
 COLUMNS = ("split", "loss", "accuracy", "examples", "learning_rate", "bytes_down", "bytes_up", "seconds")
 
@@ -59,18 +63,40 @@ class TensorBoardTracker:
 
 
 class WandbTracker:
-    def __init__(self, folder: Path, name: str, config: Mapping[str, Any]) -> None:
+    """Logs to a run of wandb's: shown by the name of ours, known by an id of its own, which ``results`` keeps.
+
+    A name may be that of another run in another folder, and may hold characters that an id may not.
+    """
+
+    def __init__(self, results: Path, config: Mapping[str, Any]) -> None:
         import wandb
 
-        self._run = wandb.init(  # makes folder/wandb
-            project="fedtalos", name=name, id=name, dir=str(folder), config=dict(config), resume="allow"
-        )
+        folder, name = results.parents[1], results.name
+        try:
+            self._run = wandb.init(  # makes folder/wandb
+                project="fedtalos",
+                name=name[:WANDB_NAME],
+                id=wandb_id(results),
+                dir=str(folder),
+                config=dict(config),
+                resume="allow",
+            )
+        except wandb.Error as error:
+            raise InputError(f"--tracker wandb: {error}; see to it, or leave --tracker out and --resume") from error
 
     def log(self, step: int, figures: Mapping[str, float]) -> None:
         self._run.log(dict(figures), step=step)
 
     def close(self) -> None:
         self._run.finish()
+
+
+def wandb_id(results: Path) -> str:
+    """The id by which wandb knows a run, drawn once and kept in its folder of results."""
+    path = results / ".wandb_id"
+    if not path.is_file():
+        write_atomic(path, secrets.token_hex(8))
+    return path.read_text(encoding="ascii").strip()
 
 
 def made_by(device: str) -> dict[str, Any]:
@@ -83,6 +109,7 @@ def made_by(device: str) -> dict[str, Any]:
         "device": device,
         "commit": _commit(),
         "command_line": " ".join(sys.argv),
+        "folder": str(Path.cwd()),
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
     }
 
@@ -150,7 +177,7 @@ class Recorder:
         figures = [f"{metrics.loss:.6f}", f"{metrics.accuracy:.6f}", metrics.examples]
         rate = "" if learning_rate is None else f"{learning_rate:.6g}"
         row = [step, split, *figures, rate, bytes_down, bytes_up, f"{self.seconds:.2f}"]
-        with self._path.open("a", encoding="utf-8") as file:
+        with naming(self._path), self._path.open("a", encoding="utf-8") as file:
             file.write(_csv([row]))
             file.flush()
             os.fsync(file.fileno())

@@ -18,9 +18,11 @@ from fedtalos.app.config.files import FileError, flatten
 from fedtalos.app.config.schema import CentralizedConfig, FederatedConfig
 from fedtalos.app.load import Loaded
 from fedtalos.app.run.display import Display, say
-from fedtalos.app.run.folders import MAY_DIFFER, RunPaths, open_run
+from fedtalos.app.run.folders import open_run, say_decisions
 from fedtalos.app.run.interruption import Interrupted, deferred, with_safe_points
+from fedtalos.app.run.paths import RunPaths
 from fedtalos.app.run.recorder import Recorder, TensorBoardTracker, WandbTracker, write_yaml
+from fedtalos.app.run.resume import differing, from_here, working_folder
 from fedtalos.checkpoint import load_checkpoint, save_checkpoint
 from fedtalos.errors import InputError, TrainingError
 from fedtalos.metrics import Metrics
@@ -100,14 +102,14 @@ class Session:
         return self.progress.done
 
     def __enter__(self) -> Self:
-        open_run(self.config, self.paths, self.loaded.origin())
+        open_run(self.config, self.paths, self.loaded.origin(), self.console)
         self._resume()
         keep_to = -1 if self.fresh else self.progress.done
         self.recorder = Recorder(self.paths.results, self.unit, keep_to=keep_to, seconds=self.progress.seconds)
         if self.config.run.tracker == "tensorboard":
             self.recorder.track(TensorBoardTracker(self.paths.results / "tensorboard"))
         elif self.config.run.tracker == "wandb":
-            self.recorder.track(WandbTracker(self.paths.root, self.paths.name, flatten(self.config)))
+            self.recorder.track(WandbTracker(self.paths.results, flatten(self.config)))
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
@@ -126,8 +128,8 @@ class Session:
             saved, options = checkpoint.facts["progress"], checkpoint.facts["options"]
             self.progress = Progress(**{**saved, "epoch_so_far": Metrics(**saved["epoch_so_far"])})
             options = flatten(type(self.config)()) | options  # an earlier version may have had fewer options
-            asked = flatten(self.config)
-            differs = [key for key in asked if key not in MAY_DIFFER and options[key] != asked[key]]
+            was = from_here(options, self.config.command, working_folder(self.paths))
+            differs = differing(was, self.config)
         except (KeyError, TypeError) as error:
             raise InputError(f"checkpoint {path}: is of another version; start a run of another name") from error
         if differs:
@@ -159,6 +161,7 @@ class Session:
 
     def shown(self, rounds: Iterator[Round]) -> Iterator[Round]:
         """Pass rounds on while the display shows them; the process stops at safe points only."""
+        say_decisions(self.paths, self.console)  # those of the first head, say
         self.display = Display(self.console, self.unit, self.total, self.progress.done)
         self.display.__enter__()
         self._showing = True

@@ -16,7 +16,8 @@ from fedtalos.app.config.checks import check_together
 from fedtalos.app.config.files import NOT_IN_FILES, FileError, flatten, groups, named_entry, nearest, override
 from fedtalos.app.config.options import Options
 from fedtalos.app.config.schema import RUN_CONFIGS, RunConfig
-from fedtalos.app.run.folders import MAY_DIFFER, RunPaths, plain_name
+from fedtalos.app.run.paths import RunPaths, plain_name
+from fedtalos.app.run.resume import MAY_DIFFER
 from fedtalos.errors import InputError
 
 MADE_BY_THE_SWEEP = {"run_name", "output_dir", "seed"}
@@ -119,8 +120,9 @@ def expand(name: str, grid: Grid, given: Mapping[str, Any], seeds: Sequence[int]
         for seed in block.seeds or seeds or grid.seeds:
             for chosen in product(*(axis.items() for axis in block.axes.values())):
                 point = {axis: value for axis, (value, _) in zip(block.axes, chosen, strict=True)}
-                options = _options(name, grid, block, [values for _, values in chosen], given)
-                cell = _cell(name, block, point, seed, options, cells)
+                own = _own_options(name, block, [values for _, values in chosen])
+                options = _options(grid, block, own, given)
+                cell = _cell(name, block, point, seed, options, cells, own.keys())
                 if any(cell.name == other.name for other in cells):
                     raise InputError(f"grid {name!r}: two runs are named {cell.name}; give one block another `name`")
                 cells.append(cell)
@@ -135,23 +137,34 @@ def _check_known(where: str, options: Mapping[str, Any], known: Collection[str])
             raise FileError(f"{where}: unknown option {key!r}{nearest(key, known)}")
 
 
-def _options(
-    name: str, grid: Grid, block: Block, chosen: Sequence[Mapping[str, Any]], given: Mapping[str, Any]
-) -> dict[str, Any]:
-    """Options of one run: the grid's that its command has, then the block's, its axes', and last the given ones."""
-    mine = groups(RUN_CONFIGS[block.command])
-    options = {key: value for key, value in grid.options.items() if key in mine}
+def _own_options(name: str, block: Block, chosen: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Options of one run that its block and its values on the axes say."""
+    options: dict[str, Any] = {}
     for values in (block.options, *chosen):
-        _check_known(f"grid {name!r}, `{block.command}`", values, mine)
+        _check_known(f"grid {name!r}, `{block.command}`", values, groups(RUN_CONFIGS[block.command]))
         options |= values
-    from_a_run = str(options.get("weights")).startswith(REFERENCE)
+    return options
+
+
+def _options(grid: Grid, block: Block, own: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+    """Options of one run: the grid's that its command has, then its own, and last the given ones."""
+    mine = groups(RUN_CONFIGS[block.command])
+    options = {**{key: value for key, value in grid.options.items() if key in mine}, **own}
+    from_a_run = str(options.get("weights")).startswith(REFERENCE) or "checkpoint" in own
     last = {key: value for key, value in given.items() if key in mine and not (key == "weights" and from_a_run)}
     return options | last
 
 
 def _cell(
-    grid: str, block: Block, point: dict[str, str], seed: int, options: Mapping[str, Any], before: Sequence[Cell]
+    grid: str,
+    block: Block,
+    point: dict[str, str],
+    seed: int,
+    options: Mapping[str, Any],
+    before: Sequence[Cell],
+    own: Collection[str],
 ) -> Cell:
+    """One run; ``own`` are the options that must have an effect in it, for they are said of no other run."""
     label = "-".join([block.name, *point.values()] if block.name else point.values())
     name = plain_name("run", f"{grid}-{label}-s{seed}" if label else f"{grid}-s{seed}")
     references = {key: value for key, value in options.items() if str(value).startswith(REFERENCE)}
@@ -159,7 +172,7 @@ def _cell(
     made = {key: str(_made_by(cell, key, name)) for key, cell in needs.items()}
     config = override(RUN_CONFIGS[block.command](), {**options, **made, "run_name": name, "seed": seed}, name)
     try:
-        check_together(config)
+        check_together(config, own)
     except InputError as error:
         raise InputError(f"{name}: {error}") from error
     defaults = flatten(type(config)())

@@ -43,6 +43,23 @@ def check_lines(cells: Sequence[Cell]) -> None:
         )
 
 
+def check_data(cells: Sequence[Cell]) -> None:
+    """Raise InputError where one panel would hold lines of several data sets."""
+    known: dict[tuple[str, frozenset[tuple[str, str]]], tuple[str, str]] = {}
+    for cell in cells:
+        if (where := place(cell)) is None:
+            continue
+        data = cell.config.data
+        images = (data.dataset, str(data.data_dir) if data.dataset == "folder" else "")
+        first = known.setdefault((where.panel, where.apart), images)
+        if first != images:
+            names = " and ".join(" ".join(words).strip() for words in (first, images))
+            raise InputError(
+                f"the grid has lines of {names} in one figure, whose accuracies are not to be read on one axis; put an "
+                "axis of data sets before the last"
+            )
+
+
 def plot_grid(name: str, results: Sequence[Result], plots_dir: Path) -> list[Path]:
     """Draw accuracy_by_round.png (or epoch), megabytes.png and final.png into ``plots_dir``; return the files.
 

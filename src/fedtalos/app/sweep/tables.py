@@ -108,14 +108,22 @@ def write_tables(results: Sequence[Result], rows: Sequence[Row], folder: Path) -
 
 
 def print_table(rows: Sequence[Row], title: str, console: Console) -> None:
-    """Print a line per row, with fewer columns than table.md has: a terminal is narrow."""
-    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0))
+    """Print a line per row, with fewer columns than table.md has: a terminal is narrow, and may not know ±."""
+
+    def shown_as(text: str) -> str:
+        try:
+            text.encode(console.encoding)
+        except UnicodeEncodeError:
+            return text.replace("±", "+-")
+        return text
+
+    table = Table(title=shown_as(title), title_justify="left", box=SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0))
     table.add_column("run", overflow="fold")
     shown = [name for name in COLUMNS if name != "images"]
     for header in ("seeds", *(COLUMNS[name] for name in shown)):
         table.add_column(header, justify="right", no_wrap=True)
     for row in rows:
-        cells = [_spread(name, row.spreads[name]) for name in shown]
+        cells = [shown_as(_spread(name, row.spreads[name])) for name in shown]
         table.add_row(row.cell.label or row.cell.config.command, str(len(row.results)), *cells)
     console.print(table)
 

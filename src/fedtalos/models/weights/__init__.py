@@ -6,7 +6,7 @@ from torch import Tensor
 
 from fedtalos.models.library_model import LibraryArchitecture
 from fedtalos.models.vision_transformer import Architecture
-from fedtalos.models.weights.pixels import Channels
+from fedtalos.models.weights.pixels import Channels, Interpolation
 
 
 @dataclass(frozen=True)
@@ -32,3 +32,7 @@ class Weights:
     """Checksum of the file."""
     classes: tuple[str, ...] | None = None
     """Names of the head's classes, where they are known (in our checkpoints)."""
+    interpolation: Interpolation = "bilinear"
+    """How images were resized where their makers evaluated them."""
+    crop: float = 1.0
+    """Share of each side that their middle crop kept, 0 to 1."""

@@ -6,8 +6,8 @@ from pathlib import Path, PurePosixPath
 
 from fedtalos.errors import InputError
 
-FILES = (".safetensors", ".pth", ".pt", ".bin")
-"""Endings that tell a weights file from a name on the hub."""
+FILES = (".safetensors", ".pth.tar", ".pth", ".pt", ".bin", ".ckpt")
+"""Endings that tell a weights file from a name on the hub, where no such file is there."""
 
 USUAL = ("model.safetensors", "pytorch_model.bin")
 """Usual names of a repository's weights, best first."""
@@ -29,9 +29,11 @@ class WeightsFile:
 
     path: Path
     configs: list[Path]
-    """JSON files that may state the mean and deviation of its pixels; they need not be there."""
+    """The folder's JSON files that may say what its pixels were; they need not be there."""
     label: str
     """Name for messages and records."""
+    own: Path | None = None
+    """The JSON file of its stem, which need not be there."""
 
 
 def hub_address(source: str, size: str) -> tuple[str, str | None]:

@@ -11,7 +11,7 @@ from fedtalos.errors import InputError
 from fedtalos.models.library_model import LibraryArchitecture, bare_model, library
 from fedtalos.models.weights import Weights
 from fedtalos.models.weights.hub import download
-from fedtalos.models.weights.pixels import Channels
+from fedtalos.models.weights.pixels import Preprocessing, stated
 from fedtalos.models.weights.state_dicts import read_state_dict
 
 
@@ -37,8 +37,9 @@ def _of_timm(name: str, net: nn.Module) -> Weights:
     net = library("timm:", "timm").create_model(
         name.removeprefix("timm:"), pretrained=True, num_classes=0, pretrained_cfg_overlay={"state_dict": state.tensors}
     )
-    size, mean, std = config["input_size"][-1], tuple(config["mean"]), tuple(config["std"])
-    return _weights(name, net, size, mean, std, found.label, state.sha256)
+    pixels = stated(f"timm's configuration of {name}", config)
+    assert pixels is not None
+    return _weights(name, net, config["input_size"][-1], pixels, found.label, state.sha256)
 
 
 def _of_torchvision(name: str, net: nn.Module) -> Weights:
@@ -46,6 +47,8 @@ def _of_torchvision(name: str, net: nn.Module) -> Weights:
         weights = library("torch:", "torchvision.models").get_model_weights(name.removeprefix("torch:")).DEFAULT
         transforms = weights.transforms()
         size, mean, std = transforms.crop_size[0], tuple(transforms.mean), tuple(transforms.std)
+        kind = str(getattr(transforms.interpolation, "value", transforms.interpolation))
+        crop = size / transforms.resize_size[0]
     except (ValueError, AttributeError) as error:
         raise InputError(f"weights {name}: torchvision has no ImageNet weights for it ({error})") from error
     path = Path(torch.hub.get_dir(), "checkpoints", weights.url.rpartition("/")[2])
@@ -55,7 +58,8 @@ def _of_torchvision(name: str, net: nn.Module) -> Weights:
     missing = net.load_state_dict(state.tensors, strict=False).missing_keys
     if unknown := [parameter for parameter, _ in net.named_parameters() if parameter in missing]:
         raise InputError(f"weights {name}: {path} holds no {unknown[0]}; delete it, to fetch it again")
-    return _weights(name, net, size, mean, std, path.name, state.sha256)
+    pixels = Preprocessing(mean, std, "bicubic" if kind == "bicubic" else "bilinear", crop)
+    return _weights(name, net, size, pixels, path.name, state.sha256)
 
 
 def _download(name: str, url: str, path: Path) -> None:
@@ -71,8 +75,15 @@ def _download(name: str, url: str, path: Path) -> None:
         ) from error
 
 
-def _weights(
-    name: str, net: nn.Module, image_size: int, mean: Channels, std: Channels, source: str, sha256: str
-) -> Weights:
+def _weights(name: str, net: nn.Module, image_size: int, pixels: Preprocessing, source: str, sha256: str) -> Weights:
     tensors = {f"net.{path}": parameter.detach() for path, parameter in net.named_parameters()}  # as LibraryModel's
-    return Weights(tensors, LibraryArchitecture(name, image_size, num_classes=0), mean, std, source, sha256)
+    return Weights(
+        tensors,
+        LibraryArchitecture(name, image_size, num_classes=0),
+        pixels.mean,
+        pixels.std,
+        source,
+        sha256,
+        interpolation=pixels.interpolation,
+        crop=pixels.crop,
+    )

@@ -6,13 +6,15 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from fedtalos.errors import InputError, shown
+
 _DINOV2 = (
     (r"^register_tokens$", "reg_token"),
     (r"^blocks\.\d+\.(\d+)\.", r"blocks.\1."),  # trained in chunks on many GPUs: the second number is the block's
+    (r"\.gamma_([12])$", r".ls\1.gamma"),  # DeiT III's
 )
 
 _TRANSFORMERS = (
-    (r"^\w+\.(embeddings|encoder|layernorm|pooler)\.", r"\1."),  # vit. or dinov2., where the model has a head
     (r"^embeddings\.position_embeddings$", "pos_embed"),
     (r"^embeddings\.patch_embeddings\.projection\.", "patch_embed.proj."),
     (r"^embeddings\.register_tokens$", "reg_token"),
@@ -35,17 +37,28 @@ _UNUSED = ("mask_token", "pooler.")
 """A token for pretraining on masked patches alone, and a layer that transformers adds but nobody trained."""
 
 
-def in_timms_names(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def in_timms_names(label: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Rename the state dict of a plain ViT to timm's names, whoever published it; unknown names stay.
 
     A head that sees more than the class token is left out: transformers' DINOv2 classifiers see the patches' mean too.
 
-    >>> list(in_timms_names({"register_tokens": torch.zeros(1, 4, 384)}))
+    Raises InputError, naming the weights by ``label``, where two names become one.
+
+    >>> list(in_timms_names("vit.pth", {"register_tokens": torch.zeros(1, 4, 384)}))
     ['reg_token']
     """
-    transformers = any(name.endswith("embeddings.cls_token") for name in tensors)
-    named = {_renamed(name, _TRANSFORMERS if transformers else _DINOV2): tensor for name, tensor in tensors.items()}
-    named = {name: tensor for name, tensor in named.items() if not name.startswith(_UNUSED)}
+    transformers = any(name.startswith("embeddings.") for name in tensors)
+    origins: dict[str, str] = {}
+    for name in tensors:
+        new = _renamed(name, _TRANSFORMERS if transformers else _DINOV2)
+        if new.startswith(_UNUSED):
+            continue
+        if new in origins:
+            raise InputError(
+                f"weights {label}: {shown(origins[new])} and {shown(name)} both mean {shown(new)}; save one of them"
+            )
+        origins[new] = name
+    named = {new: tensors[name] for new, name in origins.items()}
     if transformers:
         _join_query_key_value(named)
         head, token = named.get("head.weight"), named.get("cls_token")
@@ -65,5 +78,7 @@ def _join_query_key_value(tensors: dict[str, Tensor]) -> None:
     for name in [name for name in tensors if ".attn.query." in name]:
         thirds = [name.replace(".query.", f".{part}.") for part in ("query", "key", "value")]
         parts = [tensors[third] for third in thirds if third in tensors]
-        if len(parts) == 3 and parts[0].dim() > 0 and parts[0].shape == parts[1].shape == parts[2].shape:
-            tensors[name.replace(".query.", ".qkv.")] = torch.cat([tensors.pop(third) for third in thirds])
+        joined = name.replace(".query.", ".qkv.")
+        fit = len(parts) == 3 and parts[0].dim() > 0 and parts[0].shape == parts[1].shape == parts[2].shape
+        if fit and joined not in tensors:
+            tensors[joined] = torch.cat([tensors.pop(third) for third in thirds])

@@ -4,6 +4,8 @@ Letters: D width, g patches a side; 1 + g² position embeddings, the class token
 """
 
 import math
+import os
+import re
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -14,11 +16,13 @@ from fedtalos.errors import InputError
 from fedtalos.models.library_model import LIBRARIES
 from fedtalos.models.vision_transformer import WIDTH_DEPTH_HEADS, Architecture
 from fedtalos.models.weights import Weights
-from fedtalos.models.weights.hub import FILES, WeightsFile, download, hub_address
+from fedtalos.models.weights.hub import FILES, NAMES, USUAL, WeightsFile, download, hub_address
 from fedtalos.models.weights.library import published
 from fedtalos.models.weights.names import in_timms_names
-from fedtalos.models.weights.pixels import STATISTICS, statistics
-from fedtalos.models.weights.state_dicts import read_state_dict
+from fedtalos.models.weights.pixels import STATISTICS, Beside, Channels, Preprocessing, preprocessing
+from fedtalos.models.weights.state_dicts import StateDict, read_vit
+from fedtalos.models.weights.wrappers import some_names
+from fedtalos.notes import note
 
 _GATED = "a gated MLP (SwiGLU)"
 _UNSUPPORTED_PARTS = {
@@ -43,12 +47,12 @@ def load_weights(source: str | Path, size: str = "small", normalisation: str = "
 
     - "pretrained" or "dino": ImageNet or DINO weights of a ViT of ``size``, from the hub;
     - a timm ViT's name such as "vit_base_patch16_224.dino", or "hf:OWNER/REPO[/FILE]": a plain ViT on the hub;
-    - a .safetensors, .pth, .pt or .bin file of a plain ViT, in the names of timm, DINO, DINOv2 or transformers;
+    - a file of a plain ViT, in the names of timm, DINO, DINOv2 or transformers: .safetensors, .pth, .pt, .bin, .ckpt,
+      .pth.tar, whatever containers and prefixes it is wrapped in (wrappers.py), or the folder of a model.safetensors;
     - "timm:NAME" or "torch:NAME": any other model of timm or torchvision (library_model.py).
 
-    Mean and std of the pixels are those of the hub's JSON files, of one beside the file with the same stem, or of the
-    safetensors metadata; else ImageNet's where the name says dino, else 0.5. ``normalisation`` "imagenet" or "half"
-    overrides them.
+    Mean and std of the pixels are those that the file, or JSON files beside it, state; else those of its kind
+    (pixels.py). A note says which, and why. ``normalisation`` "imagenet" or "half" overrides them.
 
     Raises InputError where the source is unknown, unreachable or unreadable, not finite, or no plain ViT.
 
@@ -63,19 +67,73 @@ def load_weights(source: str | Path, size: str = "small", normalisation: str = "
         weights = published(source)
         return weights if asked is None else replace(weights, mean=asked[0], std=asked[1])
     file = _find(source, size)
-    state = read_state_dict(file.path, file.label)
-    tensors = in_timms_names(state.tensors)
-    mean, std = asked or statistics(file.label, file.configs, state.metadata)
-    return Weights(tensors, _architecture(file.label, tensors), mean, std, file.label, state.sha256)
+    state = read_vit(file.path, file.label)
+    tensors = in_timms_names(file.label, state.tensors)
+    architecture = _architecture(file.label, tensors)
+    found = _preprocessing(file, replace(state, tensors=tensors), architecture, asked)
+    return Weights(
+        tensors,
+        architecture,
+        found.mean,
+        found.std,
+        file.label,
+        state.sha256,
+        interpolation=found.interpolation,
+        crop=found.crop,
+    )
 
 
 def _find(source: str, size: str) -> WeightsFile:
-    if source.startswith("hf:") or not source.endswith(FILES):
-        return download(*hub_address(source, size))
-    path = Path(source)
-    if not path.is_file():
-        raise InputError(f"weights {source}: no such file; give an existing file, a timm model name or none")
-    return WeightsFile(path, [path.with_suffix(".json")], path.name)
+    if source not in NAMES and not source.startswith("hf:"):
+        candidates = [source, *(os.path.join(source, name) for name in USUAL)]  # noqa: PTH118
+        # os.path, since any text may come here; pathlib raises where a name is too long.
+        if path := next((Path(path) for path in candidates if os.path.isfile(path)), None):  # noqa: PTH113
+            label = path.name if path == Path(source) else f"{path.parent.name}/{path.name}"
+            stem = re.sub(rf"({'|'.join(map(re.escape, FILES))})$", "", path.name)
+            folder = [path.with_name("preprocessor_config.json"), path.with_name("config.json")]
+            return WeightsFile(path, folder, label, own=path.with_name(f"{stem}.json"))
+        if source.endswith(FILES):
+            raise InputError(f"weights {source}: no such file; give an existing file, a timm model name or none")
+    return download(*hub_address(source, size))
+
+
+def _preprocessing(
+    file: WeightsFile, state: StateDict, architecture: Architecture, asked: tuple[Channels, Channels] | None
+) -> Preprocessing:
+    """Find the pixels' statistics and resizing, and note where they come from; ``asked`` beats what is stated."""
+    try:
+        own, beside = Beside.read([file.own] if file.own else []), Beside.read(file.configs)
+        width, heads = beside.number("hidden_size", "num_features"), beside.number("num_attention_heads")
+        elsewhere = ""
+        if width not in (None, WIDTH_DEPTH_HEADS[architecture.size][0]):
+            elsewhere = f"; {file.configs[-1].name} beside it is of another model (width {width})"
+            beside, heads = Beside(()), None
+        found = preprocessing(file.label, own, state.metadata, beside, state.names, state.tensors)
+    except InputError:
+        if asked is None:
+            raise
+        return Preprocessing(*asked)
+    _refuse_other_heads(file.label, state.names, architecture, heads)
+    if asked is not None:
+        return replace(found, mean=asked[0], std=asked[1])
+    mean, std = (", ".join(f"{value:.4g}" for value in values) for values in (found.mean, found.std))
+    note(
+        "weights",
+        f"{file.label}: pixels are normalised by mean {mean} and deviation {std}, by {found.why}{elsewhere}; "
+        "normalisation imagenet or half overrides that",
+    )
+    return found
+
+
+def _refuse_other_heads(label: str, names: tuple[str, ...], architecture: Architecture, stated: int | None) -> None:
+    """Refuse weights of another number of attention heads, which no shape shows."""
+    moco = any("base_encoder." in name or "momentum_encoder." in name for name in names)
+    theirs = 12 if moco and architecture.size == "small" else stated  # arXiv 2104.02057, section 4.1
+    if theirs not in (None, architecture.heads):
+        raise InputError(
+            f"weights {label}: a ViT with {theirs} attention heads, but {architecture} has {architecture.heads} here, "
+            "which would compute something else; give a plain ViT, or timm:NAME"
+        )
 
 
 def _architecture(label: str, tensors: Mapping[str, Tensor]) -> Architecture:
@@ -86,8 +144,8 @@ def _architecture(label: str, tensors: Mapping[str, Tensor]) -> Architecture:
     for name, rank in ranks.items():
         if name not in tensors or tensors[name].ndim != rank or 0 in tensors[name].shape:
             raise InputError(
-                f"weights {label}: no {name} of {rank} dimensions; "
-                "give a ViT with the parameter names of timm, DINO or transformers"
+                f"weights {label}: no {name} of {rank} dimensions among its {len(tensors)} tensors "
+                f"({some_names(list(tensors))}); give a ViT with the parameter names of timm, DINO or transformers"
             )
     width = tensors["cls_token"].shape[2]
     depth = len({name.split(".")[1] for name in tensors if name.startswith("blocks.")})

@@ -71,62 +71,59 @@ def _walk(content: object, prefix: str, depth: int, seen: set[int]) -> Iterator[
 
 
 def inner_vit(label: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Take the tensors of the one ViT among ``tensors``, its prefix removed; all of them where there is no ViT.
+    """Take the tensors of the one ViT among ``tensors``, its prefix removed.
 
     Of several, a teacher's or averaged weights come first, a student's or a momentum encoder's last. A linear head
-    beside a wrapped ViT is taken along. A sentence in the notes says which was taken, and what was left out.
+    beside a wrapped ViT is taken along. A note says what was left out.
 
-    Raises InputError where nothing says which of several to take.
+    Raises InputError where there is none, or where nothing says which of several to take.
 
     >>> list(inner_vit("vit.pth", flat("vit.pth", {"model": {"vit.cls_token": torch.zeros(1, 1, 192)}})))
     ['cls_token']
     """
-    prefix, others = _chosen(label, tensors)
-    if prefix is None:
-        return dict(tensors)
+    prefixes = _prefixes(tensors, _SURE) or _prefixes(tensors, _LIKELY)
+    if not prefixes:
+        raise InputError(
+            f"weights {label}: no cls_token of 3 dimensions and no patch embedding among its {len(tensors)} tensors "
+            f"({some_names(list(tensors))}); give a ViT with the parameter names of timm, DINO or transformers"
+        )
+    prefix = _chosen(label, prefixes, tensors)
+    others = [other for other in prefixes if other != prefix]
+    within = tuple(other for other in others if other.startswith(prefix))
     taken = {
         name: name.removeprefix(prefix)
         for name, tensor in tensors.items()
-        if name.startswith(prefix) and not _unused(name.removeprefix(prefix), tensor, wrapped=bool(prefix))
+        if name.startswith(prefix)
+        and not name.startswith(within)
+        and not _unused(name.removeprefix(prefix), tensor, wrapped=bool(prefix))
     }
-    inside = {short: tensors[name] for name, short in taken.items()}
-    for name, short in _head_beside(prefix, inside, tensors).items():
-        taken[name] = short
-        inside[short] = tensors[name]
-    left = [name for name in tensors if name not in taken and not name.startswith("optim") and tensors[name].dim()]
+    taken |= _head_beside(prefix, taken, tensors)
+    left = [name for name, tensor in tensors.items() if name not in taken and tensor.dim() and name[:5] != "optim"]
     if left:
-        where = f"the ViT under {prefix.removesuffix('.')}" if prefix else "the ViT"
-        instead = f", not that under {' or '.join(shown(other.removesuffix('.')) for other in others)}" if others else ""
-        some = ", ".join(left[:3]) + (", …" if len(left) > 3 else "")
-        note("weights file", f"{label}: {where} was taken{instead}; {len(left)} tensors were left out ({some})")
-    return inside
+        where = f"the ViT under {_place(prefix)}" + (f" (not {', '.join(map(_place, others))})" if others else "")
+        note(
+            "weights file", f"{label}: {where} was taken; {len(left)} other tensors were left out ({some_names(left)})"
+        )
+    return {short: tensors[name] for name, short in taken.items()}
 
 
-def _chosen(label: str, tensors: Mapping[str, Tensor]) -> tuple[str | None, list[str]]:
-    """Choose the prefix of the ViT to take, and name those of the others; None: there is no ViT."""
-    prefixes = _prefixes(tensors, _SURE) or _prefixes(tensors, _LIKELY)
-    if not prefixes:
-        return None, []
+def _prefixes(tensors: Mapping[str, Tensor], anchors: Sequence[str]) -> list[str]:
+    found = (name.removesuffix(anchor) for name in tensors for anchor in anchors if f".{name}".endswith(f".{anchor}"))
+    # One of transformers' names ends in one of timm's, without its part "embeddings.".
+    return list(dict.fromkeys(prefix for prefix in found if not prefix.endswith("embeddings.")))
+
+
+def _chosen(label: str, prefixes: Sequence[str], tensors: Mapping[str, Tensor]) -> str:
+    """Choose the prefix of the ViT to take."""
     best = min(map(_rank, prefixes))
     first, *rest = [prefix for prefix in prefixes if _rank(prefix) == best]
     for other in rest:
         if not _same(first, other, tensors):
             raise InputError(
-                f"weights {label}: holds several ViTs, under {shown(first)} and {shown(other)}, and nothing says which "
-                "one to take; save its state dict alone"
+                f"weights {label}: holds several ViTs, under {_place(first)} and {_place(other)}, and nothing says "
+                "which to take; save the state dict of one alone"
             )
-    return first, [prefix for prefix in prefixes if _rank(prefix) != best]
-
-
-def _prefixes(tensors: Mapping[str, Tensor], anchors: Sequence[str]) -> list[str]:
-    found = (
-        name.removesuffix(anchor)
-        # An anchor in timm's words may end one in transformers' words, so the longer ones come first.
-        for name in tensors
-        for anchor in sorted(anchors, key=len, reverse=True)
-        if f".{name}".endswith(f".{anchor}")
-    )
-    return list(dict.fromkeys(prefix for prefix in found if not prefix.endswith("embeddings.")))
+    return first
 
 
 def _rank(prefix: str) -> int:
@@ -136,8 +133,10 @@ def _rank(prefix: str) -> int:
 
 def _same(one: str, other: str, tensors: Mapping[str, Tensor]) -> bool:
     """Tell whether the same tensors stand under both prefixes, as where a module is registered twice."""
-    left = {name.removeprefix(one): tensor for name, tensor in tensors.items() if name.startswith(one)}
-    right = {name.removeprefix(other): tensor for name, tensor in tensors.items() if name.startswith(other)}
+    left, right = (
+        {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+        for prefix in (one, other)
+    )
     return left.keys() == right.keys() and all(torch.equal(left[name], right[name]) for name in left)
 
 
@@ -147,16 +146,30 @@ def _unused(name: str, tensor: Tensor, *, wrapped: bool) -> bool:
     return counts or bool(_DECODER.match(name)) or (wrapped and bool(_PRETRAINING.match(name)))
 
 
-def _head_beside(prefix: str, inside: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> dict[str, str]:
+def _head_beside(prefix: str, taken: Mapping[str, str], tensors: Mapping[str, Tensor]) -> dict[str, str]:
     """Find a linear head on the ViT's features among its neighbours: names in the file -> names in the ViT."""
-    width = next((tensor.shape[-1] for name, tensor in inside.items() if name.endswith("cls_token") and tensor.dim()), 0)
-    parts = prefix.split(".")[:-1]
-    if any(name.startswith(("head.", "classifier.")) for name in inside):
+    if any(short.startswith(("head.", "classifier.")) for short in taken.values()):
         return {}
-    for length in range(len(parts) - 1, -1, -1):
+    token = next((tensors[name] for name in taken if name.endswith("cls_token")), None)
+    parts = prefix.split(".")[:-1]
+    for length in reversed(range(len(parts))):
         outer = "".join(f"{part}." for part in parts[:length])
         for name in _CLASSIFIERS:
             weight = tensors.get(f"{outer}{name}.weight")
-            if weight is not None and weight.dim() == 2 and weight.shape[1] == width:
-                return {f"{outer}{name}.{end}": f"head.{end}" for end in ("weight", "bias") if f"{outer}{name}.{end}" in tensors}
+            if weight is not None and token is not None and weight.dim() == 2 and weight.shape[1:] == token.shape[-1:]:
+                ends = [end for end in ("weight", "bias") if f"{outer}{name}.{end}" in tensors]
+                return {f"{outer}{name}.{end}": f"head.{end}" for end in ends}
     return {}
+
+
+def _place(prefix: str) -> str:
+    return shown(prefix.removesuffix(".")) if prefix else "no prefix"
+
+
+def some_names(names: Sequence[str]) -> str:
+    """Quote the first three names, for a sentence.
+
+    >>> some_names(["a", "b", "c", "d"])
+    "'a', 'b', 'c', …"
+    """
+    return ", ".join(map(shown, names[:3])) + (", …" if len(names) > 3 else "")

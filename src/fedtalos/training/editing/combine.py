@@ -9,6 +9,8 @@ import torch
 
 from fedtalos._version import __version__
 from fedtalos.errors import InputError
+from fedtalos.models.vision_transformer import parts
+from fedtalos.training.editing.eligible import Eligible, eligible_masks
 from fedtalos.training.editing.mask_file import SEVERAL, MaskFacts, fingerprint
 from fedtalos.training.entries import Mask
 
@@ -27,6 +29,31 @@ def overlap(first: Mask, second: Mask) -> float:
     if any(first[name].shape != second[name].shape for name in shared):
         raise InputError("masks: made for different models, so their overlap has no meaning")
     both = sum(int((first[name] & second[name]).sum()) for name in shared)
+    either = sum(int(tensor.sum()) for mask in (first, second) for tensor in mask.values()) - both
+    return both / either if either else 1.0
+
+
+def chance_overlap(first: Mask, second: Mask, eligible_in: tuple[Eligible, Eligible] = ("blocks", "blocks")) -> float:
+    """Overlap that random masks would have: of the same eligible entries, and of the same densities per tensor.
+
+    The expected intersection over the expected union; q, k and v count as tensors of their own. ``eligible_in`` says
+    among which entries each mask chooses. Where masks agree on which tensors may move, this is far above what their
+    densities in all would give, so it is what an overlap is to be compared with. Raises InputError as ``overlap`` does.
+
+    >>> overlap(first, second), chance_overlap(first, second)
+    (0.7, 0.55)
+    """
+    both = 0.0
+    for name in first.keys() & second.keys():
+        if first[name].shape != second[name].shape:
+            raise InputError("masks: made for different models, so their overlap has no meaning")
+        shape, every = first[name].shape, torch.ones(first[name].shape, dtype=torch.bool)
+        allowed = [eligible_masks({name: shape}, rule).get(name, every) for rule in eligible_in]
+        divided = [parts(name, tensor) for tensor in (first[name].cpu(), second[name].cpu(), *allowed)]
+        for of_first, of_second, choices, others in zip(*(part.values() for part in divided), strict=True):
+            pairs = int(choices.sum()) * int(others.sum())
+            if pairs:  # a share of each, independent of the other's
+                both += int(of_first.sum()) * int(of_second.sum()) * int((choices & others).sum()) / pairs
     either = sum(int(tensor.sum()) for mask in (first, second) for tensor in mask.values()) - both
     return both / either if either else 1.0
 

@@ -9,7 +9,7 @@ from typing import Literal, Protocol
 import torch
 from torch import Tensor
 
-from fedtalos.errors import TrainingError
+from fedtalos.errors import InputError, TrainingError
 from fedtalos.training.entries import Values
 from fedtalos.training.masked_parameters import MaskedParameters
 
@@ -29,6 +29,8 @@ class Aggregation(Protocol):
 
     needs_finite: bool
     """True: values that are not finite are refused before they are added."""
+    writes_alone: bool
+    """True: a round that no client's update reached is written too."""
 
     def add(self, values: list[Tensor], weight: float, /) -> None:
         """Take one client's values, in theta's parts and good for this call only, and how much it counts."""
@@ -41,8 +43,9 @@ class WeightedMean:
     """sum of n_k theta_k / sum of n_k, as a running mean: memory does not grow with the number of clients."""
 
     needs_finite = True  # one value that is not would be everybody's
+    writes_alone = False
 
-    def __init__(self, moving: MaskedParameters, _clients: int) -> None:
+    def __init__(self, moving: MaskedParameters, _clients: float) -> None:
         self._rows = moving.rows
         self._mean, self._total = Values(self._rows), 0.0
 
@@ -62,9 +65,12 @@ class Robust:
     """
 
     needs_finite = False
+    writes_alone = False
 
-    def __init__(self, moving: MaskedParameters, clients: int, rule: RobustRule, byzantine: int) -> None:
+    def __init__(self, moving: MaskedParameters, clients: float, rule: RobustRule, byzantine: int) -> None:
         """At most ``clients`` take part in a round, f = ``byzantine`` of them attackers."""
+        if not isinstance(clients, int):
+            raise InputError("sampling poisson: robust rules need a fixed number of clients in a round; take uniform")
         self._moving, self._rule, self._byzantine = moving, rule, byzantine
         self._received, self._finite = torch.empty(clients, len(moving), device=moving.device), list[bool]()
 
@@ -87,7 +93,7 @@ class Robust:
         self._moving.write(result)
 
 
-def robust(rule: RobustRule, byzantine: int = 1) -> Callable[[MaskedParameters, int], Robust]:
+def robust(rule: RobustRule, byzantine: int = 1) -> Callable[[MaskedParameters, float], Robust]:
     """Aggregate by ``rule`` (median, trimmed_mean, krum, multi_krum) against f = ``byzantine`` attackers in a round.
 
     >>> algorithm = FedAvg(aggregation=robust(krum, byzantine=2))

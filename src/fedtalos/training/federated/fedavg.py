@@ -6,7 +6,7 @@ Letters: K clients, C fraction sampled per round, theta the values of what may m
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import reduce
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -52,6 +52,9 @@ Transform = Callable[[Updates], Updates]
 
 OnBadClient = Literal["stop", "skip"]
 
+Sampling = Literal["uniform", "poisson"]
+"""A round's clients: a fixed number, any of them alike; or each client by itself with probability C."""
+
 
 @dataclass(frozen=True)
 class Round:
@@ -63,8 +66,20 @@ class Round:
     lost: Mapping[int, Lost] = field(default_factory=dict)
 
 
+class Trained(Protocol):
+    """What a client trains, (A,), or V clients in one stack, (V, A): ``MaskedParameters`` or a ``Stack``."""
+
+    def vector(self) -> Tensor:
+        """Copy the values that move."""
+        ...
+
+
 class Correction(Protocol):
-    """A change to a client's gradients, and, when it has trained, its reply to the server beside its values."""
+    """A change to a client's gradients, and, when it has trained, its reply to the server beside its values.
+
+    Of clients that train in one stack there is one for all, and gradients and replies are (V, A). What is not equal in
+    every round is an attribute that is a tensor, so that a captured step can be given another round's.
+    """
 
     @property
     def reply(self) -> Tensor | None: ...
@@ -83,7 +98,7 @@ class FedAvg:
     vectors_sent = 1
     """Vectors of what moves that a client gets, and sends, in a round."""
     corrects_gradients = False
-    """True: clients change their gradients, so they cannot train in one stack."""
+    """True: clients change their gradients."""
 
     def __init__(self, *, aggregation: "MakeAggregation" = WeightedMean) -> None:
         self.aggregation = aggregation
@@ -91,8 +106,11 @@ class FedAvg:
 
     # On the client
 
-    def client_side(self, moving: MaskedParameters, message: Tensor | None, steps: int) -> Correction | None:
-        """Make the correction of a client's gradients over its ``steps``; asked when the model holds theta."""
+    def client_side(self, trained: Trained, message: Tensor | None, steps: int) -> Correction | None:
+        """Make the correction of a client's gradients over its ``steps``; asked when ``trained`` holds theta.
+
+        V clients in one stack are asked for at once: ``message`` is (V, A) then.
+        """
         return None
 
     # On the server
@@ -112,8 +130,8 @@ class FedAvg:
         """
 
 
-MakeAggregation = Callable[[MaskedParameters, int], Aggregation]
-"""(what moves, clients of a round) -> what takes their updates in."""
+MakeAggregation = Callable[[MaskedParameters, float], Aggregation]
+"""(what moves, clients of a round, a float where that is only expected) -> what takes their updates in."""
 
 Engine = Callable[[MaskedParameters, Clients, LocalTraining, int, FedAvg], Updates]
 """(what moves, clients, their training, seed, algorithm) -> how clients train: one by one, in a stack, in processes."""
@@ -124,8 +142,20 @@ def clients_per_round(num_clients: int, fraction: float) -> int:
     return max(1, round(fraction * num_clients))
 
 
-def sample_clients(num_clients: int, fraction: float, seed: int, round_number: int) -> tuple[int, ...]:
-    """Draw a round's clients: different, uniformly, ascending; a function of seed and round only."""
+def sample_clients(
+    num_clients: int, fraction: float, seed: int, round_number: int, sampling: Sampling = "uniform"
+) -> tuple[int, ...]:
+    """Draw a round's clients: different, ascending; a function of seed and round only.
+
+    Sampling uniform draws max(1, round(C K)) of them. With poisson each comes with probability C, so that a round can
+    be without any.
+
+    >>> sample_clients(100, 0.05, seed=0, round_number=1)
+    (5, 21, 34, 41, 53)
+    """
+    if sampling == "poisson":
+        comes = generator(seed, "poisson clients", round_number).random(num_clients) < fraction
+        return tuple(np.flatnonzero(comes).tolist())
     count = clients_per_round(num_clients, fraction)
     chosen = generator(seed, "clients", round_number).choice(num_clients, size=count, replace=False)
     return tuple(sorted(int(client) for client in chosen))
@@ -202,6 +232,7 @@ def fedavg(
     local: LocalTraining,
     rounds: int,
     fraction: float = 0.1,
+    sampling: Sampling = "uniform",
     seed: int = 0,
     algorithm: FedAvg | None = None,
     through: Sequence[Transform] = (),
@@ -212,8 +243,9 @@ def fedavg(
     """Train federatedly: yield rounds done+1..rounds; after each, the model holds the new global values.
 
     theta <- sum over sampled clients of n_k theta_k / sum of n_k, or what ``algorithm`` makes of their updates. Only
-    the ``mask``'s True entries move (None: everything). ``through`` are transforms of updates, the first nearest to
-    the client. A client whose training diverges, or whose update cannot be used, raises BadUpdateError and leaves
+    the ``mask``'s True entries move (None: everything). A round has ``fraction`` of the clients: a fixed number of
+    them, or with ``sampling`` poisson each with that probability; theta stays where none comes, but for noise.
+    ``through`` are transforms of updates, the first nearest to the client. A client whose training diverges, or whose update cannot be used, raises BadUpdateError and leaves
     theta in place; with ``on_bad_client`` "skip" the round goes on without it.
 
     >>> for round in fedavg(model, clients, mask, local=LocalTraining(steps=4, learning_rate=1e-3), rounds=100):
@@ -221,16 +253,19 @@ def fedavg(
     """
     if not 0 < fraction <= 1:
         raise InputError(f"fraction {fraction}: expected a share of clients above 0 and at most 1, such as 0.1")
+    if sampling not in get_args(Sampling):
+        raise InputError(f"sampling {sampling!r}: expected uniform or poisson")
     algorithm = algorithm or FedAvg()
     moving = MaskedParameters.of(model, mask)
     updates = reduce(
         lambda inner, transform: transform(inner), through, engine(moving, clients, local, seed, algorithm)
     )
     weights = algorithm.weights(clients.sizes, local)
-    mean = algorithm.aggregation(moving, clients_per_round(len(clients), fraction))
+    expected = fraction * len(clients) if sampling == "poisson" else clients_per_round(len(clients), fraction)
+    mean = algorithm.aggregation(moving, expected)
     for number in range(done + 1, rounds + 1):
         theta, metrics = moving.copy(), Metrics()
-        chosen = sample_clients(len(clients), fraction, seed, number)
+        chosen = sample_clients(len(clients), fraction, seed, number, sampling)
         replies, lost = dict[int, Tensor | None](), dict[int, Lost]()
         try:
             for client, answer in updates(number, chosen, theta):
@@ -245,7 +280,7 @@ def fedavg(
                 replies[client] = update.reply
         finally:
             moving.load(theta)
-        if replies:
+        if replies or mean.writes_alone:
             mean.write(number)
             moving.note_training()
             algorithm.server_side(moving, theta, replies)

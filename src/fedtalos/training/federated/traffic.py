@@ -5,7 +5,7 @@ Letters: K clients.
 
 import numpy as np
 
-from fedtalos.training.federated.fedavg import FedAvg, Round, sample_clients
+from fedtalos.training.federated.fedavg import FedAvg, Round, Sampling, sample_clients
 from fedtalos.training.masked_parameters import MaskedParameters
 
 
@@ -25,10 +25,10 @@ class Traffic:
         self._first_contact = first_contact
         self._met = np.zeros(num_clients, dtype=np.bool_)
 
-    def skip(self, done: int, fraction: float, seed: int) -> None:
+    def skip(self, done: int, fraction: float, seed: int, sampling: Sampling = "uniform") -> None:
         """Note whom the first ``done`` rounds met, for a run that goes on."""
         for number in range(1, done + 1):
-            self._met[list(sample_clients(len(self._met), fraction, seed, number))] = True
+            self._met[list(sample_clients(len(self._met), fraction, seed, number, sampling))] = True
 
     def count(self, round_: Round) -> tuple[int, int]:
         """Bytes down and up of one round."""

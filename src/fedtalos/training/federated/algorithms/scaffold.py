@@ -14,12 +14,13 @@ from torch import Tensor
 from fedtalos.training.entries import Values
 from fedtalos.training.federated.algorithms.fedopt import FedAvgM
 from fedtalos.training.federated.clients import Integers
+from fedtalos.training.federated.fedavg import Trained
 from fedtalos.training.local_training import LocalTraining
 from fedtalos.training.masked_parameters import MaskedParameters
 
 
 class Control:
-    """Add c - c_k to a client's gradients, and reply with the mean of its own over its steps."""
+    """Add c - c_k to a client's gradients, and reply with the mean of its own over its steps; of a stack, (V, A)."""
 
     def __init__(self, term: Tensor, steps: int) -> None:
         self._term, self._steps = term, steps
@@ -49,7 +50,7 @@ class Scaffold(FedAvgM):
         super().__init__(learning_rate, momentum=0.0)
         self._shares: NDArray[np.floating[Any]] = np.empty(0)
 
-    def client_side(self, _moving: MaskedParameters, message: Tensor | None, steps: int) -> Control:
+    def client_side(self, _trained: Trained, message: Tensor | None, steps: int) -> Control:
         assert message is not None
         return Control(message, steps)
 

@@ -1,0 +1,113 @@
+"""Runs to go on with: found by name or age, with their options as they were, wherever they are gone on with."""
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from fedtalos.app.config.files import flatten, from_file, nearest, read_yaml
+from fedtalos.app.config.help import option_names
+from fedtalos.app.config.options import takes_path
+from fedtalos.app.config.schema import RUN_CONFIGS, RunConfig
+from fedtalos.app.run.paths import RunPaths, plain_name
+from fedtalos.errors import InputError
+
+MAY_DIFFER = (
+    "config",
+    "preset",
+    "run_name",
+    "resume",
+    "resume_or_start",
+    "output_dir",
+    "data_dir",
+    "device",
+    "precision",
+    "threads",
+    "workers",
+    "cache_gb",
+    "clients_at_once",
+    "tracker",
+)
+"""Options that a resumed run may be given anew."""
+
+
+def run_to_resume(root: Path, name: str | None, command: str, *, or_start: bool = False) -> RunPaths | None:
+    """The run that --resume means: the named one, else the newest of this command without a summary.
+
+    Where there is none: None under --resume_or_start, else InputError with the names of those that are there.
+    """
+    if name is not None:
+        paths = RunPaths(root, plain_name("--run_name", name))
+        if paths.started:
+            if (made_by_command := read_yaml(paths.config).get("command")) != command:
+                raise InputError(f"--resume: {name} is a run of `{made_by_command}`, not of `{command}`")
+            return paths
+    runs = runs_of(root, command)
+    unfinished = [paths for paths in runs if not paths.finished]
+    if name is None and unfinished:
+        return unfinished[0]
+    if or_start:
+        return None
+    raise InputError(nothing_to_resume(root, name, command, [paths.name for paths in runs]))
+
+
+def runs_of(root: Path, command: str) -> list[RunPaths]:
+    """List the runs of a command, the newest first."""
+    configs = sorted((root / "results").glob("*/config.yaml"), key=lambda path: path.stat().st_mtime, reverse=True)
+    of_it = [path for path in configs if f"command: {command}\n" in path.read_text(encoding="utf-8", errors="replace")]
+    return [RunPaths(root, path.parent.name) for path in of_it]
+
+
+def nothing_to_resume(root: Path, name: str | None, command: str, runs: list[str]) -> str:
+    """Say in one sentence what --resume looked for, and which names there are."""
+    place = root / "results"
+    there = ", ".join([*runs[:8], *(["..."] if len(runs) > 8 else [])])
+    if name is None:
+        listed = f"; finished are {there}" if runs else ""
+        return (
+            f"--resume: no unfinished run of `{command}` in {place}{listed}; give its --run_name or --output_dir, "
+            "or --resume_or_start to begin one"
+        )
+    listed = nearest(name, runs) or (f"; there are {there}" if runs else "; there is none")
+    return f"--resume: no run {name!r} of `{command}` in {place}{listed}; --resume_or_start begins it"
+
+
+def working_folder(paths: RunPaths) -> Path | None:
+    """The folder that the run was begun in, by its config.yaml; its relative paths were given from there."""
+    made_by_then = read_yaml(paths.config).get("made_by") if paths.started else None
+    folder = made_by_then.get("folder") if isinstance(made_by_then, dict) else None
+    return Path(folder) if isinstance(folder, str) else None
+
+
+def from_here(values: Mapping[str, Any], command: str, folder: Path | None) -> dict[str, Any]:
+    """Options with relative paths, as given in ``folder``, as they are to be given in the working folder.
+
+    Only what is there in ``folder`` changes; the folder of results is always given anew.
+    """
+    found = dict(values)
+    if folder is None or folder == Path.cwd():
+        return found
+    for option, field in option_names(RUN_CONFIGS[command]).items():
+        value = values.get(option)
+        if option != "output_dir" and isinstance(value, str) and takes_path(field):
+            path = folder / value
+            if path.is_file() or (path.exists() and field.annotation is not str):  # of text, a name may be meant
+                found[option] = str(path)
+    return found
+
+
+def saved_options(paths: RunPaths, command: str) -> dict[str, Any]:
+    """Options that a run was begun with, to be given in the working folder to go on with it."""
+    return from_here(from_file(paths.config, command), command, working_folder(paths))
+
+
+def differing(was: Mapping[str, Any], config: RunConfig) -> list[str]:
+    """List the options that make ``config`` another run than ``was``; a path may be written in another way."""
+    fields = option_names(type(config))
+
+    def same(option: str, now: object) -> bool:
+        if isinstance(now, str) and isinstance(before := was.get(option), str) and takes_path(fields.get(option)):
+            return os.path.realpath(before) == os.path.realpath(now)
+        return was.get(option) == now
+
+    return [option for option, now in flatten(config).items() if option not in MAY_DIFFER and not same(option, now)]

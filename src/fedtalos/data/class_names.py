@@ -1,0 +1,66 @@
+"""Class names: of folders, as people read them, and what to say where two lists of them differ."""
+
+import difflib
+import unicodedata
+from collections.abc import Iterable, Sequence
+
+from fedtalos.errors import InputError, shown
+
+
+def class_name(folder: str) -> str:
+    """Spell a folder's name in one way (NFC): macOS may write an accent apart from its letter (NFD).
+
+    Raises InputError for bytes that are no text.
+
+    >>> class_name("cafe\\u0301") == "caf\\u00e9"
+    True
+    """
+    try:
+        folder.encode()
+    except UnicodeEncodeError as error:
+        raise InputError(f"the class folder {shown(folder)} has a name that is no UTF-8: rename it") from error
+    return unicodedata.normalize("NFC", folder)
+
+
+def some(names: Iterable[str], most: int = 3) -> str:
+    """List the first few names, and how many more there are.
+
+    >>> some(["cat", "dog", "fox", "owl", "yak"])
+    'cat, dog, fox and 2 more'
+    """
+    names = list(names)
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
+
+
+def alike(name: str, known: Iterable[str]) -> str:
+    """Suggest the known name that is most alike, as the end of a sentence, or nothing.
+
+    >>> alike("cats", ["cat", "dog"])
+    "; did you mean 'cat'?"
+    """
+    by_small = {other.casefold(): other for other in known}
+    close = difflib.get_close_matches(name.casefold(), by_small, n=1)
+    return f"; did you mean {by_small[close[0]]!r}?" if close else ""
+
+
+def check_same_classes(then: Sequence[str], now: Sequence[str], trained: str) -> None:
+    """Refuse, with an InputError, data whose classes are not those of a model that was ``trained`` on others.
+
+    >>> check_same_classes(["cat", "dog"], ["cat", "fox"], "checkpoint pets/last.json")
+    Traceback (most recent call last):
+    fedtalos.errors.InputError: checkpoint pets/last.json knows 2 classes and the data have 2, without 'dog', with new
+    'fox': give the data that it was trained on, or train anew with a new head
+    """
+    before, after = [class_name(name) for name in then], [class_name(name) for name in now]
+    if before == after:
+        return
+    gone = [repr(name) for name in before if name not in after]
+    new = [repr(name) for name in after if name not in before]
+    differ = ", ".join(
+        [*([f"without {some(gone)}"] if gone else []), *([f"with new {some(new)}"] if new else [])]
+    ) or "in another order"  # fmt: skip
+    raise InputError(
+        f"{trained} knows {len(before)} classes and the data have {len(after)}, {differ}: give the data that it was "
+        "trained on, or train anew with a new head"
+    )

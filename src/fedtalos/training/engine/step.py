@@ -1,0 +1,223 @@
+"""Training steps of V clients at once: forward, backward, clipping by client and the optimiser, on buffers that stay.
+
+A step reads nothing from the device, so it can be captured as a CUDA graph. Whatever went wrong is in its figures.
+
+Shapes: V clients, B images of a client's batch, A entries that move, R rows of a tensor from the first to the last of
+them.
+"""
+
+from collections.abc import Callable
+from typing import Protocol, TypeVar, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.optim import SGD, AdamW, Optimizer
+
+from fedtalos.training.engine.capture import CapturedStep, EagerStep, capture_or_not
+from fedtalos.training.engine.stacked_model import StackedModel
+from fedtalos.training.entries import Values
+from fedtalos.training.local_training import LocalTraining
+from fedtalos.training.loop import Batches, Step
+from fedtalos.training.masked_parameters import MaskedParameters
+
+
+class StackedAdjust(Protocol):
+    """A change to the gradients of V clients, (V, A) and free to be written to.
+
+    What differs from round to round are its attributes that are tensors: a captured step gets those of another round
+    copied into the ones that it knows.
+    """
+
+    def __call__(self, gradient: Tensor, /) -> Tensor: ...
+
+
+A = TypeVar("A", bound=StackedAdjust)
+
+
+class Stack:
+    """V clients that start from the same values and train side by side, each on its own batches.
+
+    ``passed`` is the number of the model's stages that the batches have passed already. ``capture`` runs steps as CUDA
+    graphs where that is possible, ``compile`` passes forward and backward through torch.compile.
+
+    Every client's optimiser is fresh at ``load``. Of a tensor of which a mask freezes entries, the optimiser steps the
+    moving ones gathered in a vector of their own, so that its state has no others, and writes them back.
+
+    >>> stack = Stack(MaskedParameters(model, mask), LocalTraining(steps=4), size=10)
+    >>> stack.load(theta)
+    >>> steps = stack.train(batches, learning_rate=1e-3)    # batches of (10, B, 3, H, W) and (10, B)
+    >>> stack.values(0)                                     # the first client's, in theta's parts
+    """
+
+    def __init__(
+        self,
+        moving: MaskedParameters,
+        local: LocalTraining,
+        size: int,
+        *,
+        passed: int = 0,
+        capture: bool = False,
+        compile: bool = False,
+    ) -> None:
+        self.local, self.size, self._capture = local, size, capture
+        entries = moving.entries
+        numbers = {name: torch.arange(len(mask)) for name, mask in entries.masks.items()}
+        spans = dict(zip(numbers, entries.moving_rows(numbers), strict=True))
+        rows = {name: slice(int(span[0]), int(span[-1]) + 1) for name, span in spans.items()}
+        self._model = StackedModel(moving.model, rows, size=size, passed=passed, precision=local.precision)
+        self._tensors = list(self._model.moving.values())
+        within = {name: mask[rows[name]].flatten() for name, mask in entries.masks.items()}
+        self._indices = [None if bool(mask.all()) else mask.nonzero().squeeze(1) for mask in within.values()]
+        """Positions of moving entries in a client's rows of each tensor, (A,) together; None: all of them."""
+        self._steered = [
+            tensor if index is None else nn.Parameter(tensor.detach().view(size, -1).index_select(1, index))
+            for tensor, index in zip(self._tensors, self._indices, strict=True)
+        ]
+        """What the optimiser steps: whole stacks, or the moving entries of one, (V, A)."""
+        self._clients = [
+            [stack.detach()[client].view_as(part) for stack, part in zip(self._tensors, moving.rows, strict=True)]
+            for client in range(size)
+        ]
+        self._optimizer = _optimizer(self._steered, local)
+        self._adjust: StackedAdjust | None = None
+        self._forward = torch.compile(self._losses, dynamic=False) if compile else self._losses
+        self._steps: dict[tuple[torch.Size, torch.Size], CapturedStep | EagerStep] = {}
+
+    def values(self, client: int) -> list[Tensor]:
+        """Views of a client's values, in the parts of ``Entries.moving_rows``."""
+        return self._clients[client]
+
+    def vector(self) -> Tensor:
+        """Copy what moves of every client, (V, A)."""
+        return torch.cat([steered.detach().flatten(1) for steered in self._steered], 1)
+
+    def finite(self) -> Tensor:
+        """Tell by client whether all values are finite, (V,) bool; nothing is read from the device."""
+        return _norms([tensor.detach() for tensor in self._tensors]).isfinite()
+
+    @torch.no_grad()
+    def load(self, theta: Values) -> None:
+        """Let every client start from theta, with an optimiser that has seen nothing and no adjustment."""
+        self._model.refresh()
+        for tensor, part in zip(self._tensors, theta.parts, strict=True):
+            tensor.copy_(part.view(tensor.shape[1:]).expand_as(tensor))
+        self._gather()
+        for value in self._optimizer_state():
+            value.zero_()
+
+    def adjust_by(self, adjust: A | None) -> A | None:
+        """Change gradients from now on by ``adjust``, before they are clipped.
+
+        Returns the one in use: where captured steps know one like it already, that one, with the new one's tensors.
+        """
+        if adjust is None or not self._capture or _plain(adjust) != _plain(self._adjust):
+            if adjust is not None or self._adjust is not None:
+                self._steps.clear()
+            self._adjust = adjust
+            return adjust
+        known = cast(A, self._adjust)
+        for name, value in vars(adjust).items():
+            if isinstance(value, Tensor):
+                getattr(known, name).copy_(value)
+        return known
+
+    def train(self, batches: Batches, learning_rate: float) -> list[Step]:
+        """Take a step of all clients per batch, (V, B, 3, H, W) and (V, B); nothing is read from the device."""
+        for group in self._optimizer.param_groups:
+            if isinstance(group["lr"], Tensor):
+                group["lr"].fill_(learning_rate)
+            else:
+                group["lr"] = learning_rate
+        taken = []
+        for number, (images, labels) in enumerate(batches):
+            key = images.shape, labels.shape
+            if key not in self._steps:
+                self._steps[key] = capture_or_not(self.step, (images, labels), self._state, wanted=self._capture)
+            loss, norm, correct = self._steps[key](images, labels)
+            taken.append(Step(number, learning_rate, labels.shape[1], loss, norm, correct))
+        return taken
+
+    def step(self, images: Tensor, labels: Tensor) -> Tensor:
+        """Take one step on (V, B, ...) and (V, B); returns losses, gradients' norms and correct answers, (3, V)."""
+        losses, correct = self._forward(images, labels)
+        found = torch.autograd.grad(losses.sum(), self._tensors)
+        with torch.no_grad():
+            gradients = [
+                gradient.reshape(self.size, -1)
+                if index is None
+                else gradient.view(self.size, -1).index_select(1, index)
+                for gradient, index in zip(found, self._indices, strict=True)
+            ]
+            if self._adjust is not None:
+                changed = self._adjust(torch.cat(gradients, 1))
+                gradients = list(changed.split([gradient.shape[1] for gradient in gradients], 1))
+            norms = losses if self.local.clip_norm is None else clip_each(gradients, self.local.clip_norm)
+            for steered, gradient in zip(self._steered, gradients, strict=True):
+                steered.grad = gradient.reshape(steered.shape)
+            self._optimizer.step()
+            self._optimizer.zero_grad(set_to_none=True)
+            self._write_back()
+            return torch.stack([losses.detach(), norms, correct])
+
+    def _losses(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean loss and number of correct answers of every client, both (V,) float32."""
+        logits = self._model(images)  # (V, B, C)
+        losses = F.cross_entropy(logits.float().flatten(0, 1), labels.flatten(), reduction="none")
+        return losses.view(labels.shape).mean(1), (logits.argmax(2) == labels).sum(1).float()
+
+    def _gather(self) -> None:
+        """Copy moving entries into the vectors that the optimiser steps."""
+        for steered, tensor, index in zip(self._steered, self._tensors, self._indices, strict=True):
+            if index is not None:
+                steered.copy_(tensor.view(self.size, -1).index_select(1, index))
+
+    def _write_back(self) -> None:
+        """Copy the vectors that the optimiser stepped into their tensors; every other entry keeps its bits."""
+        for steered, tensor, index in zip(self._steered, self._tensors, self._indices, strict=True):
+            if index is not None:
+                tensor.view(self.size, -1).scatter_(1, index.expand(self.size, -1), steered)
+
+    def _state(self) -> list[Tensor]:
+        """Everything that a step changes, but its figures."""
+        held = [tensor.detach() for tensor in (*self._tensors, *self._steered)]
+        own = vars(self._adjust).values() if self._adjust is not None else ()
+        return held + self._optimizer_state() + [value for value in own if isinstance(value, Tensor)]
+
+    def _optimizer_state(self) -> list[Tensor]:
+        states = self._optimizer.state.values()
+        return [value for state in states for value in state.values() if isinstance(value, Tensor)]
+
+
+def clip_each(gradients: list[Tensor], max_norm: float) -> Tensor:
+    """Clip every client's gradient by itself, tensors (V, ...), in place; returns the norms found, (V,)."""
+    norms = _norms(gradients)
+    factors = (max_norm / (norms + 1e-6)).clamp(max=1.0)  # as torch.nn.utils.clip_grads_with_norm_
+    torch._foreach_mul_(gradients, [factors.view(-1, *[1] * (gradient.dim() - 1)) for gradient in gradients])
+    return norms
+
+
+def _norms(tensors: list[Tensor]) -> Tensor:
+    """2-norm by client over all tensors (V, ...), (V,)."""
+    norms: Tensor = torch.stack([tensor.flatten(1).norm(dim=1) for tensor in tensors]).norm(dim=0)
+    return norms
+
+
+def _optimizer(steered: list[nn.Parameter], local: LocalTraining) -> Optimizer:
+    """Make torch's optimiser of the stacks; on CUDA one whose learning rate and step count lie on the device."""
+    device, rate = steered[0].device, local.rate(0)
+    cuda = device.type == "cuda"
+    learning_rate: float | Tensor = torch.tensor(rate, device=device) if cuda else rate
+    if local.optimizer == "sgd":
+        return SGD(
+            steered, lr=learning_rate, momentum=local.momentum, weight_decay=local.weight_decay, fused=cuda or None
+        )
+    return AdamW(steered, lr=learning_rate, weight_decay=local.weight_decay, fused=cuda or None, capturable=cuda)
+
+
+def _plain(adjust: Callable[[Tensor], Tensor] | None) -> object:
+    """What an adjustment is apart from its tensors' values: a captured step of one serves every other that has it."""
+    if adjust is None:
+        return None
+    plain = {name: value for name, value in vars(adjust).items() if not isinstance(value, Tensor)}
+    return type(adjust), plain, sorted(vars(adjust).keys() - plain.keys())
