@@ -1,26 +1,40 @@
 """How near federated rounds come to what a device can do: rounds, images and TFLOP/s, beside its measured matmul peak.
 
     PYTHONPATH=src python benchmarks/gpu.py                    needs only torch and numpy; --device cuda by default
-    PYTHONPATH=src python benchmarks/gpu.py --smoke            everything, tiny, on the CPU
+    PYTHONPATH=src python benchmarks/gpu.py --smoke            everything but torch.compile, tiny, on the CPU
 
 A round is fedtalos' own: 10 of 20 clients, 4 steps of 64 images each, random uint8 images that live on the device,
 cropped and flipped there, AdamW, clipping, averaging; no evaluation. Clients train one by one or V together
-(training/federated/stacked.py). FLOPs are counted from the model's matrix products (two per multiply-add), what a mask
-spares left out. "of peak" is the share of a large square product's speed in the same precision, measured in the same
-run.
+(training/federated/stacked.py): eagerly, with every step a CUDA graph, or compiled and a graph. The last two lines of a
+setting are what bounds it (prototype_step.py): a bare eager step of one client, and one of V compiled and captured,
+with neither data nor rounds around it; its masked step moves the weights of q, k and v.
+
+FLOPs are counted from the model's matrix products (two per multiply-add), what a mask spares left out. "of peak" is the
+share of a large square product's speed in the same precision, measured in the same run. "first, s" is the time until
+the first round is done: compiling and capturing are in it.
 """
 
 import argparse
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
 from fisher import Work
 from measure import environment, markdown_table, synchronize
+from prototype_step import Prototype, seconds_a_step
 from rounds import Load, Rounds, Setting, Variant, random_images
 
-HEADER = ("precision", "moves", "clients", "rounds/s", "to one by one", "images/s", "TFLOP/s", "of peak", "GiB")
+from fedtalos.data.images import LabelledImages
+from fedtalos.training.federated.fedavg import Engine, Round, one_by_one
+from fedtalos.training.federated.stacked import stacked
+
+HEADER = (
+    *("precision", "moves", "clients", "images/s", "to one by one", "rounds/s", "first, s"),
+    *("TFLOP/s", "of peak", "GiB"),
+)
 SMOKE = Load(clients=4, per_round=2, steps=2, batch_size=2, seconds=0.0, gemm_side=128, fisher_images=4)
 
 
@@ -47,60 +61,141 @@ def matmul_peak(device: torch.device, precision: str, side: int) -> float:
     return 10 * 2 * side**3 / best
 
 
-def measured(work: Rounds) -> tuple[int, float]:
-    """FLOPs of a round, and its seconds: the mean over at least three rounds and ``load.seconds``, after two."""
-    rounds = iter(work)
-    for _ in range(2):
-        next(rounds)
+@dataclass(frozen=True)
+class Way:
+    """How a round's clients train."""
+
+    at_once: int | None = None
+    captured: bool = False
+    compiled: bool = False
+
+    @property
+    def engine(self) -> Engine:
+        """One by one where ``at_once`` is None."""
+        if self.at_once is None:
+            return one_by_one
+        return partial(stacked, size=self.at_once, capture=self.captured, compile=self.compiled)
+
+    def __str__(self) -> str:
+        if self.at_once is None:
+            return "one by one"
+        return f"{self.at_once} together" + ", compiled" * self.compiled + ", graph" * self.captured
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Seconds until the first call was done, and of a later one."""
+
+    first: float
+    seconds: float
+
+
+def measured(rounds: Iterable[Round], seconds: float) -> Measured:
+    """Time rounds: the mean over at least three of them and ``seconds``, after two; one of 0 seconds, after one."""
+    going = iter(rounds)
+    start = time.perf_counter()
+    next(going)
     synchronize()
+    first = time.perf_counter() - start
+    if seconds:
+        next(going)
+        synchronize()
     start, count = time.perf_counter(), 0
-    while count < 3 or time.perf_counter() - start < work.load.seconds:
-        next(rounds)
+    while count < (3 if seconds else 1) or time.perf_counter() - start < seconds:
+        next(going)
         synchronize()
         count += 1
-    seconds = (time.perf_counter() - start) / count
-    return 2 * work.multiply_adds * work.load.images_per_round, seconds
+    return Measured(first, (time.perf_counter() - start) / count)
 
 
-def variants(device: torch.device, precisions: Sequence[str], at_once: Sequence[int]) -> list[Variant]:
-    """Of every precision and mask: one by one first, then together, then compiled (CUDA, all but strict fp32)."""
-    found = []
-    for precision in precisions:
-        for moves in ("all", "90 % q/k"):
-            found += [Variant(precision, moves, together) for together in (1, *at_once)]
-            if device.type == "cuda" and precision != "fp32":
-                found += [Variant(precision, moves, compiled=mode) for mode in ("default", "reduce-overhead")]
+def ways(device: torch.device, at_once: Sequence[int], *, smoke: bool) -> list[Way]:
+    """One by one first, then together; as graphs and compiled where there is CUDA. A smoke test has graphs' twins."""
+    found = [Way(), *(Way(together) for together in at_once)]
+    if device.type == "cuda" or smoke:
+        found += [Way(together, captured=True) for together in (1, *at_once)]
+    if device.type == "cuda":
+        found += [Way(together, captured=True, compiled=True) for together in (1, *at_once)]
     return found
 
 
-def rows(
-    setting: Setting, load: Load, device: torch.device, chosen: Sequence[Variant], peaks: dict[str, float]
-) -> Iterator[tuple[object, ...]]:
-    """The table of a setting, line by line; a variant that fails says so in its line."""
-    images, alone = random_images(setting, load, device), float("nan")
-    for variant in chosen:
-        set_float32(device, variant.precision)
+class Table:
+    """The lines of one setting in one precision, for what moves; a line that fails says why."""
+
+    def __init__(
+        self, setting: Setting, load: Load, images: LabelledImages, precision: str, moves: str, peak: float
+    ) -> None:
+        self.setting, self.load, self.images, self.peak = setting, load, images, peak
+        self.precision, self.moves, self.device = precision, moves, images.pixels.device
+        self._alone = float("nan")
+
+    def round(self, way: Way) -> tuple[object, ...]:
+        """Rounds of fedtalos."""
+
+        def measure() -> tuple[Measured, int, float]:
+            work = Rounds(self.setting, Variant(self.precision, self.moves), self.load, self.images)
+            found = measured(work.rounds(way.engine), self.load.seconds)
+            images = self.load.images_per_round
+            if way.at_once is None:
+                self._alone = found.seconds / images
+            return found, images, 2 * work.multiply_adds * images
+
+        return self._line(str(way), measure)
+
+    def bound(self, clients: int, *, best: bool) -> tuple[object, ...]:
+        """The prototype's steps: eager and of one client, or the ``best`` that it can."""
+
+        def measure() -> tuple[Measured, int, float]:
+            moves = "all" if self.moves == "all" else "qkv"
+            dtype = torch.bfloat16 if self.precision == "bf16" else torch.float32
+            sizes = (self.setting.size, self.setting.pixels, self.setting.patch, clients, self.load.batch_size)
+            start = time.perf_counter()
+            step = Prototype(*sizes, moves=moves, dtype=dtype).step(self.device, compiled=best, captured=best)
+            step()
+            synchronize()
+            first = time.perf_counter() - start
+            images = clients * self.load.batch_size
+            work = Rounds(self.setting, Variant(self.precision, self.moves), self.load, self.images)
+            return (
+                Measured(first, seconds_a_step(step, self.device, steps=10 if self.load.seconds else 1)),
+                images,
+                2 * work.multiply_adds * images,
+            )
+
+        return self._line(f"prototype, {clients} compiled, graph" if best else "bare eager step", measure)
+
+    def _line(self, name: str, measure: Callable[[], tuple[Measured, int, float]]) -> tuple[object, ...]:
+        set_float32(self.device, self.precision)
         torch.compiler.reset()
-        if device.type == "cuda":
+        if self.device.type == "cuda":
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
-        name = (variant.precision, variant.moves, str(variant))
         try:
-            flops, seconds = measured(Rounds(setting, variant, load, images))
+            found, images, flops = measure()
         except RuntimeError as error:  # out of memory, or what a compiler cannot do
-            yield (*name, type(error).__name__, *[""] * 5)
-            continue
-        if str(variant) == "one by one":
-            alone = seconds
-        yield (
-            *name,
-            f"{1 / seconds:.2f}",
-            f"{alone / seconds:.2f}",
-            f"{load.images_per_round / seconds:.0f}",
-            f"{flops / seconds / 1e12:.3g}",
-            f"{100 * flops / seconds / peaks[variant.precision]:.1f} %",
-            f"{torch.cuda.max_memory_allocated() / 2**30:.1f}" if device.type == "cuda" else "",
+            return (self.precision, self.moves, name, type(error).__name__, *[""] * 6)
+        a_second = images / found.seconds
+        return (
+            *(self.precision, self.moves, name, f"{a_second:.0f}", f"{a_second * self._alone:.2f}"),
+            f"{a_second / self.load.images_per_round:.2f}",
+            f"{found.first:.1f}",
+            f"{flops / found.seconds / 1e12:.3g}",
+            f"{100 * flops / found.seconds / self.peak:.1f} %",
+            f"{torch.cuda.max_memory_allocated() / 2**30:.1f}" if self.device.type == "cuda" else "",
         )
+
+
+def rows(
+    setting: Setting, load: Load, device: torch.device, chosen: Sequence[Way], peaks: dict[str, float]
+) -> Iterator[tuple[object, ...]]:
+    """The table of a setting, line by line."""
+    images = random_images(setting, load, device)
+    most = max(way.at_once or 1 for way in chosen)
+    for precision, peak in peaks.items():
+        for moves in ("all", "90 % q/k"):
+            table = Table(setting, load, images, precision, moves, peak)
+            yield from map(table.round, chosen)
+            yield table.bound(1, best=False)
+            yield table.bound(most, best=True)
 
 
 def fisher_line(setting: Setting, load: Load, device: torch.device) -> str:
@@ -126,11 +221,13 @@ def fisher_line(setting: Setting, load: Load, device: torch.device) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=("cuda", "mps", "cpu"), default="cuda")
-    parser.add_argument("--smoke", action="store_true", help="everything, tiny, on the CPU; its figures mean nothing")
+    parser.add_argument(
+        "--smoke", action="store_true", help="all but torch.compile, tiny, on the CPU; its figures mean nothing"
+    )
     parser.add_argument("--sizes", nargs="+", default=["micro", "tiny", "small"])
     parser.add_argument("--pixels", nargs="+", type=int, default=[32, 224], help="patches: 4 px at 32, else 16")
     parser.add_argument("--precisions", nargs="+", help="fp32, tf32 (CUDA), bf16; default: all that the device has")
-    parser.add_argument("--at_once", nargs="*", type=int, default=[2, 5, 10], help="clients that train together")
+    parser.add_argument("--at_once", nargs="*", type=int, help="clients that train together; default: 5 10, --smoke: 2")
     parser.add_argument("--output", type=Path, help="default: benchmarks/results/gpu-<device name>.md; --smoke: none")
     options = parser.parse_args()
     device = torch.device("cpu" if options.smoke else options.device)
@@ -138,7 +235,8 @@ def main() -> None:
         if not torch.cuda.is_available():
             parser.error("--device cuda: not available here; take mps or cpu, or --smoke")
         torch.cuda.init()
-    load = SMOKE if options.smoke else Load()
+    load, at_once = (SMOKE, [2]) if options.smoke else (Load(), [5, 10])
+    at_once = at_once if options.at_once is None else options.at_once
     settings = [Setting(s, px, 4 if px == 32 else 16) for px in options.pixels for s in options.sizes]
     settings = [Setting("micro", 8, 4)] if options.smoke else settings
     precisions = options.precisions or (["fp32", "tf32", "bf16"] if device.type == "cuda" else ["fp32", "bf16"])
@@ -152,7 +250,7 @@ def main() -> None:
     print(text, end="")
     for setting in settings:
         lines = []
-        for line in rows(setting, load, device, variants(device, precisions, options.at_once), peaks):
+        for line in rows(setting, load, device, ways(device, at_once, smoke=options.smoke), peaks):
             print(setting, *line, sep=" | ", flush=True)
             lines.append(line)
         text += f"\n## {setting}\n\n{markdown_table(HEADER, lines)}{fisher_line(setting, load, device)}"

@@ -110,3 +110,18 @@ by_bytes.set(xlabel="megabytes sent, down and up")
 by_round.legend(frameon=False)
 Path("plots").mkdir(exist_ok=True)
 figure.savefig("plots/cifar100_federated.png", dpi=150)
+
+# %% [markdown]
+# ## What came out
+#
+# With the numbers above, a ViT-Ti/16 with ImageNet weights from a file, one seed, and 14 minutes of one CPU thread:
+#
+# | may move | test accuracy | MB sent |
+# |---|---|---|
+# | nothing: the ridge head | 0.286 | |
+# | everything | 0.418 | 4392 |
+# | TaLoS, 10 % | 0.353 | 427 |
+# | random, 10 % | 0.412 | 427 |
+#
+# A random tenth learns nearly as much as everything, for a tenth of the bytes. docs/results.md has three seeds, other
+# splits and other rates.

@@ -1,7 +1,9 @@
 """Small models and images that the tests share."""
 
+import os
 from pathlib import Path
 
+import hypothesis
 import pytest
 import torch
 
@@ -9,10 +11,22 @@ from fedtalos.models.vision_transformer import Architecture, VisionTransformer
 from fedtalos.randomness import torch_generator
 from fedtalos.training.editing.mask_file import MaskFacts
 
+# No test looks at the clock: on a busy machine anything may take long.
+hypothesis.settings.register_profile(
+    "without a clock", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow]
+)
+hypothesis.settings.load_profile("without a clock")
+
 
 @pytest.fixture(autouse=True)
 def one_thread():
     torch.set_num_threads(1)  # small tensors: threads cost more than they give
+
+
+@pytest.fixture(scope="session", autouse=True)
+def cache_of_their_own(tmp_path_factory):
+    """Tests keep decoded images apart from the user's."""
+    os.environ["FEDTALOS_CACHE"] = str(tmp_path_factory.mktemp("cache"))
 
 
 @pytest.fixture

@@ -134,7 +134,7 @@ def test_about_thirty_options_are_for_every_day():
 
 
 def test_hidden_options_parse():
-    assert parse(["federated", "--momentum", "0.5"]).train.momentum == 0.5
+    assert parse(["federated", "--optimizer", "sgd", "--momentum", "0.5"]).train.momentum == 0.5
 
 
 @pytest.mark.parametrize("words", ["--help", "mask --help", *(f"{c} --help" for c in TOOL_CONFIGS if c != "mask")])

@@ -6,7 +6,6 @@ import os
 import pickle
 import tarfile
 import threading
-import warnings
 from contextlib import contextmanager
 from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -16,12 +15,10 @@ import numpy as np
 import pooch
 import pytest
 import torch
-from PIL import Image
 
 from fedtalos.data import downloads
 from fedtalos.data.dataset_loader import load_dataset
 from fedtalos.data.downloads import fetch_archive, read_members
-from fedtalos.data.image_folder import CACHE, read_image_folder
 from fedtalos.data.images import LabelledImages
 from fedtalos.errors import InputError
 from fedtalos.randomness import generator
@@ -469,188 +466,6 @@ def test_load_dataset_downloads_where_nothing_lies(server, tmp_path, monkeypatch
     dataset = load("cifar100", tmp_path, download=partial(fetch_archive, base_url=server.url, checksums=checksums))
     assert len(dataset.test) == 15
     assert set(downloads.CHECKSUMS) == {"cifar-100-python.tar.gz", "cifar-10-python.tar.gz"}
-
-
-# image folders
-
-RED, BLUE = (250, 10, 20), (10, 20, 250)
-
-
-def picture(file: Path, colour=RED, size=(20, 10), **save) -> None:
-    file.parent.mkdir(parents=True, exist_ok=True)
-    Image.new("RGB", size, colour).save(file, **save)
-
-
-@pytest.fixture
-def folder(tmp_path) -> Path:
-    """Two classes of ten, red and blue, no test set."""
-    for i in range(10):
-        picture(tmp_path / "red" / f"{i}.png")
-        picture(tmp_path / "blue" / f"{i}.{('jpg', 'webp', 'PNG', 'jpeg')[i % 4]}", BLUE, size=(9, 31))
-    return tmp_path
-
-
-def cached(folder: Path) -> list[Path]:
-    return sorted((folder / CACHE).iterdir()) if (folder / CACHE).exists() else []
-
-
-def test_a_folder_of_class_folders(folder):
-    dataset = load("folder", folder)
-    assert dataset.classes == ("blue", "red")
-    assert [len(getattr(dataset, name)) for name in SPLITS] == [13, 1, 2, 4]
-    for images in (dataset.train, dataset.test):
-        assert images.pixels.shape[1:] == (3, 8, 8)
-        colours = torch.tensor([BLUE, RED])[images.labels]
-        assert (images.pixels.amax(dim=(2, 3)).int() - colours).abs().max() < 12  # JPEG and WebP lose a little
-    assert len(dataset.train.labels[:6].unique()) == 2  # the first n are of mixed classes
-
-
-def test_the_cache_is_read_until_a_file_changes(folder, monkeypatch):
-    first = load("folder", folder)
-    with monkeypatch.context() as patch:
-        patch.setattr(Image, "open", lambda *args: pytest.fail("decoded again"))
-        assert load("folder", folder).fingerprint == first.fingerprint
-    picture(folder / "red" / "0.png", BLUE, size=(30, 30))
-    assert load("folder", folder).fingerprint != first.fingerprint
-    assert load("folder", folder, image_size=4).train.pixels.shape[-1] == 4
-    assert len(cached(folder)) == 3
-
-
-def test_a_bar_counts_the_images_that_are_decoded(folder):
-    bars = Bars()
-    for _ in range(2):
-        load("folder", str(folder), bar=bars)
-    assert bars.seen == [["decoding train images", 20, "images", 20]]
-
-
-def test_a_broken_cache_says_so(folder):
-    load("folder", folder)
-    (cache,) = cached(folder)
-    cache.write_bytes(cache.read_bytes()[:50])
-    with pytest.raises(InputError, match=rf"{cache.name} cannot be read .* delete it"):
-        load("folder", folder)
-
-
-def test_train_and_test_folders_are_used_as_they_are(tmp_path):
-    for i in range(10):
-        picture(tmp_path / "train" / "red" / f"{i}.png", size=(8, 8))
-        picture(tmp_path / "train" / "blue" / f"{i}.png", BLUE, size=(8, 8))
-    picture(tmp_path / "test" / "red" / "x.png", size=(8, 8))
-    picture(tmp_path / "test" / "blue" / "x.png", BLUE, size=(8, 8))
-    dataset = load("folder", tmp_path, calibration_fraction=0)
-    assert [len(getattr(dataset, name)) for name in SPLITS] == [18, 0, 2, 2]
-    for pixels, label in zip(dataset.test.pixels, dataset.test.labels, strict=True):
-        assert pixels[:, 0, 0].tolist() == list((BLUE, RED)[label])
-
-
-def test_other_files_and_hidden_ones_are_ignored(folder):
-    _, before, _ = read_image_folder(folder, 8)
-    write(folder / "red", {"notes.txt": b"x", ".hidden.png": b"broken", "Thumbs.db": b"y"})
-    write(folder / ".git", {"a.png": b"broken"})
-    write(folder, {"README.md": b"z", "loose.png": b"broken"})
-    _, after, _ = read_image_folder(folder, 8)
-    assert_same(before, after)
-    assert len(cached(folder)) == 1
-
-
-def read_one(tmp_path: Path, image: Image.Image, suffix: str = "png", size: int = 4, **save) -> torch.Tensor:
-    (tmp_path / "only").mkdir(exist_ok=True)
-    image.save(tmp_path / "only" / f"a.{suffix}", **save)
-    _, train, _ = read_image_folder(tmp_path, size)
-    return train.pixels[0]
-
-
-def test_the_middle_square_is_kept(tmp_path):
-    stripes = np.zeros((4, 12, 3), np.uint8)
-    stripes[:, 4:8] = np.arange(16, dtype=np.uint8).reshape(4, 4, 1)
-    pixels = read_one(tmp_path, Image.fromarray(stripes))
-    assert torch.equal(pixels, torch.arange(16, dtype=torch.uint8).view(1, 4, 4).expand(3, 4, 4))
-
-
-def test_shrinking_is_antialiased(tmp_path):
-    checks = np.indices((64, 64)).sum(axis=0) % 2 * 255
-    pixels = read_one(tmp_path, Image.fromarray(checks.astype(np.uint8)))
-    assert ((pixels.int() - 127).abs() < 20).all()
-
-
-def test_exif_orientation_is_respected(tmp_path):
-    upright = np.zeros((4, 4, 3), np.uint8)
-    upright[0, 1] = 255
-    exif = Image.Exif()
-    exif[0x0112] = 6  # "turn me clockwise to see me upright"
-    pixels = read_one(tmp_path, Image.fromarray(np.rot90(upright)), exif=exif)
-    assert torch.equal(pixels, torch.from_numpy(upright).permute(2, 0, 1))
-
-
-def test_every_colour_mode_becomes_rgb(tmp_path):
-    for mode in ("L", "1", "P", "RGBA", "LA"):
-        assert read_one(tmp_path, Image.new("RGB", (4, 4), "white").convert(mode)).unique().tolist() == [255], mode
-    palette = Image.new("P", (4, 4))
-    palette.putpalette([200, 100, 50])
-    pixels = read_one(tmp_path, palette, transparency=bytes([0]))
-    assert pixels[:, 0, 0].tolist() == [200, 100, 50]
-    deep = Image.fromarray(np.full((4, 4), 128 * 256, np.uint16))
-    assert read_one(tmp_path, deep).unique().tolist() == [128]  # 16-bit grey is scaled, not clipped
-
-
-def png_bytes(size=(64, 64)) -> bytes:
-    buffer = io.BytesIO()
-    noise = generator(0, "noise").integers(0, 256, (*size, 3), dtype=np.uint8)
-    Image.fromarray(noise).save(buffer, "PNG")
-    return buffer.getvalue()
-
-
-def encoded(kind: str) -> bytes:
-    buffer = io.BytesIO()
-    Image.open(io.BytesIO(png_bytes())).save(buffer, kind)
-    return buffer.getvalue()
-
-
-@pytest.mark.parametrize(
-    ("name", "content"),
-    [
-        ("bad.png", b""),
-        ("bad.png", b"not an image"),
-        ("bad.png", png_bytes()[:-3000]),
-        ("bad.jpg", encoded("JPEG")[:-1000]),
-        ("bad.webp", encoded("WEBP")[:-1000]),
-        ("bad.png", png_bytes()[:40]),
-    ],
-)
-def test_a_broken_image_is_named_and_nothing_is_written(folder, name, content):
-    write(folder / "blue", {name: content})
-    with pytest.raises(InputError, match=rf"blue/{name} is not a readable image"):
-        load("folder", folder)
-    assert not (folder / CACHE).exists()
-
-
-@pytest.mark.parametrize("limit", [300, 400])  # of 625 pixels: Pillow raises beyond twice the limit, else warns
-def test_a_decompression_bomb_is_named(folder, monkeypatch, limit):
-    picture(folder / "red" / "bomb.png", size=(25, 25))
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", limit)
-    warnings.simplefilter("default")  # the program's own filter, not the tests', makes it an error
-    with pytest.raises(InputError, match=r"bomb\.png .*decompression bomb"):
-        load("folder", folder)
-
-
-def test_folders_that_do_not_fit_are_named(tmp_path):
-    with pytest.raises(InputError, match="nowhere is not a folder"):
-        load("folder", tmp_path / "nowhere")
-    with pytest.raises(InputError, match="holds no class folders"):
-        load("folder", tmp_path)
-    picture(tmp_path / "red" / "a.png")
-    write(tmp_path / "empty", {"a.txt": b""})
-    with pytest.raises(InputError, match="empty holds no images"):
-        load("folder", tmp_path)
-    with pytest.raises(InputError, match="image_size 0"):
-        load("folder", tmp_path, image_size=0)
-
-
-def test_train_and_test_need_the_same_classes(tmp_path):
-    for split, name in (("train", "red"), ("test", "red"), ("test", "green")):
-        picture(tmp_path / split / name / "a.png")
-    with pytest.raises(InputError, match="test/green has no counterpart"):
-        load("folder", tmp_path)
 
 
 # the real thing

@@ -278,7 +278,9 @@ def test_the_papers_entries_are_softened_in_later_rounds_and_can_be_masked(train
     weights = soften(trained, entries, torch.zeros(len(entries), dtype=torch.bool), 0.01)
     for name in outside:
         torch.testing.assert_close(weights[name], 0.01 * trained.get_parameter(name).detach())
-    moving = MaskedParameters(trained, {"patch_embed.proj.weight": mask["blocks.0.attn.qkv.weight"].new_ones(96, 3, 2, 2)})
+    moving = MaskedParameters(
+        trained, {"patch_embed.proj.weight": mask["blocks.0.attn.qkv.weight"].new_ones(96, 3, 2, 2)}
+    )
     assert moving.frozen_stages == 0
 
 

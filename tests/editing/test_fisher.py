@@ -122,7 +122,9 @@ def test_the_papers_entries_outside_the_blocks_are_scored_as_the_loop_does(vit, 
     weights = soften(vit, paper, torch.arange(len(paper)) % 3 > 0, 0.01)
     scores = fisher_scores(vit, [(images, labels, uniforms)], paper.masks, weights, chunk=5)
     expected = loop_scores(vit, images, labels, uniforms, paper.masks, weights)
-    assert_close({n: s * paper.masks[n] for n, s in scores.items()}, {n: s * paper.masks[n] for n, s in expected.items()})
+    assert_close(
+        {n: s * paper.masks[n] for n, s in scores.items()}, {n: s * paper.masks[n] for n, s in expected.items()}
+    )
 
 
 @pytest.mark.parametrize("which", ["attention", "qk", "biases"])

@@ -204,7 +204,7 @@ def test_a_mask_of_the_papers_entries_shows_them_apart(capsys):
     outside = {row.kind: row.entries for row in table if row.block == OUTSIDE}
     assert outside == {"conv": 96 * 3 * 4 * 4, "norms": 2 * 96, "biases": 96}
     assert [row.place for row in table if row.block == OUTSIDE] == ["-"] * 3
-    inside = [row for row in density_table({n: t for n, t in mask.items() if n.startswith("blocks.")})]
+    inside = density_table({name: tensor for name, tensor in mask.items() if name.startswith("blocks.")})
     assert [row for row in table if row.block != OUTSIDE] == inside
     save_mask("mine.safetensors", mask, model)
     main(["mask", "show", "mine.safetensors"])

@@ -143,9 +143,7 @@ def test_a_killed_process_leaves_a_run_that_resumes():
     command = [sys.executable, str(ROOT / "main.py"), *FEDERATED, "--run_name", "cut"]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, env=os.environ | {"OMP_NUM_THREADS": "1"})
     try:
-        for _ in range(600):
-            if Path("checkpoints/cut/last.json").exists():
-                break
+        while not Path("checkpoints/cut/last.json").exists() and process.poll() is None:
             time.sleep(0.05)
     finally:
         process.send_signal(signal.SIGKILL)

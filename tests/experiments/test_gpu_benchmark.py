@@ -28,6 +28,11 @@ def test_it_measures_everything_with_torch_and_numpy_only():
     assert done.returncode == 0, done.stderr
     table = [line for line in done.stdout.splitlines() if line.startswith("| bf16 |")]
     assert [line.split(" | ")[1:3] for line in table] == [
-        [moves, way] for moves in ("all", "90 % q/k") for way in ("one by one", "2 together")
+        [moves, way]
+        for moves in ("all", "90 % q/k")
+        for way in (
+            *("one by one", "2 together", "1 together, graph", "2 together, graph"),
+            *("bare eager step", "prototype, 2 compiled, graph"),
+        )
     ]
     assert "Fisher scores:" in done.stdout

@@ -59,7 +59,7 @@ def test_rounds_that_no_client_comes_to_leave_the_model_and_can_be_counted(vit):
     def update(client, _adjust):
         moving.write(moving.vector() + client + 1)
 
-    options = {"local": Formula(update), "rounds": 12, "fraction": 0.2, "sampling": "poisson", "seed": 1}
+    options = {"local": Formula(update), "rounds": 12, "fraction": 0.4, "sampling": "poisson", "seed": 1}
     sizes, met = [], Traffic(moving, FedAvg(), 3, first_contact=5)
     for round_ in fedavg(moving, clients, algorithm=algorithm, **options):
         sizes.append(len(round_.clients))
@@ -70,7 +70,7 @@ def test_rounds_that_no_client_comes_to_leave_the_model_and_can_be_counted(vit):
     assert 0 in sizes
     assert len(set(sizes)) > 2
     resumed = Traffic(moving, FedAvg(), 3)
-    resumed.skip(12, 0.2, 1, "poisson")
+    resumed.skip(12, 0.4, 1, "poisson")
     assert np.array_equal(resumed._met, met._met)
 
 

@@ -120,7 +120,6 @@ def test_epsilon_of_poisson_sampling_is_the_librarys(z, clients, sampled):
     account = PLDAccountant(dp.NeighboringRelation.REPLACE_ONE).compose(event, 5)
     replaced = ours(adjacency="replace one client")
     assert replaced == pytest.approx(account.get_epsilon(1e-5), rel=1e-9)
-    assert ours() < replaced < 2.5 * ours() or sampled == clients
 
 
 def test_poisson_sampling_takes_the_issues_5_7_to_1_4():
@@ -154,7 +153,13 @@ def test_epsilon_of_one_poisson_round_is_within_what_the_densities_themselves_sa
         ("replace one client", [(there, other)], 1.01),
     ):
         found = epsilon(
-            noise_multiplier=z, delta=1e-4, clients=10, sampled=10 * q, rounds=1, sampling="poisson", adjacency=adjacency
+            noise_multiplier=z,
+            delta=1e-4,
+            clients=10,
+            sampled=10 * q,
+            rounds=1,
+            sampling="poisson",
+            adjacency=adjacency,
         )
         assert worst(pairs, found) <= 1e-4 * (1 + 1e-6)  # it holds
         assert worst(pairs, found / slack) > 1e-4  # and is not much more than need be

@@ -51,7 +51,8 @@ RUNS = {
     "fedavgm": f"federated {ROUNDS} --algorithm fedavgm --server_learning_rate 0.5",
     "fedadam": f"federated {ROUNDS} --algorithm fedadam",
     "scaffold": f"federated {ROUNDS} --mask masks/edit.safetensors --algorithm scaffold --optimizer sgd --num_rounds 5",
-    "fednova": f"federated {ROUNDS} --partition dirichlet --local_epochs 1 --algorithm fednova --optimizer sgd",
+    "fednova": "federated --weights central --head weights --num_clients 10 --num_rounds 3 --client_fraction 0.4 "
+    "--batch_size 16 --eval_every 1 --partition dirichlet --local_epochs 1 --algorithm fednova --optimizer sgd",
     "krum": f"federated {ROUNDS} --client_fraction 0.6 --aggregation krum --max_update_norm 1 --attack nan "
     "--attackers 3",
     "failures": f"federated {ROUNDS} --dropout_rate 0.3 --slowest 4 --deadline 5 --on_bad_client skip",

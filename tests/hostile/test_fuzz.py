@@ -40,9 +40,13 @@ from fedtalos.training.editing.describe import density_table
 from fedtalos.training.editing.eligible import eligible_entries
 from fedtalos.training.editing.mask_file import read_mask_file, write_mask_file
 
-SECONDS = 10  # far more than any of them takes
+SECONDS = 60  # of this process's own work, which other processes do not lengthen; far more than any of them takes
 
-few = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+few = settings(
+    max_examples=60,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+)
 plain = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8) | st.binary(max_size=8) | st.dates(),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
@@ -52,8 +56,8 @@ plain = st.recursive(
 
 @contextmanager
 def only_input_errors():
-    """Nothing else comes out, and not late; the messages are one sentence."""
-    start = time.monotonic()
+    """Nothing else comes out, and not after endless work; the messages are one sentence."""
+    start = time.process_time()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # numpy's and zipfile's, of odd files
         try:
@@ -63,7 +67,7 @@ def only_input_errors():
         else:
             said = "nothing"
     assert 0 < len(said) < 1500
-    assert time.monotonic() - start < SECONDS
+    assert time.process_time() - start < SECONDS
 
 
 def damaged(content: bytes):
@@ -302,8 +306,10 @@ def test_archives(tmp_path, data):
 @given(data=st.data())
 def test_images(kind, data, tmp_path_factory):
     folder = tmp_path_factory.mktemp("images")
-    (folder / "class").mkdir()
-    (folder / "class" / f"a.{kind.lower()}").write_bytes(data.draw(damaged(picture(kind)) | st.binary(max_size=60)))
+    for name in ("class", "another"):
+        (folder / name).mkdir()
+        (folder / name / f"a.{kind.lower()}").write_bytes(picture(kind))
+    (folder / "class" / f"b.{kind.lower()}").write_bytes(data.draw(damaged(picture(kind)) | st.binary(max_size=60)))
     with only_input_errors():
         read_image_folder(folder, 8)
 

@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from sklearn.linear_model import Ridge
 from sklearn.neighbors import NearestCentroid
 
-from fedtalos.app.load import load, moving_parameters
+from fedtalos.app.load import load
+from fedtalos.app.moving import moving_parameters
 from fedtalos.checkpoint import load_checkpoint
 from fedtalos.cli import main, parse
 from fedtalos.experiments import federated

@@ -129,7 +129,7 @@ def in_a_fresh_process(endpoint: str, folder: Path, *arguments: str, **more: str
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "HUGGING"))}
     environment |= {"HF_ENDPOINT": endpoint, "HF_HOME": str(folder / "hub"), "NO_PROXY": "127.0.0.1"} | more
     command = [sys.executable, *arguments]
-    done = subprocess.run(command, env=environment, cwd=folder, check=True, capture_output=True, timeout=60, text=True)
+    done = subprocess.run(command, env=environment, cwd=folder, check=True, capture_output=True, text=True)
     return done.stdout
 
 

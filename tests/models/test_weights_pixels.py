@@ -1,14 +1,18 @@
 """Statistics of pixels and resizing: stated beside the weights, or seen by their kind; the same for the same bytes."""
 
 import json
+import shlex
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import save_file
 from torch import Tensor
 
+from fedtalos.app.load import load
+from fedtalos.cli import main, parse
 from fedtalos.errors import InputError
 from fedtalos.models.load import model_with_weights
 from fedtalos.models.vision_transformer import Architecture, VisionTransformer
@@ -16,6 +20,7 @@ from fedtalos.models.weights.pixels import HALF, IMAGENET
 from fedtalos.models.weights.read import load_weights
 from fedtalos.notes import noted
 from fedtalos.randomness import torch_generator
+from fedtalos.training.feature_cache import view_of
 
 State = dict[str, Tensor]
 OWN = ((0.1, 0.2, 0.3), (0.4, 0.5, 0.6))
@@ -219,3 +224,28 @@ def test_resizing_is_bilinear_and_whole_where_nothing_states_it(tmp_path: Path, 
     model = model_with_weights(weights, CLASSES, resize="weights")
     assert (model.interpolation, model.crop) == ("bilinear", 1.0)
     assert "resize" not in noted()
+
+
+def test_a_run_records_the_weights_way_and_its_checkpoint_keeps_it(
+    in_a_folder_of_its_own, without_figures, state: State
+) -> None:
+    save_file(state, "vit.safetensors")
+    own = PREPROCESSOR | {"resample": 3, "crop_pct": 0.8}
+    Path("vit.json").write_text(json.dumps(own))
+    shared = "--dataset digits --device cpu --train_limit 40 --eval_limit 10"
+    run = f"centralized {shared} --weights vit.safetensors --image_size 16 --num_epochs 1"
+    main(shlex.split(f"{run} --run_name plain"))
+    main(shlex.split(f"{run} --resize weights --run_name theirs"))
+    plain, theirs = (
+        yaml.safe_load(Path(f"results/{name}/config.yaml").read_text())["made_by"] for name in ("plain", "theirs")
+    )
+    assert (theirs["weights"]["interpolation"], theirs["weights"]["crop"]) == ("bicubic", 0.8)
+    assert theirs["weights"]["mean"] == list(OWN[0])
+    assert "crop" not in plain["weights"]
+    assert "the weights' makers: bicubic, the middle 0.8" in plain["decided"]["resize"]
+    for name, expected in (("plain", ("bilinear", 1.0, 16)), ("theirs", ("bicubic", 0.8, 20))):
+        view = view_of(load(parse(shlex.split(f"centralized {shared} --weights {name}"))).model)
+        assert (view.interpolation, view.crop, view.resized) == expected
+    main(["evaluate", "theirs"])
+    with pytest.raises(SystemExit):
+        main(shlex.split(f"centralized {shared} --weights none --model_size micro --resize weights"))

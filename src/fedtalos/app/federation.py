@@ -161,8 +161,7 @@ def privacy_spent(config: FederatedConfig) -> dict[str, Any]:
         return {}
     count, fraction = clients_per_round(clients, federation.client_fraction), federation.client_fraction
     poisson = federation.client_sampling == "poisson"
-    spent = partial(
-        epsilon,
+    spent = epsilon(
         noise_multiplier=options.dp_noise,
         delta=options.dp_delta,
         clients=clients,
@@ -171,14 +170,12 @@ def privacy_spent(config: FederatedConfig) -> dict[str, Any]:
         sampling=federation.client_sampling,
     )
     sampling = f"poisson, each client with probability {fraction:g}" if poisson else f"uniform, {count} of {clients}"
-    replaced = {"epsilon_replace_one_client": round(spent(adjacency="replace one client"), 4)} if poisson else {}
     return {
         "privacy": {
-            "epsilon": round(spent(), 4),
+            "epsilon": round(spent, 4),
             "delta": options.dp_delta,
             "sampling": sampling,
             "adjacency": "add or remove one client" if poisson else "replace one client",
-            **replaced,
             "noise_multiplier": options.dp_noise,
             "clip": options.max_update_norm,
         }

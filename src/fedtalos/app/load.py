@@ -2,32 +2,33 @@
 
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Generic, TypeVar, cast
+from typing import Any, Generic, TypeVar
 
 import torch
 
 from fedtalos.app.config.schema import CentralizedConfig, Config, EditingConfig, FederatedConfig, ModelOptions
 from fedtalos.app.config.settle import settle
 from fedtalos.app.run.bars import bar
+from fedtalos.app.starting_head import choose_head, freeze_fitted_head
 from fedtalos.checkpoint import find_checkpoint, load_checkpoint
+from fedtalos.data.class_names import check_same_classes
 from fedtalos.data.dataset_loader import Dataset, load_dataset
 from fedtalos.data.images import LabelledImages
+from fedtalos.data.view import View
 from fedtalos.devices import choose_device
 from fedtalos.errors import InputError
 from fedtalos.models.backbone import Backbone
 from fedtalos.models.heads import HEADS, read_head, set_head
 from fedtalos.models.library_model import LibraryArchitecture
-from fedtalos.models.load import build_model, model_with_weights
+from fedtalos.models.load import build_model, model_with_weights, resizing_of
 from fedtalos.models.vision_transformer import Architecture
 from fedtalos.models.weights import Weights
 from fedtalos.models.weights.pixels import STATISTICS
 from fedtalos.models.weights.read import load_weights
 from fedtalos.notes import note
-from fedtalos.training.editing.eligible import eligible_masks
-from fedtalos.training.editing.mask_file import MaskFacts, check_mask, fingerprint, read_mask_file
-from fedtalos.training.entries import Mask, named_tensors
+from fedtalos.training.editing.mask_file import MaskFacts, fingerprint, read_mask_file
+from fedtalos.training.entries import Mask
 from fedtalos.training.feature_cache import FeatureStore
-from fedtalos.training.masked_parameters import MaskedParameters
 
 ConfigT = TypeVar("ConfigT", bound=Config)
 
@@ -94,7 +95,9 @@ def load(config: ConfigT) -> Loaded[ConfigT]:
     weights = starting_weights(config)
     config = settle(config, weights, device)
     architecture = _architecture(config.model, weights)  # refuses sizes that do not fit before any image is read
-    data = _load_images(config, architecture.image_size)
+    data = _load_images(config, _stored_size(config.model, weights, architecture.image_size))
+    if weights is not None and weights.classes is not None and config.model.head == "weights":
+        check_same_classes(weights.classes, data.classes, weights.source)
     model = _load_model(config, weights, architecture, data.classes).to(device)
     config = config.model_copy(
         update={"model": config.model.model_copy(update={"head": choose_head(config, model, mask)})}
@@ -122,50 +125,6 @@ def check_files(config: Config) -> tuple[Mask, MaskFacts] | None:
     if isinstance(config, CentralizedConfig | FederatedConfig) and config.train.mask is not None:
         return read_mask_file(config.train.mask)
     return None
-
-
-def choose_head(config: Config, model: Backbone, mask: tuple[Mask, MaskFacts] | None) -> str:
-    """Settle which head the run is to have: as asked, or the weights' own, or the one that belongs to the mask.
-
-    A mask is made through a head; with another head its entries are not the least sensitive ones. Raises InputError
-    where the mask's head is not at hand.
-    """
-    if config.model.head != "auto":
-        return config.model.head
-    if model.head_source != "random":
-        return model.head_source
-    if isinstance(config, EditingConfig):
-        return "ridge"  # scores through an untrained head would mean nothing
-    if mask is None or not isinstance(config, CentralizedConfig | FederatedConfig) or config.train.mask is None:
-        return "random"
-    made_through, path = mask[1].head, head_of_mask(config.train.mask)
-    if path.is_file():
-        note("head", f"the head that {config.train.mask} was made through: {path}")
-        return str(path)
-    if made_through in ("random", "none"):
-        return "random"
-    anew = f"--head {made_through} to fit it anew" if made_through in HEADS else "--head FILE"
-    raise InputError(
-        f"--mask {config.train.mask}: made through a head ({made_through}) that is not at hand: there is no {path}; "
-        f"give {anew}, or --head random for a new one"
-    )
-
-
-def head_of_mask(mask: Path) -> Path:
-    """Path of the head file that editing writes beside a mask file."""
-    return mask.with_name(f"{mask.name.removesuffix('.safetensors')}.head.safetensors")
-
-
-def freeze_fitted_head(config: ConfigT, mask: tuple[Mask, MaskFacts] | None) -> ConfigT:
-    """Keep a fitted head as it is under a mask, unless --train_head: moving it loses what the fit had gained."""
-    if not isinstance(config, CentralizedConfig | FederatedConfig) or mask is None:
-        return config
-    train = config.train
-    if train.train_head or train.freeze_head or config.model.head in ("weights", "random"):
-        return config
-    note("frozen head", "the fitted head stays as it is under the mask; --train_head lets it move")
-    frozen: Config = config.model_copy(update={"train": train.model_copy(update={"freeze_head": True})})
-    return cast(ConfigT, frozen)
 
 
 def starting_weights(config: Config) -> Weights | None:
@@ -199,11 +158,26 @@ def checkpoint_weights(path: Path) -> Weights:
             source=str(path),
             sha256=checkpoint.sha256,
             classes=tuple(facts["classes"]),
-            interpolation=facts.get("interpolation", "bilinear"),
-            crop=facts.get("crop", 1.0),
+            **_resizing_in(facts),
         )
-    except (KeyError, TypeError) as error:
+    except (KeyError, TypeError, ValueError) as error:
         raise InputError(f"checkpoint {path}: holds no model, or is of another version; give another") from error
+
+
+def _resizing_in(facts: dict[str, Any]) -> dict[str, Any]:
+    """The way of resizing that a checkpoint's facts say; ValueError where it is none."""
+    found: dict[str, Any] = {key: facts[key] for key in ("interpolation", "crop") if key in facts}
+    if found.get("interpolation", "bilinear") not in ("bilinear", "bicubic") or not 0 < found.get("crop", 1.0) <= 1:
+        raise ValueError("no way of resizing")
+    return found
+
+
+def _stored_size(options: ModelOptions, weights: Weights | None, image_size: int) -> int:
+    """Pixels a side to store images at: what is cut away at the sides in the end comes on top."""
+    if weights is None:
+        return image_size
+    _, crop = resizing_of(weights, options.resize)
+    return View(image_size, weights.mean, weights.std, crop=crop).resized
 
 
 def _load_images(config: Config, image_size: int) -> Dataset:
@@ -215,6 +189,7 @@ def _load_images(config: Config, image_size: int) -> Dataset:
         calibration_fraction=options.calibration_fraction,
         seed=options.split_seed,
         image_size=image_size,
+        cache_dir=options.cache_dir,
         bar=bar,
     )
     if options.train_skip >= len(data.train):
@@ -251,47 +226,3 @@ def _load_model(
     if (override := STATISTICS.get(options.normalisation)) is not None:
         model.mean, model.std = override
     return model
-
-
-def what_moves(loaded: Loaded[CentralizedConfig] | Loaded[FederatedConfig]) -> Mask:
-    """A mask of what the options let move; in prune mode the entries that the mask file excluded become zero.
-
-    With a mask file: its True entries, and a new head. Without: everything, the blocks (and a new head), or the head.
-    Less the head under --freeze_head. Raises InputError for a mask of another model, or unless forced of other weights.
-    """
-    model, train = loaded.model, loaded.config.train
-    if loaded.mask is not None and train.mask is not None:
-        mask, facts = loaded.mask
-        check_mask(train.mask, mask, facts, model, force=train.force_mask)
-        chosen = dict(mask)
-    else:
-        chosen = {
-            name: torch.ones_like(parameter, dtype=torch.bool, requires_grad=False)
-            for name, parameter in model.named_parameters()
-            if train.trainable == "all" or name.startswith(train.trainable)
-        }
-        if not chosen:
-            raise InputError(f"--trainable {train.trainable}: {model.architecture} has none; give all or head")
-    for name, parameter in model.head.named_parameters(prefix="head"):
-        if train.freeze_head:
-            chosen.pop(name, None)
-        elif loaded.config.model.head != "weights":
-            chosen[name] = torch.ones_like(parameter, dtype=torch.bool, requires_grad=False)
-    if not any(bool(tensor.any()) for tensor in chosen.values()):
-        raise InputError("nothing may move: --trainable, --mask and --freeze_head leave no entry; drop one of them")
-    if loaded.mask is not None and train.mask_mode == "prune":
-        _prune(model, *loaded.mask)
-    return chosen
-
-
-def moving_parameters(loaded: Loaded[CentralizedConfig] | Loaded[FederatedConfig]) -> MaskedParameters:
-    """Pair the model with what the options let move of it, and freeze the rest."""
-    return MaskedParameters(loaded.model, what_moves(loaded), features=loaded.features)
-
-
-def _prune(model: Backbone, mask: Mask, facts: MaskFacts) -> None:
-    """Set the entries to zero that the mask could have let move and did not."""
-    eligible = eligible_masks({name: tensor.shape for name, tensor in mask.items()}, facts.eligible_in)
-    tensors = named_tensors(model)
-    for name, tensor in mask.items():
-        tensors[name].masked_fill_((eligible[name] & ~tensor).to(tensors[name].device), 0)

@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 
 from fedtalos.data.downloads import read_members
-from fedtalos.data.images import LabelledImages
+from fedtalos.data.images import LabelledImages, Published
 from fedtalos.errors import InputError, shown
 from fedtalos.progress import Bar, silent
 
@@ -48,16 +48,15 @@ CIFAR = {
 }
 
 
-def read_cifar(
-    cifar: Cifar, data_dir: Path, download: Download, bar: Bar = silent
-) -> tuple[tuple[str, ...], LabelledImages, LabelledImages]:
+def read_cifar(cifar: Cifar, data_dir: Path, download: Download, bar: Bar = silent) -> Published:
     """Read class names, training images and test images from the original files.
 
     They are looked for under ``data_dir``, then in the original archive there, which is downloaded where it is missing.
 
     Raises InputError where a file is damaged, not what it should be, or asks to run code.
 
-    >>> classes, train, test = read_cifar(CIFAR["cifar100"], Path("data"), fetch_archive)
+    >>> len(read_cifar(CIFAR["cifar100"], Path("data"), fetch_archive).classes)
+    100
     """
     files = _cifar_files(cifar, data_dir, download, bar)
     meta_file, meta = files[cifar.meta]
@@ -66,7 +65,7 @@ def read_cifar(
         raise _damaged(meta_file, f"holds no list {cifar.names_key!r} of class names")
     train = [_cifar_images(cifar, *files[name], len(names)) for name in cifar.train]
     joined = LabelledImages(torch.cat([s.pixels for s in train]), torch.cat([s.labels for s in train]))
-    return tuple(map(_text, names)), joined, _cifar_images(cifar, *files[cifar.test], len(names))
+    return Published(tuple(map(_text, names)), joined, _cifar_images(cifar, *files[cifar.test], len(names)))
 
 
 def _cifar_files(cifar: Cifar, data_dir: Path, download: Download, bar: Bar) -> dict[str, tuple[str, bytes]]:

@@ -17,6 +17,7 @@ from fedtalos.data.image_folder import read_image_folder
 from fedtalos.data.images import LabelledImages, Published
 from fedtalos.data.sampling import stratified_sample
 from fedtalos.errors import InputError, shown
+from fedtalos.notes import note
 from fedtalos.progress import Bar, silent
 from fedtalos.randomness import generator
 
@@ -63,6 +64,7 @@ def load_dataset(
     calibration_fraction: float = 0.02,
     seed: int = 0,
     image_size: int = 224,
+    cache_dir: str | Path | None = None,
     download: Download = fetch_archive,
     bar: Bar = silent,
 ) -> Dataset:
@@ -71,12 +73,12 @@ def load_dataset(
     - cifar100, cifar10: the original files or archive under ``data_dir``; where neither is there, the archive is
       downloaded (about 160 MB).
     - digits: scikit-learn's, 8 x 8 pixels; needs no files.
-    - folder: ``data_dir``/CLASS, or ``data_dir``/train/CLASS and ``data_dir``/test/CLASS, decoded to squares of
-      ``image_size`` pixels a side.
+    - folder: ``data_dir``/CLASS, or ``data_dir``/train/CLASS beside test and val folders, decoded to squares of
+      ``image_size`` pixels a side, which are kept under ``cache_dir`` (docs/images.md).
 
-    Validation is a stratified sample of round(val_fraction N) images, drawn from ``seed``. Calibration is one of the
-    rest, and may be empty. Where no test set is published, a stratified fifth becomes one, whatever the seed. All
-    splits keep the stored order.
+    Validation is a stratified sample of round(val_fraction N) training images, drawn from ``seed``, unless the data set
+    has its own. Calibration is a sample of the rest, and may be empty. Where no test set is published, a stratified
+    fifth of the training images becomes one, whatever the seed. All splits keep the stored order.
 
     Raises InputError for an unknown name or share, and for missing, damaged or unfit data.
 
@@ -89,28 +91,46 @@ def load_dataset(
         raise InputError(
             f"calibration_fraction {calibration_fraction}: expected a share of at least 0 and below 1, such as 0.02"
         )
-    classes, train, test = _read(name, Path(data_dir), image_size, download, bar)
+    published = _read(name, Path(data_dir), image_size, None if cache_dir is None else Path(cache_dir), download, bar)
+    classes, train, test, val = published.classes, published.train, published.test, published.val
     if test is None:
         train, test = _stratified_split(train, TEST_SHARE, classes, "the test set", generator(0, "test", name))
-    rng = generator(seed, "validation")
-    count = len(train)
-    train, val = _stratified_split(train, val_fraction, classes, f"val_fraction {val_fraction}", rng)
-    if len(val) == 0:
-        raise InputError(f"val_fraction {val_fraction}: its share of {count} images is none, take more or add images")
+    if val is None:
+        rng = generator(seed, "validation")
+        count = len(train)
+        train, val = _stratified_split(train, val_fraction, classes, f"val_fraction {val_fraction}", rng)
+        if len(val) == 0:
+            raise InputError(
+                f"val_fraction {val_fraction}: its share of {count} images is none, take more or add images"
+            )
+    if name == "folder":
+        _note_splits(published, len(val), len(test), val_fraction)
     rng = generator(seed, "calibration")
     purpose = f"calibration_fraction {calibration_fraction}"
     train, calibration = _stratified_split(train, calibration_fraction, classes, purpose, rng)
     return Dataset(name, classes, train, calibration, val, test, _fingerprint(classes, train, calibration, val, test))
 
 
-def _read(name: str, data_dir: Path, image_size: int, download: Download, bar: Bar) -> Published:
+def _note_splits(published: Published, val: int, test: int, val_fraction: float) -> None:
+    """Say which images of a folder became the validation and the test set."""
+    if published.test is None:
+        note("test images", f"{test}, drawn from the training images: a folder called test would be taken as it is")
+    if published.val is None:
+        note("validation images", f"{val}, drawn from the training images (val_fraction {val_fraction:g})")
+    else:
+        note("validation images", f"the folder's own {val}; val_fraction is not used")
+
+
+def _read(
+    name: str, data_dir: Path, image_size: int, cache_dir: Path | None, download: Download, bar: Bar
+) -> Published:
     match name:
         case "cifar100" | "cifar10":
             return read_cifar(CIFAR[name], data_dir, download, bar)
         case "digits":
             return _read_digits()
         case "folder":
-            return read_image_folder(data_dir, image_size, bar)
+            return read_image_folder(data_dir, image_size, bar, cache_dir=cache_dir)
         case _:
             raise InputError(f"name {shown(name)}: expected one of {', '.join(get_args(DatasetName))}")
 
@@ -144,4 +164,4 @@ def _read_digits() -> Published:
     grey = torch.from_numpy(np.rint(digits.images * (255 / 16)).astype(np.uint8))  # (N, 8, 8), from 0..16
     pixels = grey.unsqueeze(1).repeat(1, 3, 1, 1)
     labels = torch.from_numpy(digits.target.astype(np.int64))
-    return tuple(str(digit) for digit in digits.target_names), LabelledImages(pixels, labels), None
+    return Published(tuple(str(digit) for digit in digits.target_names), LabelledImages(pixels, labels))

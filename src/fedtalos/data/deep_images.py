@@ -89,7 +89,7 @@ def _sixteen_bits(stream: IO[bytes], file: Path, image: Image.Image) -> tuple[Va
     if rawmode == "LA;16B":  # two bytes of grey, two of opacity
         _read_as(again, "RGBA")
         grey_and_alpha = np.asarray(upright(again)).astype(np.uint16)
-        sixteen = grey_and_alpha[..., 0::2] << 8 | grey_and_alpha[..., 1::2]
+        sixteen: Values = grey_and_alpha[..., 0::2] << 8 | grey_and_alpha[..., 1::2]
     else:
         _read_as(again, rawmode[:-1] + ("L" if _upper_first(rawmode) else "B"))
         lower = np.asarray(upright(again)).astype(np.uint16)
@@ -97,7 +97,7 @@ def _sixteen_bits(stream: IO[bytes], file: Path, image: Image.Image) -> tuple[Va
         image = identified(stream, file.suffix.lower())
         sixteen = np.asarray(upright(image)).astype(np.uint16) << 8 | lower
     if sixteen.shape[-1] in (2, 4):
-        return sixteen[..., :-1], sixteen[..., -1].astype(np.float32) / 65535
+        return sixteen[..., :-1], (sixteen[..., -1] / 65535).astype(np.float32)
     return sixteen, None
 
 

@@ -34,8 +34,11 @@ def cache_folder(cache_dir: Path | None = None) -> Path:
     >>> cache_folder(Path("/scratch/cache"))
     PosixPath('/scratch/cache/images')
     """
-    given = cache_dir or os.environ.get("FEDTALOS_CACHE")
-    return Path(given or platformdirs.user_cache_dir("fedtalos", appauthor=False)) / "images"
+    if given := cache_dir or os.environ.get("FEDTALOS_CACHE"):
+        return Path(given) / "images"
+    usual = Path(platformdirs.user_cache_dir("fedtalos", appauthor=False))
+    # A user without a home has no such folder; nothing can be written below this one.
+    return (usual if usual.is_absolute() else Path(os.devnull)) / "images"
 
 
 @dataclass(frozen=True)
@@ -70,15 +73,16 @@ class Entry:
         size = sum(tensor.nbytes for tensor in tensors.values())
         if size > LIMIT:
             return f"their {size / 1e9:.1f} GB are more than its {LIMIT / 1e9:g}"
-        if not self.folder.is_absolute() and self.folder.parts[:1] == ("~",):  # a user without a home
-            return "there is no home folder"
         part = self.path.with_name(f".{self.path.name}.{os.getpid()}.part")
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             self._make_room(size)
             if shutil.disk_usage(self.folder).free < size + 2**20:
                 return f"less than {size / 1e9:.1f} GB are free in {self.folder}"
+            part.touch()
+            mode = part.stat().st_mode  # others may read it, where they may read what this user writes
             save_file(tensors, part, {"facts": json.dumps(facts)})
+            part.chmod(mode)
             part.replace(self.path)
         except (OSError, SafetensorError) as error:
             return f"{self.folder}: {getattr(error, 'strerror', None) or error}"

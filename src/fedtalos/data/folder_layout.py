@@ -110,7 +110,7 @@ def split_of(name: str) -> str | None:
 def _split_folders(root: Path, folders: list[Path]) -> tuple[dict[str, Path], list[Path]]:
     """Tell which folders hold splits, and which others lie beside them; no splits where these are class folders."""
     named: dict[str, list[Path]] = defaultdict(list)
-    others = []
+    others: list[Path] = []
     for folder in folders:
         split = split_of(folder.name)
         (others if split is None else named[split]).append(folder)

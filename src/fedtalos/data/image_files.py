@@ -156,6 +156,7 @@ def upright(image: Image.Image) -> Image.Image:
     >>> upright(image).size
     (3000, 4000)
     """
+    image.load()  # asking for EXIF data could load it, and what breaks then would be taken for broken EXIF data
     try:
         orientation = image.getexif().get(0x0112, 1)
     except Exception:  # broken EXIF data say nothing about the pixels

@@ -4,51 +4,26 @@ Letters: N images, S pixels a side.
 """
 
 import hashlib
-import warnings
-from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
-from fedtalos.data.class_names import alike, some
-from fedtalos.data.decoding import LARGE, Square, decode_image, inspect_image
-from fedtalos.data.deep_images import Scale
+from fedtalos.data.class_names import some
 from fedtalos.data.folder_cache import LIMIT, Entry, cache_folder, source_name
-from fedtalos.data.folder_layout import Files, Layout, check_two_classes, find_layout
-from fedtalos.data.image_files import OTHER_PICTURES, BadImageError, NotAnImageError, can_read
+from fedtalos.data.folder_decoding import DecodedFolder, decode_folder
+from fedtalos.data.folder_layout import Layout, find_layout
+from fedtalos.data.image_files import can_read
 from fedtalos.data.images import LabelledImages, Published
 from fedtalos.errors import InputError
 from fedtalos.notes import note
 from fedtalos.progress import Bar, silent
-from fedtalos.randomness import generator
 
 RECIPE = 1
 """Number of the way images are decoded; another one makes old entries of the cache void."""
-T = TypeVar("T")
 
 
-@dataclass
-class Found:
-    """Images of a folder, by split and class, after a look into each file."""
-
-    images: dict[str, Files]
-    deep: dict[Path, tuple[float, float]] = field(default_factory=dict)
-    """Least and greatest value of the images of more than 8 bits a channel."""
-    left_out: list[Path] = field(default_factory=list)
-    """Files that are no images."""
-
-
-def read_image_folder(
-    folder: Path, image_size: int, bar: Bar = silent, *, cache_dir: Path | None = None
-) -> Published:
+def read_image_folder(folder: Path, image_size: int, bar: Bar = silent, *, cache_dir: Path | None = None) -> Published:
     """Read class names and images of uint8 (N, 3, S, S): training, and test and validation where there are folders.
 
     The shorter side is scaled to S = ``image_size`` and the middle square is kept. Images lie in one fixed shuffled
@@ -66,18 +41,18 @@ def read_image_folder(
         raise InputError(f"image_size {image_size}: expected at least 1 pixel")
     layout = find_layout(folder)
     entry = _entry(layout, image_size, cache_folder(cache_dir))
-    if (published := _from_cache(entry, image_size)) is None:
+    if (decoded := _from_cache(entry, image_size)) is None:
         with entry.alone(bar):
-            published = _from_cache(entry, image_size) or _decoded(layout, entry, image_size, bar)
-    splits, classes, said = published
-    for what, sentence in (layout.said | said).items():
+            decoded = _from_cache(entry, image_size)  # by a run that was waited for
+            if decoded is None:
+                decoded = decode_folder(layout, image_size, bar)
+                _keep(decoded, entry)
+    splits = decoded.splits
+    for what, sentence in (layout.said | decoded.said).items():
         note(what, sentence)
-    note("images", "; ".join(_counts(name, images.labels, classes) for name, images in splits.items()))
-    return Published(classes, splits["train"], splits.get("test"), splits.get("val"))
-
-
-Kept = tuple[dict[str, LabelledImages], tuple[str, ...], dict[str, str]]
-"""Images by split, class names, and sentences about what was decided."""
+    counts = (_counts(name, splits[name], decoded.classes) for name in ("train", "val", "test") if name in splits)
+    note("images", "; ".join(counts))
+    return Published(decoded.classes, splits["train"], splits.get("test"), splits.get("val"))
 
 
 def _entry(layout: Layout, image_size: int, cache: Path) -> Entry:
@@ -95,48 +70,56 @@ def _entry(layout: Layout, image_size: int, cache: Path) -> Entry:
     return Entry(cache, source_name(root, image_size, source.hexdigest()), digest.hexdigest())
 
 
-def _from_cache(entry: Entry, image_size: int) -> Kept | None:
+def _keep(decoded: DecodedFolder, entry: Entry) -> None:
+    """Put decoded images into the cache, or note why that cannot be."""
+    tensors: dict[str, Tensor] = {}
+    for name, images in decoded.splits.items():
+        tensors |= {f"{name}_pixels": images.pixels, f"{name}_labels": images.labels}
+    why = entry.save(tensors, {"classes": decoded.classes, "splits": list(decoded.splits), "said": decoded.said})
+    if why is None:
+        note("image cache", f"decoded images are kept in {entry.folder}, {LIMIT / 1e9:g} GB of them at most")
+    else:
+        note(
+            "image cache",
+            f"decoded images could not be kept ({why}): the next run decodes them again, unless cache_dir names "
+            "another folder",
+        )
+
+
+def _from_cache(entry: Entry, image_size: int) -> DecodedFolder | None:
+    """Read decoded images from the cache; None where they are not there, or are not what they should be."""
     if (kept := entry.load()) is None:
         return None
     tensors, facts = kept
     try:
-        classes, said = tuple(map(str, facts["classes"])), {str(k): str(v) for k, v in facts["said"].items()}
+        classes, said = tuple(map(str, facts["classes"])), {str(what): str(s) for what, s in facts["said"].items()}
         splits = {}
-        for name in facts["splits"]:
-            pixels, labels = tensors[f"{name}_pixels"], tensors[f"{name}_labels"]
-            shape = (len(labels), 3, image_size, image_size)
-            if pixels.dtype != torch.uint8 or pixels.shape != shape or labels.dtype != torch.int64:
+        for name in map(str, facts["splits"]):
+            images = LabelledImages(tensors[f"{name}_pixels"], tensors[f"{name}_labels"])
+            fits = images.pixels.dtype == torch.uint8 and images.labels.dtype == torch.int64
+            fits &= images.pixels.shape == (len(images), 3, image_size, image_size) and len(images) > 0
+            if not (fits and images.labels.min() >= 0 and images.labels.max() < len(classes)):
                 return None
-            if len(labels) == 0 or labels.min() < 0 or labels.max() >= len(classes):
-                return None
-            splits[name] = LabelledImages(pixels, labels)
-        return (splits, classes, said) if "train" in splits else None
+            splits[name] = images
+        return DecodedFolder(classes, splits, said) if "train" in splits else None
     except (KeyError, TypeError, AttributeError, RuntimeError):
         return None
 
 
-def _decoded(layout: Layout, entry: Entry, image_size: int, bar: Bar) -> Kept:
-    """Decode all images, and keep them in the cache if that can be."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of odd metadata, which change no pixel
-        found = _found(layout, bar)
-        classes, said = _classes(layout, found)
-        scale = _scale(found, said)
-        traits: Counter[str] = Counter()
-        tensors: dict[str, Tensor] = {}
-        for split, listing in found.images.items():
-            pixels, labels = _decode(split, listing, classes, image_size, scale, traits, bar)
-            tensors |= {f"{split}_pixels": pixels, f"{split}_labels": labels}
-    total = sum(len(files) for listing in found.images.values() for files in listing.values())
-    said |= _peculiarities(traits, total)
-    facts = {"classes": classes, "said": said, "splits": list(found.images)}
-    if (why := entry.save(tensors, facts)) is not None:
-        note(
-            "image cache",
-            f"the decoded images could not be kept ({why}), so the next run decodes them again; cache_dir takes another "
-            "folder",
-        )
+def _counts(split: str, images: LabelledImages, classes: tuple[str, ...]) -> str:
+    """Count a split's images by class, in a few words."""
+    counts = torch.bincount(images.labels, minlength=len(classes)).tolist()
+    of = dict(zip(classes, counts, strict=True))
+    has = sorted((count, name) for name, count in of.items() if count)
+    if len(classes) <= 5:
+        detail = ", ".join(f"{name} {count}" for name, count in of.items())
     else:
-        note("image cache", f"decoded images are kept in {entry.folder}, {LIMIT / 1e9:g} GB at most")
-    splits = {name: LabelledImages(tensors[f"{name}_pixels"], tensors[f"{name}_labels"]) for name in found.images}
-    return splits, classes, said
+        (least, fewest), (most, greatest) = has[0], has[-1]
+        detail = (
+            f"{len(has)} classes of {least}"
+            if least == most
+            else (f"{len(has)} classes of {least} ({fewest}) to {most} ({greatest})")
+        )
+        if none := [name for name, count in of.items() if not count]:
+            detail += f", none of {some(none)}"
+    return f"{split} {len(images)}: {detail}"

@@ -41,5 +41,15 @@ class LabelledImages:
         return LabelledImages(self.pixels.to(device), self.labels.to(device))
 
 
-Published = tuple[tuple[str, ...], LabelledImages, LabelledImages | None]
-"""Class names, training images, and test images (None: the data set comes without)."""
+@dataclass(frozen=True, eq=False)
+class Published:
+    """A data set as it comes: class names, training images, and test and validation images where it has them.
+
+    >>> Published(("cat", "dog"), images).test is None
+    True
+    """
+
+    classes: tuple[str, ...]
+    train: LabelledImages
+    test: LabelledImages | None = None
+    val: LabelledImages | None = None

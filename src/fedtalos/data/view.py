@@ -1,6 +1,6 @@
 """Views: stored pixels augmented, resized and normalised for the model, on their device.
 
-Shapes: B images of a batch, H W stored pixels, S pixels a side that the model takes.
+Shapes: B images of a batch, H W stored pixels, S pixels a side that the model takes, R pixels a side before the crop.
 """
 
 from dataclasses import dataclass
@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 Augmentation = Literal["none", "crop", "crop_flip"]
+Interpolation = Literal["bilinear", "bicubic"]
 
 
 @dataclass(frozen=True)
@@ -31,19 +32,38 @@ class View:
     """Standard deviation of these pixels."""
     device: torch.device | None = None
     """Device of the model; None: the pixels' own."""
+    interpolation: Interpolation = "bilinear"
+    """Rule by which pixels are resized where the size differs; the weights' own serves them best."""
+    crop: float = 1.0
+    """Share of each side, at the middle, that the model sees: timm's crop_pct."""
+
+    @property
+    def resized(self) -> int:
+        """R, pixels a side before the crop: the size to store images at, so that they are resized once."""
+        return int(self.image_size / self.crop)
 
     def __call__(self, pixels: Tensor) -> Tensor:
-        """Turn uint8 (B, 3, H, W) into normalised float32 (B, 3, S, S), bilinear where the size differs."""
+        """Turn uint8 (B, 3, H, W) into normalised float32 (B, 3, S, S): resized to R, and the middle S of it."""
         images = (pixels if self.device is None else pixels.to(self.device)).float().div_(255)
-        if images.shape[-2:] != (self.image_size, self.image_size):
-            # Antialiasing changes nothing otherwise, and not every device has it.
-            shrinks = images.shape[-1] > self.image_size
-            images = F.interpolate(
-                images, size=(self.image_size, self.image_size), mode="bilinear", align_corners=False, antialias=shrinks
-            )
+        if images.shape[-2:] != (self.resized, self.resized):
+            images = self._resize(images)
+        if self.resized != self.image_size:
+            start = round((self.resized - self.image_size) / 2)
+            images = images[..., start : start + self.image_size, start : start + self.image_size].contiguous()
         mean = torch.tensor(self.mean, device=images.device).view(3, 1, 1)
         std = torch.tensor(self.std, device=images.device).view(3, 1, 1)
         return images.sub_(mean).div_(std)
+
+    def _resize(self, images: Tensor) -> Tensor:
+        size = (self.resized, self.resized)
+        if self.interpolation == "bilinear":
+            # Antialiasing changes nothing otherwise, and not every device has it.
+            shrinks = images.shape[-1] > self.resized
+            return F.interpolate(images, size=size, mode="bilinear", align_corners=False, antialias=shrinks)
+        # With antialiasing torch takes Pillow's and timm's cubic, which overshoots as theirs does; bytes would not.
+        there = images.cpu() if images.device.type == "mps" else images
+        cubic = F.interpolate(there, size=size, mode="bicubic", align_corners=False, antialias=True)
+        return cubic.clamp_(0, 1).to(images.device)
 
 
 def augment(pixels: Tensor, kind: Augmentation, *rngs: np.random.Generator) -> Tensor:

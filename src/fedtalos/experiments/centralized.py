@@ -7,7 +7,8 @@ from rich.console import Console
 
 from fedtalos.app.config.schema import CentralizedConfig
 from fedtalos.app.federation import head_training, local_training, settled
-from fedtalos.app.load import load, moving_parameters
+from fedtalos.app.load import load
+from fedtalos.app.moving import moving_parameters
 from fedtalos.app.run.evaluation import evaluate_split
 from fedtalos.app.run.first_head import everyone, fit_first_head
 from fedtalos.app.run.folders import begun

@@ -20,7 +20,8 @@ from fedtalos.app.federation import (
     settled,
     transforms_of,
 )
-from fedtalos.app.load import Loaded, load, moving_parameters
+from fedtalos.app.load import Loaded, load
+from fedtalos.app.moving import moving_parameters
 from fedtalos.app.run.client_accuracy import evaluate_clients
 from fedtalos.app.run.evaluation import evaluate_part, evaluate_split
 from fedtalos.app.run.first_head import fit_first_head

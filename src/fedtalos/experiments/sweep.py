@@ -8,7 +8,7 @@ from typing import Literal
 
 from rich.console import Console
 
-from fedtalos.app.config.files import read_yaml
+from fedtalos.app.config.files import flatten, override, read_yaml
 from fedtalos.app.config.schema import RunConfig
 from fedtalos.app.config.tools import SweepConfig
 from fedtalos.app.run.display import say
@@ -17,6 +17,7 @@ from fedtalos.app.run.interruption import Interrupted
 from fedtalos.app.run.launch import check_alone
 from fedtalos.app.run.paths import RunPaths
 from fedtalos.app.run.recorder import write_yaml
+from fedtalos.app.run.resume import MAY_DIFFER, saved_options
 from fedtalos.app.sweep.estimate import duration, estimate
 from fedtalos.app.sweep.grid import Cell, expand, read_grid, with_needs
 from fedtalos.app.sweep.plots import check_data, check_lines, plot_grid
@@ -134,7 +135,7 @@ def run_all(
         log = folder / f"{cell.name}.log"
         log.unlink(missing_ok=True)
         try:
-            run_one(_resumed(cell.config) if states[cell.name] == "unfinished" else cell.config, console)
+            run_one(resumed(cell) if states[cell.name] == "unfinished" else cell.config, console)
         except AlreadyFinished:  # by another process, meanwhile
             pass
         except BrokenPipeError:  # nobody is left to read
@@ -155,8 +156,11 @@ def run_one(config: RunConfig, console: Console) -> None:
     import_module(f"fedtalos.experiments.{config.command}").run(config, console)
 
 
-def _resumed(config: RunConfig) -> RunConfig:
-    return config.model_copy(update={"run": config.run.model_copy(update={"resume": True})})
+def resumed(cell: Cell) -> RunConfig:
+    """The config to go on with: as the run settled it when it began, but for what may be given anew."""
+    now = {key: value for key, value in flatten(cell.config).items() if key in MAY_DIFFER}
+    options = {**saved_options(cell.paths, cell.config.command), **now, "resume": True}
+    return override(type(cell.config)(), options, str(cell.paths.config))
 
 
 def _recipe_path(cell: Cell, folder: Path) -> Path:

@@ -149,7 +149,9 @@ def _note_penalty(penalties: Sequence[float], losses: Sequence[float], chosen: i
     if last and chosen in (0, last):
         most = "smallest" if penalties[chosen] == min(penalties) else "largest"
         flat = losses[1 if chosen == 0 else last - 1] - losses[chosen] < LEVEL
-        sentence += f"; that is the {most} tried, {'where the loss is level' if flat else 'a better one may lie beyond'}"
+        sentence += (
+            f"; that is the {most} tried, {'where the loss is level' if flat else 'a better one may lie beyond'}"
+        )
     note("ridge penalty", sentence)
 
 

@@ -17,6 +17,7 @@ from fedtalos.models.backbone import Backbone, Origin
 from fedtalos.models.library_model import LibraryArchitecture, LibraryModel
 from fedtalos.models.vision_transformer import Architecture, VisionTransformer
 from fedtalos.models.weights import Weights
+from fedtalos.models.weights.pixels import Interpolation
 from fedtalos.notes import note
 from fedtalos.randomness import torch_generator
 
@@ -74,15 +75,25 @@ def model_with_weights(
             )
             nn.init.zeros_(model.head.bias)
     model.mean, model.std = weights.mean, weights.std
-    _set_resizing(model, weights, resize)
+    model.interpolation, model.crop = resizing_of(weights, resize)
+    _note_resizing(model, weights)
     model.origin = Origin(weights.source, weights.sha256)
     return model
 
 
-def _set_resizing(model: Backbone, weights: Weights, resize: Resize) -> None:
-    """Take the weights' way of resizing where it is asked for, and in checkpoints, which were trained in that way."""
-    if resize == "weights" or weights.classes is not None:
-        model.interpolation, model.crop = weights.interpolation, weights.crop
+def resizing_of(weights: Weights, resize: Resize = "plain") -> tuple[Interpolation, float]:
+    """Tell how a model of these weights has images resized, and which share of each side it sees.
+
+    That is the weights' own way where it is asked for, and in our checkpoints, which were trained in that way.
+
+    >>> resizing_of(load_weights("pretrained", "tiny"), "weights")
+    ('bicubic', 0.9)
+    """
+    own = resize == "weights" or weights.classes is not None
+    return (weights.interpolation, weights.crop) if own else ("bilinear", 1.0)
+
+
+def _note_resizing(model: Backbone, weights: Weights) -> None:
     if (weights.interpolation, weights.crop) != ("bilinear", 1.0):
         ours, theirs = (f"{one.interpolation}, the middle {one.crop:.3g} of each side" for one in (model, weights))
         note("resize", f"images are resized {ours}" + ("" if ours == theirs else f"; the weights' makers: {theirs}"))

@@ -3,9 +3,6 @@
 Shapes: B images, H W pixels, p patch side, N = (H/p)(W/p) patches, T tokens, D width, h heads.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -60,8 +57,8 @@ class Attention(nn.Module):
 def attention_by_products(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Compute softmax(q k^T / sqrt(D/h)) v by plain products: three of (B, h, T, D/h) -> (B, h, T, D/h).
 
-    The softmax is at least in float32. This serves vmap, which has no rule for the fused kernels, and bf16 on a CPU,
-    where the fused kernel's backward pass takes half of a training step.
+    The softmax is at least in float32. This serves bf16 on a CPU, where the fused kernel's backward pass takes half of
+    a training step.
 
     >>> attention_by_products(*torch.rand(3, 2, 3, 65, 32)).shape
     torch.Size([2, 3, 65, 32])
@@ -69,23 +66,6 @@ def attention_by_products(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     logits = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)  # (B, h, T, T)
     out: Tensor = logits.softmax(-1, dtype=torch.promote_types(v.dtype, torch.float32)).to(v.dtype) @ v
     return out
-
-
-@contextmanager
-def without_fused_attention(model: nn.Module) -> Iterator[None]:
-    """Make the model's attention plain matrix products inside the context, for vmap.
-
-    >>> with without_fused_attention(model):
-    ...     logits = model(images)
-    """
-    layers = [module for module in model.modules() if isinstance(module, Attention) and module.fused]
-    for layer in layers:
-        layer.fused = False
-    try:
-        yield
-    finally:
-        for layer in layers:
-            layer.fused = True
 
 
 class Mlp(nn.Module):

@@ -62,6 +62,7 @@ def train_centralized(
             )
         except BadUpdateError as error:
             raise BadUpdateError(f"epoch {number}: {error}") from error
+        moving.note_training()
         yield number, metrics
         if metrics.examples < len(images):
             return

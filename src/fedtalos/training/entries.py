@@ -104,6 +104,10 @@ class Values:
         pieces = torch.split(self.vector, [tensor.numel() for tensor in like])
         self.parts = [piece.view_as(tensor) for piece, tensor in zip(pieces, like, strict=True)]
 
+    def take(self, tensors: Sequence[Tensor]) -> None:
+        """Copy the tensors anew, into the memory that is there."""
+        torch._foreach_copy_(self.parts, list(tensors))
+
 
 def all_finite(tensors: list[Tensor]) -> bool:
     """Tell whether no tensor holds NaN, infinity, or numbers whose 2-norm overflows; waits for the device."""

@@ -33,7 +33,8 @@ class Source:
 
 def view_of(model: Backbone) -> View:
     """Make the view that turns stored pixels into what the model takes."""
-    return View(model.architecture.image_size, model.mean, model.std, next(model.parameters()).device)
+    size, device = model.architecture.image_size, next(model.parameters()).device
+    return View(size, model.mean, model.std, device, interpolation=model.interpolation, crop=model.crop)
 
 
 def plain_source(model: Backbone, images: LabelledImages) -> Source:

@@ -89,6 +89,9 @@ class DataOptions(Options):
     cache_gb: float = Field(
         1.0, ge=0, description="GB of memory, in each process, for features of frozen blocks; a file takes the rest"
     )
+    cache_dir: Annotated[Path | None, unset("DIR", "the user's cache folder")] = Field(
+        None, description="dataset folder: where decoded images are kept, 20 GB of them at most (docs/images.md)"
+    )
 
 
 class ModelOptions(Options):

@@ -25,6 +25,7 @@ MAY_DIFFER = (
     "threads",
     "workers",
     "cache_gb",
+    "cache_dir",
     "clients_at_once",
     "tracker",
 )

@@ -24,6 +24,7 @@ from fedtalos.app.run.paths import RunPaths
 from fedtalos.app.run.recorder import Recorder, TensorBoardTracker, WandbTracker, write_yaml
 from fedtalos.app.run.resume import differing, from_here, working_folder
 from fedtalos.checkpoint import load_checkpoint, save_checkpoint
+from fedtalos.data.class_names import check_same_classes
 from fedtalos.errors import InputError, TrainingError
 from fedtalos.metrics import Metrics
 from fedtalos.training.entries import named_tensors
@@ -102,7 +103,11 @@ class Session:
         return self.progress.done
 
     def __enter__(self) -> Self:
-        open_run(self.config, self.paths, self.loaded.origin(), self.console)
+        try:
+            open_run(self.config, self.paths, self.loaded.origin(), self.console)
+        except InputError:
+            self._check_classes()  # says more, where it is they that changed
+            raise
         self._resume()
         keep_to = -1 if self.fresh else self.progress.done
         self.recorder = Recorder(self.paths.results, self.unit, keep_to=keep_to, seconds=self.progress.seconds)
@@ -118,6 +123,12 @@ class Session:
             if kind is not None and issubclass(kind, Interrupted | WorkerLostError):
                 self.save()  # the last whole round, or the epoch as far as it came
         self.recorder.close()
+
+    def _check_classes(self) -> None:
+        path = self.paths.checkpoints / "last.json"
+        classes = load_checkpoint(path).facts.get("classes") if path.exists() else None
+        if isinstance(classes, list | tuple):
+            check_same_classes(list(map(str, classes)), self.loaded.data.classes, f"--resume: {path}")
 
     def _resume(self) -> None:
         path = self.paths.checkpoints / "last.json"

@@ -46,7 +46,8 @@ def read_vit(path: Path, label: str) -> StateDict:
     content, metadata = _content(path)
     found = flat(label, content)
     if not found:
-        raise InputError(f"weights {path}: expected tensors by name, found no tensor; save a state dict")
+        what = "no tensor in it" if isinstance(content, dict) else f"a {type(content).__name__}"
+        raise InputError(f"weights {path}: expected tensors by name, got {what}; save a state dict")
     tensors = _checked(label, inner_vit(label, found).items())
     return StateDict(tensors, metadata, _sha256(path), tuple(found))
 

@@ -82,6 +82,8 @@ def inner_vit(label: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     ['cls_token']
     """
     prefixes = _prefixes(tensors, _SURE) or _prefixes(tensors, _LIKELY)
+    if not prefixes and not any(tensor.is_floating_point() for tensor in tensors.values()):
+        raise InputError(f"weights {label}: whole numbers alone, as a mask file holds them; give weights in float32")
     if not prefixes:
         raise InputError(
             f"weights {label}: no cls_token of 3 dimensions and no patch embedding among its {len(tensors)} tensors "

@@ -6,6 +6,7 @@ An eager step of a small model is bound by the launches, some 1 500 a step at 6 
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -95,12 +96,18 @@ def capture_or_not(
     if not wanted:
         return EagerStep(step)
     if inputs[0].device.type != "cuda":
-        log.warning("steps cannot be captured on %s, only on CUDA: they run eagerly", inputs[0].device.type)
+        _warn(f"steps cannot be captured on {inputs[0].device.type}, only on CUDA: they run eagerly")
         return EagerStep(step)
     try:
         return CapturedStep(step, inputs, state)
     except torch.OutOfMemoryError:
         raise
     except RuntimeError as error:
-        log.warning("steps cannot be captured as a CUDA graph (%s): they run eagerly, which is slower", error)
+        _warn(f"steps cannot be captured as a CUDA graph ({error}): they run eagerly, which is slower")
         return EagerStep(step)
+
+
+@cache
+def _warn(message: str) -> None:
+    """Say it once in a process, however many shapes of batches there are."""
+    log.warning(message)

@@ -1,7 +1,9 @@
 """Layers of a Vision Transformer as V clients have them: one batched product for all, instead of V small ones.
 
-A tensor that moves is stacked, (V, ...); a frozen one is shared. Shapes: V clients, N rows of a layer's input by client,
-I in and O out features, R rows of a tensor from the first to the last that may move, D width.
+A tensor that moves is stacked, (V, ...); a frozen one is shared.
+
+Shapes: V clients, B images of a client's batch, T tokens, N rows of a layer's input by client, I and O in and out
+features, D width, R rows of a tensor from the first to the last that may move.
 """
 
 from typing import Any
@@ -77,7 +79,8 @@ class StackedLinear(nn.Module):
             return F.linear(x, weight, bias)
         by_client = x.reshape(self.size, -1, x.shape[-1])  # (V, N, I)
         row = None if bias is None else bias.unsqueeze(-2)  # (V, 1, O) or (1, O)
-        if weight.dim() == 2:
+        if self.weight.rows is None:
+            assert row is not None
             out = F.linear(by_client, weight) + row
         else:
             first, end = self.weight.first, self.weight.end
@@ -120,8 +123,9 @@ class StackedPatches(nn.Module):
         count, channels, height, width = images.shape
         down, right = height // self.side, width // self.side
         patches = images.view(count, channels, down, self.side, right, self.side).permute(0, 2, 4, 1, 3, 5)
-        out: Tensor = self.linear(patches.reshape(count, down * right, -1))
-        return out.transpose(1, 2).unflatten(2, (down, right))
+        tokens = self.linear(patches.reshape(count, down * right, -1))  # (V B, N, D)
+        by_place: Tensor = tokens.transpose(1, 2).unflatten(2, (down, right))
+        return by_place
 
 
 class StackedNorm(nn.Module):

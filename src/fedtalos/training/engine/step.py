@@ -134,6 +134,7 @@ class Stack:
             key = images.shape, labels.shape
             if key not in self._steps:
                 self._steps[key] = capture_or_not(self.step, (images, labels), self._state, wanted=self._capture)
+                self._capture = isinstance(self._steps[key], CapturedStep)  # what failed once is not tried again
             loss, norm, correct = self._steps[key](images, labels)
             taken.append(Step(number, learning_rate, labels.shape[1], loss, norm, correct))
         return taken

@@ -244,9 +244,10 @@ def fedavg(
 
     theta <- sum over sampled clients of n_k theta_k / sum of n_k, or what ``algorithm`` makes of their updates. Only
     the ``mask``'s True entries move (None: everything). A round has ``fraction`` of the clients: a fixed number of
-    them, or with ``sampling`` poisson each with that probability; theta stays where none comes, but for noise.
-    ``through`` are transforms of updates, the first nearest to the client. A client whose training diverges, or whose update cannot be used, raises BadUpdateError and leaves
-    theta in place; with ``on_bad_client`` "skip" the round goes on without it.
+    them, or with ``sampling`` poisson each with that probability; where none comes, theta stays, but for noise.
+    ``through`` are transforms of updates, the first nearest to the client. A client whose training diverges, or whose
+    update cannot be used, raises BadUpdateError and leaves theta in place; with ``on_bad_client`` "skip" the round goes
+    on without it.
 
     >>> for round in fedavg(model, clients, mask, local=LocalTraining(steps=4, learning_rate=1e-3), rounds=100):
     ...     print(round.number, round.train.accuracy)
@@ -263,8 +264,10 @@ def fedavg(
     weights = algorithm.weights(clients.sizes, local)
     expected = fraction * len(clients) if sampling == "poisson" else clients_per_round(len(clients), fraction)
     mean = algorithm.aggregation(moving, expected)
+    theta = moving.copy()
     for number in range(done + 1, rounds + 1):
-        theta, metrics = moving.copy(), Metrics()
+        theta.take(moving.rows)
+        metrics = Metrics()
         chosen = sample_clients(len(clients), fraction, seed, number, sampling)
         replies, lost = dict[int, Tensor | None](), dict[int, Lost]()
         try:

@@ -1,8 +1,8 @@
 """Central differential privacy for clients: DP-FedAvg (McMahan et al., 2018, algorithm 1) and what it guarantees.
 
 A trusted server clips each client's update to 2-norm S, adds up a round's, divides by N, and adds Gaussian noise of
-deviation z S / N to every entry that moves: one that does not move gets none. N is the number of clients in a round, or,
-where each comes by chance, the number expected: how many came is no secret then. Letters: z noise multiplier, K clients.
+deviation z S / N to every entry that moves: one that does not move gets none. N is the number of clients in a round,
+or the number expected where each comes by chance. Letters: z noise multiplier, K clients.
 """
 
 import logging
@@ -95,8 +95,9 @@ def epsilon(
 
     Sampling poisson lets each client come with probability ``sampled / clients``. Neighbours differ by a client that is
     there or not (add or remove one client), which moves the sum by S. Renyi bound (Mironov, Talwar and Zhang, 2019,
-    arXiv 1908.10530). For ``adjacency`` replace one client, the stronger promise, the bound is by the distribution of
-    the privacy loss, of which the library knows that a replaced client moves the sum by 2 S.
+    arXiv 1908.10530). For ``adjacency`` replace one client, the stronger promise, a sampled client's update may become
+    its opposite. That bound is a tighter one, by the distribution of the privacy loss: it takes seconds, for hardly any
+    noise minutes.
 
     Raises InputError where the library is missing, or has no account of the two together.
 

@@ -40,7 +40,8 @@ def stacked(
     """Train up to ``size`` neighbours of a round at once where their batches have one shape.
 
     Each client trains as it would by itself, up to the rounding of sums. Figures are read from the device once, at
-    the end of a stack: what went wrong is known only then, and of which client. ``capture`` runs steps as CUDA graphs
+    the end of a stack: what went wrong is known only then, and of which client. Stacks that do not fit into memory are
+    halved, down to clients one by one. ``capture`` runs steps as CUDA graphs
     where that is possible, ``compile`` passes them through torch.compile. ``message`` replaces the algorithm's own,
     where another process is the server.
 
