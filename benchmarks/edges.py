@@ -1,4 +1,4 @@
-"""What choices at the edges are worth on real images: precision, eligible entries, ridge penalties, final rate, resizing.
+"""What some choices are worth on real images: precision, eligible entries, ridge penalty, final rate, resizing.
 
     python benchmarks/edges.py COMMAND --weights FILE [--data_dir DIR] [--image_size 64] [--seeds 0 1 2]
 

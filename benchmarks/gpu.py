@@ -231,6 +231,8 @@ def main() -> None:
     parser.add_argument("--output", type=Path, help="default: benchmarks/results/gpu-<device name>.md; --smoke: none")
     options = parser.parse_args()
     device = torch.device("cpu" if options.smoke else options.device)
+    if options.smoke:
+        torch.set_num_threads(1)
     if device.type == "cuda":
         if not torch.cuda.is_available():
             parser.error("--device cuda: not available here; take mps or cpu, or --smoke")

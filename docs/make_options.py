@@ -18,8 +18,11 @@ Made from the schema (`src/fedtalos/app/config/schema.py`, `tools.py`) by `docs/
 - Flags are written with underscores (`--num_clients 100`); dashes work too.
 - A switch such as `--resume` is undone by `--no_resume`.
 - A name in CAPITALS is given without a flag.
-- An option comes from its flag, else from `--preset NAME` (an entry of `configs/experiment_configs.yaml`), else from
-  `--config FILE`, else from its default.
+- An option comes from its flag, else from `--preset NAME` (an entry of `configs/experiment_configs.yaml`, in the
+  working folder or as published), else from `--config FILE`, else from its default.
+- In every path, wherever it is written, `~` and `~user` are home folders. Environment variables are left to the shell.
+- An option that has no effect beside the others, such as `--alpha` for clients that are alike, is refused where it was
+  given for this very run.
 - `configs/default_config.yaml` holds every option with the reason for its default.
 - `results/RUN/config.yaml` holds what a run really used. Give it to `--config` to run the same again.
 """

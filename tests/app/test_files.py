@@ -3,6 +3,7 @@
 import json
 from dataclasses import replace
 from fractions import Fraction
+from itertools import combinations, product
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,7 @@ from fedtalos.checkpoint import load_checkpoint, optimizer_tensors, restore_opti
 from fedtalos.errors import InputError
 from fedtalos.files import write_atomic
 from fedtalos.randomness import generator
-from fedtalos.training.editing.combine import overlap, votes_needed
+from fedtalos.training.editing.combine import chance_overlap, overlap, votes_needed
 from fedtalos.training.editing.describe import density_table
 from fedtalos.training.editing.eligible import eligible_entries
 from fedtalos.training.editing.mask_file import check_mask, read_mask_file, write_mask_file
@@ -104,6 +105,42 @@ def test_overlap():
     assert overlap(one, two | {"blocks.0.b": torch.tensor([True, False])}) == pytest.approx(1 / 4)
     with pytest.raises(InputError, match="different models"):
         overlap(one, {"blocks.0.a": torch.ones(5, dtype=torch.bool)})
+
+
+def test_chance_overlap_is_what_all_pairs_of_such_masks_give():
+    """By enumeration: every mask of two tensors with so many entries each, against every other such mask."""
+    names = {
+        "blocks.0.norm1.weight": (4, 2, 1),
+        "blocks.0.norm1.bias": (3, 1, 2),
+    }  # entries, of the first, of the second
+
+    def masks(which: int) -> list[dict[str, torch.Tensor]]:
+        choices = [list(combinations(range(numbers[0]), numbers[which])) for numbers in names.values()]
+        return [
+            {
+                name: torch.tensor([entry in chosen for entry in range(numbers[0])])
+                for (name, numbers), chosen in zip(names.items(), those, strict=True)
+            }
+            for those in product(*choices)
+        ]
+
+    pairs = list(product(masks(1), masks(2)))
+    both = sum(sum(int((a[name] & b[name]).sum()) for name in names) for a, b in pairs) / len(pairs)
+    either = sum(sum(int((a[name] | b[name]).sum()) for name in names) for a, b in pairs) / len(pairs)
+    assert chance_overlap(*pairs[0]) == chance_overlap(*pairs[-1]) == pytest.approx(both / either)
+
+
+def test_chance_knows_q_k_and_v_apart_and_what_is_eligible(vit):
+    some = {name: torch.zeros_like(tensor) for name, tensor in eligible_entries(vit, "qk").masks.items()}
+    q = some["blocks.0.attn.qkv.weight"][:96]
+    q[:48] = True  # half of q, nothing of k
+    assert chance_overlap(some, some, ("qk", "qk")) == pytest.approx((48 * 96 / 2) / (48 * 96 * 3 / 2))
+    assert chance_overlap(some, {}) == 0
+    assert chance_overlap({}, {}) == 1
+    every = eligible_entries(vit).masks
+    assert chance_overlap(every, every) == overlap(every, every) == 1
+    with pytest.raises(InputError, match="different models"):
+        chance_overlap(some, {"blocks.0.attn.qkv.weight": torch.ones(5, dtype=torch.bool)})
 
 
 def test_a_checkpoint_comes_back_and_replaces_the_one_before(tmp_path):

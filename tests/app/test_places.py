@@ -235,7 +235,10 @@ def test_a_run_goes_on_and_is_evaluated_from_another_folder(monkeypatch, tmp_pat
     read_from.clear()
     main(["centralized", "--resume", "--run_name", "a", "--output_dir", "../here"])
     main(["evaluate", "a", "--output_dir", str(here)])
-    assert read_from == [here / "mine"] * 2
+    main(["centralized", "--config", str(here / "results/a/config.yaml"), "--run_name", "again"])
+    for path in ("results", "checkpoints"):
+        shutil.rmtree(path)
+    assert read_from == [here / "mine"] * 3
     assert "accuracy" in capsys.readouterr().out
     assert not any(there.iterdir())
     moved = tmp_path / "moved"  # all of it: the place that was written down is gone

@@ -1,5 +1,6 @@
 """`fedtalos mask` through the real command line, and mask files in a notebook: what joining and comparing must keep."""
 
+import re
 import shutil
 from dataclasses import asdict
 from pathlib import Path
@@ -13,7 +14,7 @@ from fedtalos.cli import main
 from fedtalos.errors import InputError
 from fedtalos.models.load import build_model
 from fedtalos.models.vision_transformer import Architecture
-from fedtalos.training.editing.combine import combine_masks, overlap
+from fedtalos.training.editing.combine import chance_overlap, combine_masks, overlap
 from fedtalos.training.editing.controls import magnitude_mask, random_mask
 from fedtalos.training.editing.describe import OUTSIDE, density_table, describe_facts
 from fedtalos.training.editing.mask_file import SEVERAL, fingerprint, load_mask, read_mask_file, save_mask
@@ -113,7 +114,19 @@ def test_a_header_says_in_what_the_joined_masks_differ(capsys, undrawn):
 
 def overlaps(out: str) -> np.ndarray:
     lines = out[out.index("Overlap") : out.index("Made differently")].splitlines()[2:]
-    return np.array([[float(cell) for cell in line.split()[1:]] for line in lines])
+    return np.array([[float(cell) for cell in re.sub(r"\(.*?\)", "", line).split()[1:]] for line in lines])
+
+
+def test_beside_each_overlap_is_what_chance_gives(capsys, undrawn):
+    main(["mask", "compare", *THREE])
+    out = capsys.readouterr().out
+    lines = out[out.index("Overlap") : out.index("Made differently")].splitlines()[2:]
+    masks = [load(name)[0] for name in ("random", "low", "high")]
+    for at, line in enumerate(lines):
+        said = [float(share) for share in re.findall(r"\((.*?)\)", line)]
+        others = [mask for other, mask in enumerate(masks) if other != at]
+        assert said == pytest.approx([chance_overlap(masks[at], other) for other in others], abs=6e-3)
+    assert max(map(len, lines)) <= 80
 
 
 def test_overlap_is_symmetric_and_one_with_itself(capsys, undrawn):

@@ -17,7 +17,7 @@ from fedtalos.models.vision_transformer import Architecture, VisionTransformer
 from fedtalos.randomness import torch_generator
 from fedtalos.training import local_training
 from fedtalos.training.editing.mask_file import read_mask_file
-from fedtalos.training.federated.fedavg import sample_clients
+from fedtalos.training.federated.client_sampling import sample_clients
 from fedtalos.training.federated.privacy import epsilon
 
 DIGITS = shlex.split(
@@ -172,7 +172,7 @@ def test_poisson_rounds_resume_and_are_those_of_many_workers(options, monkeypatc
     [
         ("--aggregation krum --byzantine 2", "krum against 2 attackers needs over 6 clients in a round, got 6"),
         ("--aggregation trimmed_mean --byzantine 3", "needs over 6 clients in a round, got 6"),
-        ("--aggregation median --byzantine 2", "is of trimmed_mean, krum and multi_krum"),
+        ("--aggregation median --byzantine 2", "is of --aggregation trimmed_mean or krum or multi_krum"),
         ("--aggregation median --algorithm scaffold", "scaffold is made for means"),
         ("--aggregation median --head linear", "give a head FILE"),
         ("--aggregation median --client_sampling poisson", "median needs a fixed number of clients"),

@@ -25,8 +25,9 @@ from fedtalos.training.federated.algorithms import (
     Scaffold,
 )
 from fedtalos.training.federated.algorithms.fednova import local_progress
+from fedtalos.training.federated.client_sampling import sample_clients
 from fedtalos.training.federated.clients import Clients
-from fedtalos.training.federated.fedavg import Lost, Update, fedavg, one_by_one, sample_clients
+from fedtalos.training.federated.fedavg import Lost, Update, fedavg, one_by_one
 from fedtalos.training.federated.privacy import noisy_mean
 from fedtalos.training.local_training import LocalTraining
 from fedtalos.training.loop import train

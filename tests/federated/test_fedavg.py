@@ -12,8 +12,9 @@ from fedtalos.errors import BadUpdateError, InputError
 from fedtalos.metrics import Metrics
 from fedtalos.randomness import torch_generator
 from fedtalos.training.federated.aggregation import median, robust
+from fedtalos.training.federated.client_sampling import clients_per_round, sample_clients
 from fedtalos.training.federated.clients import Clients
-from fedtalos.training.federated.fedavg import FedAvg, Lost, clients_per_round, fedavg, sample_clients
+from fedtalos.training.federated.fedavg import FedAvg, Lost, fedavg
 from fedtalos.training.federated.traffic import Traffic
 from fedtalos.training.federated.transforms import dropouts, stragglers
 from fedtalos.training.local_training import LocalTraining

@@ -189,6 +189,27 @@ def test_training_that_fails_is_one_client_s_outcome_and_the_others_have_theirs(
     assert torch.equal(third[1], expected[2][1])
 
 
+@pytest.mark.parametrize("fits", [1, 0])
+def test_stacks_that_do_not_fit_into_memory_are_halved(vit, fits, monkeypatch, caplog):
+    clients = BothWays(vit, head(vit))
+    expected = clients.train("alone")
+    train = Stack.train
+
+    def in_little_memory(stack, batches, learning_rate):
+        if stack.size > fits:
+            next(iter(batches))
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return train(stack, batches, learning_rate)
+
+    monkeypatch.setattr(Stack, "train", in_little_memory)
+    for (metrics, values), (metrics_found, values_found) in zip(expected, clients.train("stacked"), strict=True):
+        assert metrics_found.examples == metrics.examples
+        torch.testing.assert_close(values_found, values, rtol=1e-5, atol=1e-7)
+    said = [record.getMessage() for record in caplog.records]
+    assert said[0] == "a stack of 2 does not fit into memory: clients train 1 at once from now on"
+    assert len(said) == 2 - fits
+
+
 def test_a_client_without_images_is_lost_and_its_neighbours_train(vit):
     clients = BothWays(vit, dense(vit))
     clients.clients = Clients.of(clients.clients.images, np.repeat([0, 1, 4, 5], [6, 6, 6, 19]), 6)

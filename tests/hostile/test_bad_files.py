@@ -57,7 +57,7 @@ ARCHIVES = [
     case(CIFAR + "claims", "claims/train", "replace it by the original"),
     case(CIFAR + "labels", "labels/train holds 'fine_labels' outside 0..1"),
     case(CIFAR + "narrow", "narrow/train holds no uint8 images of 3 x 32 x 32"),
-    case(CIFAR + "noise", "noise/cifar-100-python.tar.gz is damaged", "delete it"),
+    case(CIFAR + "noise", "noise/cifar-100-python.tar.gz is damaged", "move it away"),
     case(CIFAR + "torn", "torn/cifar-100-python.tar.gz is damaged"),
     case(CIFAR + "bit", "bit/cifar-100-python.tar.gz is damaged", "CRC"),
     case(CIFAR + "climbing", "climbing/cifar-100-python.tar.gz lacks cifar-100-python/meta"),

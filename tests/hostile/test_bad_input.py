@@ -149,7 +149,6 @@ SENTENCES = [
     case("federated --algorithm fedavgm --server_tau 0.1", "--server_tau 0.1", "fedadagrad or fedadam or fedyogi"),
     case("federated --algorithm fednova --server_learning_rate 1", "--server_learning_rate 1", "fedavgm or scaffold"),
     case("federated --algorithm fedadam --server_momentum 1", "server_momentum", "less than 1"),
-    case("federated --algorithm scaffold --clients_at_once 2", "--clients_at_once 2: scaffold adjusts gradients"),
     case("federated --personalise_clients 2", "--personalise_clients 2", "give --personalise_steps too"),
     case("federated --personalise_steps 1 --personalise_clients 9", "there are only 4 clients"),
     case("federated --warmup 1", "--warmup 1: must be below the 1 epochs or rounds"),

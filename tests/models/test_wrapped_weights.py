@@ -199,7 +199,7 @@ def test_where_nothing_fits_the_first_names_are_quoted(tmp_path: Path, state: St
     swin = {"module.patch_embed.proj.weight": torch.ones(96, 3, 4, 4), "module.layers.0.x": torch.ones(2)}
     with pytest.raises(InputError, match=r"no cls_token .* 2 tensors \('patch_embed.proj.weight', 'layers.0.x'\)"):
         read({"model": swin}, tmp_path / "swin.pth")
-    with pytest.raises(InputError, match="whole numbers alone, .* give weights in float32"):
+    with pytest.raises(InputError, match=r"whole numbers alone, .* give weights in float32"):
         read({"blocks.0.norm1.weight": torch.ones(96, dtype=torch.uint8)}, tmp_path / "mask.pth")
     with pytest.raises(InputError, match=r"1 unexpected \(adapter.weight\)"):
         load_into(micro(), load_weights(save(under("vit.", state | {"adapter.weight": torch.ones(2)}), tmp_path)))

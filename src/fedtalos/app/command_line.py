@@ -7,7 +7,7 @@ from typing import Any
 from fedtalos.app.config.files import from_file, from_preset, is_record, override
 from fedtalos.app.config.options import expanded
 from fedtalos.app.config.schema import RUN_CONFIGS, RunConfig, SplitOptions
-from fedtalos.app.run.resume import run_to_resume, saved_options
+from fedtalos.app.run.resume import folder_of_record, from_here, run_to_resume, saved_options
 
 Layer = tuple[str, dict[str, Any], Collection[str]]
 """(what errors call it by, its options, those of them that were chosen for this command)"""
@@ -16,13 +16,14 @@ Layer = tuple[str, dict[str, Any], Collection[str]]
 def layers(command: str, words: list[str]) -> list[Layer]:
     """Read the options that lie below the flags: those of the run to resume, then --config, then --preset."""
     found: list[Layer] = []
-    if (path := early(words, "config")) is not None:
-        values = from_file(Path(expanded("config", path)), command)
+    if (given_path := early(words, "config")) is not None:
+        path = Path(expanded("config", given_path))
+        values = from_here(from_file(path, command), command, folder_of_record(path))
         # A run's own record was checked when it began. And a file that serves several commands may say what only
         # others use of what editing has, too.
         of_others = {"weights", *SplitOptions.model_fields} if command == "editing" else set()
-        chosen = () if is_record(Path(expanded("config", path))) else values.keys() - of_others
-        found.append((path, values, chosen))
+        chosen = () if is_record(path) else values.keys() - of_others
+        found.append((given_path, values, chosen))
     if (preset := early(words, "preset")) is not None:
         values = from_preset(preset, command)
         found.append((f"preset {preset!r}", values, values.keys()))

@@ -9,8 +9,9 @@ from fedtalos.errors import InputError
 from fedtalos.models.vision_transformer import WIDTH_DEPTH_HEADS, VisionTransformer
 from fedtalos.training.federated.aggregation import RULES, WeightedMean, robust
 from fedtalos.training.federated.algorithms import ALGORITHMS
+from fedtalos.training.federated.client_sampling import clients_per_round
 from fedtalos.training.federated.clients import Clients
-from fedtalos.training.federated.fedavg import Engine, FedAvg, MakeAggregation, Transform, clients_per_round, one_by_one
+from fedtalos.training.federated.fedavg import Engine, FedAvg, MakeAggregation, Transform, one_by_one
 from fedtalos.training.federated.partition import split_clients
 from fedtalos.training.federated.privacy import epsilon, noisy_mean
 from fedtalos.training.federated.stacked import stacked
@@ -130,7 +131,7 @@ def engine_of(config: FederatedConfig, watch: Watch) -> Engine:
     return partial(one_by_one, watch=watch) if size == 1 else partial(stacked, size=size, watch=watch)
 
 
-def clients_at_once(config: FederatedConfig, moving: MaskedParameters, algorithm: FedAvg) -> int:
+def clients_at_once(config: FederatedConfig, moving: MaskedParameters) -> int:
     """Settle how many clients train in one stack: as asked, else 1, but on CUDA a round's where a step is small.
 
     It depends on the sizes alone. InputError where another library's model is to be stacked.
@@ -141,9 +142,8 @@ def clients_at_once(config: FederatedConfig, moving: MaskedParameters, algorithm
         if asked > 1 and not ours:
             raise InputError(f"--clients_at_once {asked}: {model.architecture} cannot be stacked; leave it out")
         return asked
-    # Stacks compute kept features anew, and gradients that are corrected are corrected client by client.
-    alone = (moving.frozen_stages and config.train.augmentation == "none") or algorithm.corrects_gradients
-    if not isinstance(model, VisionTransformer) or moving.device.type != "cuda" or alone:
+    kept = moving.frozen_stages > 0 and config.train.augmentation == "none"  # then a step is cheap by itself
+    if not isinstance(model, VisionTransformer) or moving.device.type != "cuda" or kept:
         return 1
     width = WIDTH_DEPTH_HEADS[model.architecture.size][0]
     step = config.train.batch_size * (model.patch_embed.grid**2 + 1) * width

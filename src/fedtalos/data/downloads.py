@@ -118,7 +118,7 @@ def read_members(archive: Path, names: set[str]) -> dict[str, bytes]:
                 if wanted and (content := tar.extractfile(member)):
                     found[member.name] = content.read()
     except (tarfile.TarError, EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise InputError(f"{archive} is damaged ({error}): delete it, and it is downloaded again") from error
+        raise InputError(f"{archive} is damaged ({error}): move it away, and it is downloaded again") from error
     if missing := sorted(names - found.keys()):
-        raise InputError(f"{archive} lacks {missing[0]}: delete it, and it is downloaded again")
+        raise InputError(f"{archive} lacks {missing[0]}: move it away, and it is downloaded again")
     return found

@@ -14,7 +14,7 @@ from fedtalos.app.federation import clients_of
 from fedtalos.app.load import Loaded, load
 from fedtalos.app.run.books import Books
 from fedtalos.app.run.display import Display, density_report, say
-from fedtalos.app.run.folders import begun, open_run
+from fedtalos.app.run.folders import begun, open_run, say_decisions
 from fedtalos.app.run.launch import check_alone
 from fedtalos.app.run.paths import RunPaths
 from fedtalos.app.run.recorder import write_csv, write_yaml
@@ -128,6 +128,7 @@ def fit_first_head(edit: Edit, paths: RunPaths, console: Console) -> tuple[int, 
             loaded.model, images, kind, holders=clients, val=loaded.limited("val"), features=loaded.features
         )
     save_head(paths.head, loaded.model)
+    say_decisions(paths, console)
     if clients is None:
         return 0, 0
     return len(clients) * sum(parameter.nbytes for parameter in loaded.model.head.parameters()), sent

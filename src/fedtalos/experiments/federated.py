@@ -97,7 +97,7 @@ def begin(config: FederatedConfig) -> tuple[Loaded[FederatedConfig], Clients, Ma
     config = loaded.config
     clients = clients_of(loaded.data.train, config.split, config.run.seed)
     moving, algorithm = moving_parameters(loaded), algorithm_of(config)
-    size = clients_at_once(config, moving, algorithm)
+    size = clients_at_once(config, moving)
     federation = config.federation.model_copy(update={"clients_at_once": size})
     loaded = replace(loaded, config=config.model_copy(update={"federation": federation}))
     return loaded, clients, moving, algorithm

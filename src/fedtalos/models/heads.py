@@ -28,8 +28,8 @@ Head = tuple[Tensor, Tensor]
 HEADS = ("weights", "random", "ridge", "ncm", "linear")
 """Sources of a head, beside a file."""
 
-PENALTIES = tuple(10 ** (power / 2) for power in range(-8, 5))
-"""Ridge penalties to choose from, 1e-4 to 1e2, in units of the features' mean variance."""
+PENALTIES = tuple(10 ** (power / 2) for power in range(-12, 5))
+"""Ridge penalties to choose from, 1e-6 to 1e2, in units of the features' mean variance."""
 LEVEL = 1e-3
 """Nats of loss between two neighbouring penalties that make no difference."""
 SCALES = torch.logspace(-4, 4, 161).tolist()

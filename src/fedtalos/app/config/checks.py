@@ -5,7 +5,6 @@ from collections.abc import Collection, Mapping
 from fedtalos.app.config.files import flatten
 from fedtalos.app.config.schema import (
     ADAPTIVE,
-    ADJUST_GRADIENTS,
     LOOKS_AT_IMAGES,
     CentralizedConfig,
     EditingConfig,
@@ -16,7 +15,7 @@ from fedtalos.app.config.schema import (
 )
 from fedtalos.errors import InputError
 from fedtalos.training.federated.aggregation import TooFewError, check_enough
-from fedtalos.training.federated.fedavg import clients_per_round
+from fedtalos.training.federated.client_sampling import clients_per_round
 
 
 class _Given:
@@ -132,12 +131,7 @@ def _asked(option: str, values: Mapping[str, object]) -> str:
 
 
 def _check_federated(config: FederatedConfig) -> None:
-    options, personal = config.algorithm, config.personal
-    if options.algorithm in ADJUST_GRADIENTS and (config.federation.clients_at_once or 1) > 1:
-        raise InputError(
-            f"--clients_at_once {config.federation.clients_at_once}: {options.algorithm} adjusts gradients client by "
-            "client; leave it out, or take --workers"
-        )
+    personal = config.personal
     if (asked := personal.personalise_clients) is not None and asked > config.split.num_clients:
         raise InputError(
             f"--personalise_clients {asked}: there are only {config.split.num_clients} clients; ask for fewer"

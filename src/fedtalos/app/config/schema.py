@@ -18,13 +18,13 @@ from fedtalos.training.editing.fisher import FisherMode
 from fedtalos.training.editing.ranking import Granularity
 from fedtalos.training.editing.talos import Criterion
 from fedtalos.training.federated.aggregation import Rule
-from fedtalos.training.federated.fedavg import OnBadClient, Sampling
+from fedtalos.training.federated.client_sampling import Sampling
+from fedtalos.training.federated.fedavg import OnBadClient
 from fedtalos.training.federated.partition import Scheme
 from fedtalos.training.federated.transforms import Attack
 
 Algorithm = Literal["fedavg", "fedprox", "fedavgm", "fedadagrad", "fedadam", "fedyogi", "scaffold", "fednova"]
 ADAPTIVE: tuple[Algorithm, ...] = ("fedadagrad", "fedadam", "fedyogi")
-ADJUST_GRADIENTS: tuple[Algorithm, ...] = ("fedprox", "scaffold")
 LOOKS_AT_IMAGES: tuple[Criterion, ...] = ("least_sensitive", "most_sensitive")
 
 
@@ -53,8 +53,8 @@ class RunOptions(Options):
     )
     precision: Literal["auto", "fp32", "bf16"] = Field(
         "auto",
-        description="arithmetic; auto: bf16 on CUDA cards of the Ampere generation or later, fp32 elsewhere and, without "
-        "TF32, for the scores of editing",
+        description="arithmetic; auto: bf16 on CUDA cards of the Ampere generation or later, fp32 elsewhere and, "
+        "without TF32, for the scores of editing",
     )
     threads: Annotated[int | None, unset("N", "all cores, shared among the workers")] = Field(
         None, ge=1, le=1024, description="CPU threads of each process; another number changes the last bits of results"

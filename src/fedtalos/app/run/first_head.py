@@ -9,6 +9,7 @@ import torch
 from fedtalos.app.config.schema import CentralizedConfig, FederatedConfig
 from fedtalos.app.federation import settled
 from fedtalos.app.run.display import Display
+from fedtalos.app.run.folders import say_decisions
 from fedtalos.app.run.session import Session
 from fedtalos.data.sampling import Ids
 from fedtalos.errors import TrainingError
@@ -41,6 +42,7 @@ def fit_first_head(
             val=loaded.limited("val"),
             features=loaded.features,
         )
+        say_decisions(session.paths, session.console)
         progress.bytes_up += sent if isinstance(loaded.config, FederatedConfig) else 0
     loaded.features.keep_only(moving.frozen_stages)
     progress.seconds += time.perf_counter() - start

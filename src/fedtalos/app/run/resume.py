@@ -75,8 +75,13 @@ def nothing_to_resume(root: Path, name: str | None, command: str, runs: list[str
 
 def working_folder(paths: RunPaths) -> Path | None:
     """The folder that the run was begun in, by its config.yaml; its relative paths were given from there."""
-    made_by_then = read_yaml(paths.config).get("made_by") if paths.started else None
-    folder = made_by_then.get("folder") if isinstance(made_by_then, dict) else None
+    return folder_of_record(paths.config) if paths.started else None
+
+
+def folder_of_record(path: Path) -> Path | None:
+    """The folder that a config.yaml was written for; None of a file that is no run's record."""
+    made_by = read_yaml(path).get("made_by")
+    folder = made_by.get("folder") if isinstance(made_by, dict) else None
     return Path(folder) if isinstance(folder, str) else None
 
 

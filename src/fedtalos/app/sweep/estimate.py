@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from fedtalos.app.config.schema import LOOKS_AT_IMAGES, CentralizedConfig, EditingConfig, FederatedConfig, RunConfig
 from fedtalos.app.sweep.grid import Cell
 from fedtalos.app.sweep.tables import Result
-from fedtalos.training.federated.fedavg import clients_per_round
+from fedtalos.training.federated.client_sampling import clients_per_round
 
 
 def estimate(cell: Cell, finished: Sequence[Result]) -> float | None:

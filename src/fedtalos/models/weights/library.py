@@ -57,7 +57,7 @@ def _of_torchvision(name: str, net: nn.Module) -> Weights:
     state = read_state_dict(path, path.name, floats_only=True)
     missing = net.load_state_dict(state.tensors, strict=False).missing_keys
     if unknown := [parameter for parameter, _ in net.named_parameters() if parameter in missing]:
-        raise InputError(f"weights {name}: {path} holds no {unknown[0]}; delete it, to fetch it again")
+        raise InputError(f"weights {name}: {path} holds no {unknown[0]}; move it away, and it is fetched again")
     pixels = Preprocessing(mean, std, "bicubic" if kind == "bicubic" else "bilinear", crop)
     return _weights(name, net, size, pixels, path.name, state.sha256)
 

@@ -116,8 +116,8 @@ def facts_of(mask: Mask, model: Backbone, criterion: str = "given") -> MaskFacts
         if allowed is None or allowed.shape != tensor.shape or bool((tensor.cpu() & ~allowed).any()):
             raise InputError(
                 f"mask: {name} {tuple(tensor.shape)} is no eligible tensor of {model.architecture}, or more of it than "
-                "is eligible may move; a mask file holds weights and biases of the layers inside the blocks, and, where "
-                "eligible is paper, of the patch convolution and the norm behind the blocks"
+                "is eligible may move; a mask file holds weights and biases of the layers inside the blocks, and where "
+                "eligible is paper those of the patch convolution and of the norm behind the blocks"
             )
     return MaskFacts(
         version=__version__,

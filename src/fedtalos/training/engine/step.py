@@ -47,7 +47,7 @@ class Stack:
     >>> stack = Stack(MaskedParameters(model, mask), LocalTraining(steps=4), size=10)
     >>> stack.load(theta)
     >>> steps = stack.train(batches, learning_rate=1e-3)    # batches of (10, B, 3, H, W) and (10, B)
-    >>> stack.values(0)                                     # the first client's, in theta's parts
+    >>> stack.clients[0]                                    # the first client's values, in theta's parts
     """
 
     def __init__(
@@ -75,18 +75,15 @@ class Stack:
             for tensor, index in zip(self._tensors, self._indices, strict=True)
         ]
         """What the optimiser steps: whole stacks, or the moving entries of one, (V, A)."""
-        self._clients = [
+        self.clients = [
             [stack.detach()[client].view_as(part) for stack, part in zip(self._tensors, moving.rows, strict=True)]
             for client in range(size)
         ]
-        self._optimizer = _optimizer(self._steered, local)
+        """Views of each client's values, in the parts of ``Entries.moving_rows``."""
+        self._optimizer = _optimizer(self._steered, local, captured=capture and moving.device.type == "cuda")
         self._adjust: StackedAdjust | None = None
         self._forward = torch.compile(self._losses, dynamic=False) if compile else self._losses
         self._steps: dict[tuple[torch.Size, torch.Size], CapturedStep | EagerStep] = {}
-
-    def values(self, client: int) -> list[Tensor]:
-        """Views of a client's values, in the parts of ``Entries.moving_rows``."""
-        return self._clients[client]
 
     def vector(self) -> Tensor:
         """Copy what moves of every client, (V, A)."""
@@ -204,16 +201,16 @@ def _norms(tensors: list[Tensor]) -> Tensor:
     return norms
 
 
-def _optimizer(steered: list[nn.Parameter], local: LocalTraining) -> Optimizer:
-    """Make torch's optimiser of the stacks; on CUDA one whose learning rate and step count lie on the device."""
+def _optimizer(steered: list[nn.Parameter], local: LocalTraining, *, captured: bool) -> Optimizer:
+    """Make torch's optimiser of the stacks; for a graph, with its learning rate and step count on the device."""
     device, rate = steered[0].device, local.rate(0)
-    cuda = device.type == "cuda"
-    learning_rate: float | Tensor = torch.tensor(rate, device=device) if cuda else rate
+    fused = device.type == "cuda" or None  # one kernel instead of a dozen
+    learning_rate: float | Tensor = torch.tensor(rate, device=device) if captured else rate
     if local.optimizer == "sgd":
-        return SGD(
-            steered, lr=learning_rate, momentum=local.momentum, weight_decay=local.weight_decay, fused=cuda or None
-        )
-    return AdamW(steered, lr=learning_rate, weight_decay=local.weight_decay, fused=cuda or None, capturable=cuda)
+        return SGD(steered, lr=learning_rate, momentum=local.momentum, weight_decay=local.weight_decay, fused=fused)
+    made = AdamW(steered, lr=learning_rate, weight_decay=local.weight_decay, fused=fused, capturable=captured)
+    made._warned_capturable_if_run_uncaptured = True  # torch's word for: say nothing of the warm-up
+    return made
 
 
 def _plain(adjust: Callable[[Tensor], Tensor] | None) -> object:

@@ -18,6 +18,7 @@ from fedtalos.models.backbone import Backbone
 from fedtalos.randomness import generator
 from fedtalos.training.entries import Values, all_finite
 from fedtalos.training.federated.aggregation import Aggregation, WeightedMean
+from fedtalos.training.federated.client_sampling import Sampling, clients_per_round, sample_clients
 from fedtalos.training.federated.clients import Clients, Integers
 from fedtalos.training.local_training import LocalTraining, Watch, unwatched
 from fedtalos.training.masked_parameters import MaskedParameters
@@ -52,9 +53,6 @@ Transform = Callable[[Updates], Updates]
 
 OnBadClient = Literal["stop", "skip"]
 
-Sampling = Literal["uniform", "poisson"]
-"""A round's clients: a fixed number, any of them alike; or each client by itself with probability C."""
-
 
 @dataclass(frozen=True)
 class Round:
@@ -67,7 +65,7 @@ class Round:
 
 
 class Trained(Protocol):
-    """What a client trains, (A,), or V clients in one stack, (V, A): ``MaskedParameters`` or a ``Stack``."""
+    """Values that a client trains, (A,), or V clients in one stack, (V, A): ``MaskedParameters`` or a ``Stack``."""
 
     def vector(self) -> Tensor:
         """Copy the values that move."""
@@ -135,30 +133,6 @@ MakeAggregation = Callable[[MaskedParameters, float], Aggregation]
 
 Engine = Callable[[MaskedParameters, Clients, LocalTraining, int, FedAvg], Updates]
 """(what moves, clients, their training, seed, algorithm) -> how clients train: one by one, in a stack, in processes."""
-
-
-def clients_per_round(num_clients: int, fraction: float) -> int:
-    """Number of clients in a round: max(1, round(C K))."""
-    return max(1, round(fraction * num_clients))
-
-
-def sample_clients(
-    num_clients: int, fraction: float, seed: int, round_number: int, sampling: Sampling = "uniform"
-) -> tuple[int, ...]:
-    """Draw a round's clients: different, ascending; a function of seed and round only.
-
-    Sampling uniform draws max(1, round(C K)) of them. With poisson each comes with probability C, so that a round can
-    be without any.
-
-    >>> sample_clients(100, 0.05, seed=0, round_number=1)
-    (5, 21, 34, 41, 53)
-    """
-    if sampling == "poisson":
-        comes = generator(seed, "poisson clients", round_number).random(num_clients) < fraction
-        return tuple(np.flatnonzero(comes).tolist())
-    count = clients_per_round(num_clients, fraction)
-    chosen = generator(seed, "clients", round_number).choice(num_clients, size=count, replace=False)
-    return tuple(sorted(int(client) for client in chosen))
 
 
 def one_by_one(

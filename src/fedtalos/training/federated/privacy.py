@@ -18,7 +18,7 @@ from torch import Tensor
 from fedtalos.errors import InputError, install
 from fedtalos.randomness import generator
 from fedtalos.training.federated.aggregation import WeightedMean
-from fedtalos.training.federated.fedavg import Sampling
+from fedtalos.training.federated.client_sampling import Sampling
 from fedtalos.training.masked_parameters import MaskedParameters
 
 Adjacency = Literal["replace one client", "add or remove one client"]

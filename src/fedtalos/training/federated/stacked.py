@@ -3,6 +3,7 @@
 Letters: V clients that train together, A entries that move.
 """
 
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
 from itertools import groupby
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor
 
 from fedtalos.data.batches import batch_sizes, stacked_batches
+from fedtalos.devices import out_of_memory
 from fedtalos.errors import BadUpdateError
 from fedtalos.metrics import Metrics
 from fedtalos.randomness import generator
@@ -18,10 +20,12 @@ from fedtalos.training.engine.step import Stack
 from fedtalos.training.entries import Values
 from fedtalos.training.feature_cache import plain_source
 from fedtalos.training.federated.clients import Clients
-from fedtalos.training.federated.fedavg import FedAvg, Lost, Update, Updates
+from fedtalos.training.federated.fedavg import FedAvg, Lost, Update, Updates, one_by_one
 from fedtalos.training.local_training import LocalTraining, Watch, unwatched
 from fedtalos.training.loop import Batches, Step, add_up, check_values, fetch
 from fedtalos.training.masked_parameters import MaskedParameters
+
+log = logging.getLogger(__name__)
 
 
 def stacked(
@@ -69,7 +73,7 @@ def stacked(
             rngs=[generator(seed, "batches", number, client) for client in group],
         )
 
-    def together(number: int, group: Sequence[int], theta: Values, share: float) -> Iterator[tuple[int, Update | Lost]]:
+    def together(number: int, group: Sequence[int], theta: Values, share: float) -> list[tuple[int, Update | Lost]]:
         stack, steps = stack_of(len(group)), local.steps_for(len(clients[group[0]]))
         sent = [algorithm.message(moving, client) if message is None else message(client) for client in group]
         messages = [tensor for tensor in sent if tensor is not None]
@@ -79,24 +83,55 @@ def stacked(
         batches = watch(batches_of(number, group, steps), share / steps)
         taken = stack.train(batches, local.rate(number - 1))
         replies = None if correction is None or correction.reply is None else correction.reply.clone()
-        for place, (client, outcome) in enumerate(zip(group, outcomes(stack, taken), strict=True)):
-            reply = None if replies is None else replies[place]
-            yield client, outcome if isinstance(outcome, Lost) else Update(stack.values(place), outcome, reply)
+        return [
+            (client, found if isinstance(found, Lost) else Update(values, found, None if replies is None else reply))
+            for client, found, values, reply in zip(
+                group, outcomes(stack, taken), stack.clients, group if replies is None else replies, strict=True
+            )
+        ]
+
+    def together_if_it_fits(
+        number: int, group: Sequence[int], theta: Values, share: float
+    ) -> list[tuple[int, Update | Lost]] | None:
+        try:
+            return together(number, group, theta, share)
+        except RuntimeError as error:
+            if not out_of_memory(error):
+                raise
+        stack_of.cache_clear()  # only here is the error gone, and with it the frames that held the activations
+        if moving.device.type == "cuda":
+            torch.cuda.empty_cache()
+        return None
 
     def plan(client: int) -> tuple[int, ...]:
         """Sizes of the client's batches: only batches of one shape can be stacked."""
         count = len(clients[client])
         return batch_sizes(count, local.batch_size, local.steps_for(count)) if count else ()
 
+    limit = size
+
     def updates(number: int, chosen: Sequence[int], theta: Values) -> Iterator[tuple[int, Update | Lost]]:
+        nonlocal limit
+        alone = one_by_one(
+            moving, clients, local, seed, algorithm, message=message, watch=lambda b, s: watch(b, s / len(chosen))
+        )
         for sizes, neighbours in groupby(chosen, key=plan):
             same = list(neighbours)
-            if not sizes:
-                yield from ((client, Lost("no images")) for client in same)
-                continue
-            for start in range(0, len(same), size):
-                group = same[start : start + size]
-                yield from together(number, group, theta, len(group) / len(chosen))
+            while same:
+                group = same[:limit]
+                if not sizes or not group:  # without images, or where even a stack of one does not fit
+                    yield from alone(number, same, theta)
+                    break
+                found = together_if_it_fits(number, group, theta, len(group) / len(chosen))
+                if found is None:
+                    limit = len(group) // 2
+                    rest = f"{limit} at once" if limit else "one by one, in smaller batches,"
+                    log.warning(
+                        "a stack of %d does not fit into memory: clients train %s from now on", len(group), rest
+                    )
+                    continue
+                yield from found
+                same = same[len(group) :]
 
     return updates
 
@@ -109,7 +144,7 @@ def outcomes(stack: Stack, taken: Sequence[Step]) -> list[Metrics | Lost]:
         try:
             found.append(add_up(taken, figures[..., place]))
             if not finite:
-                check_values(stack.values(place), taken[-1])
+                check_values(stack.clients[place], taken[-1])
         except BadUpdateError as error:
             found[place:] = [Lost(str(error), sent=True)]
     return found

@@ -5,7 +5,8 @@ Letters: K clients.
 
 import numpy as np
 
-from fedtalos.training.federated.fedavg import FedAvg, Round, Sampling, sample_clients
+from fedtalos.training.federated.client_sampling import Sampling, sample_clients
+from fedtalos.training.federated.fedavg import FedAvg, Round
 from fedtalos.training.masked_parameters import MaskedParameters
 
 
