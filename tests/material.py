@@ -32,7 +32,7 @@ SMALL = DIGITS + "--train_limit 100 --eval_limit 20 "
 RUNS = {
     "centralized": SMALL + "--num_epochs 1 --optimizer sgd --momentum 0",
     "federated": SMALL + "--num_clients 4 --num_rounds 1",
-    "editing": SMALL + "--calibration_fraction 0.05 --calibration_images 16 --num_iterations 1",
+    "editing": SMALL + "--calibration_fraction 0.05 --num_iterations 1",
 }
 NOISE = np.random.default_rng(0).bytes(300)
 LAUGHS = "a0: &a0 [x, x, x, x, x, x, x, x, x, x]\n" + "".join(

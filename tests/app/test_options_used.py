@@ -119,7 +119,7 @@ def test_an_option_is_refused_where_it_has_no_effect_and_nowhere_else(command, o
         ),
         ("editing --fisher exact --fisher_samples 2", "--fisher_samples 2: is of --fisher true, not of exact"),
         ("editing --checkpoint a --weights none", "--weights none and --checkpoint a: one of them is used"),
-        ("federated --slowest 2", "--slowest 2: is of --deadline; give --deadline too"),
+        ("federated --slowest 2", "--slowest 2: has no effect without --deadline; give --deadline too"),
         ("federated --byzantine 2", "is of --aggregation trimmed_mean or krum or multi_krum, not of mean"),
     ],
 )

@@ -201,7 +201,7 @@ def test_an_all_true_mask_equals_no_mask():
     count = sum(tensor.numel() for tensor in everything.values())
     write_mask_file(Path("masks/all.safetensors"), everything, replace(facts, active=count, eligible=count))
     rate = ["--learning_rate", "1e-3"]
-    main([*FEDERATED, *rate, "--mask", "masks/all.safetensors", "--run_name", "masked"])
+    main([*FEDERATED, *rate, "--mask", "masks/all.safetensors", "--head", "random", "--run_name", "masked"])
     main([*FEDERATED, *rate, "--trainable", "blocks", "--run_name", "dense"])
     same_tensors(tensors("masked"), tensors("dense"))
     keep = [{k: v for k, v in row.items() if not k.startswith("bytes")} for row in rows("masked")]
@@ -213,7 +213,7 @@ def test_an_all_true_mask_equals_no_mask():
 def test_frozen_entries_keep_their_bits_and_only_active_values_are_sent(rule, command):
     path = edited()
     flags = ["--optimizer", rule, "--weight_decay", "0.1", "--learning_rate", "1e-2"]
-    main([*command, *flags, "--mask", str(path), "--run_name", "run"])
+    main([*command, *flags, "--mask", str(path), "--head", "random", "--run_name", "run"])
     mask, facts = read_mask_file(path)
     before = VisionTransformer(Architecture("micro", 8, 4, 10), torch_generator(0, "weights")).state_dict()
     after, moved = tensors("run"), 0
@@ -238,7 +238,7 @@ def test_a_frozen_head_stays_and_a_head_that_came_along_stays_under_a_mask():
     main([*CENTRALIZED, "--run_name", "start"])
     start = tensors("start")
     masked = ["--weights", "checkpoints/start/last.json", "--run_name", "masked"]
-    path = edited("m", "--checkpoint", "start")
+    path = edited("m", "--weights", "auto", "--checkpoint", "start")
     main(["federated", *DIGITS, *FEDERATED[1 + len(SCRATCH) :], *masked, "--mask", str(path)])
     assert torch.equal(tensors("masked")["head.weight"], start["head.weight"])
     main([*FEDERATED, "--freeze_head", "--head", "ridge", "--run_name", "ridge"])

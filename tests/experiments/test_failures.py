@@ -299,7 +299,7 @@ def failing_from(evaluate, call):
         "--dropout_rate 0.4 --algorithm scaffold --optimizer sgd",
         # In the first round who takes several steps diverges, in the second everybody.
         "--on_bad_client skip --learning_rate 1e6 --clip_norm None --num_rounds 2 --optimizer sgd --partition quantity "
-        "--local_epochs 1 --min_client_size 1 --batch_size 32",
+        "--local_epochs 1 --local_steps 4 --min_client_size 1 --batch_size 32",
     ],
 )
 def test_many_workers_equal_one_with_failures(options):
@@ -351,7 +351,7 @@ def test_a_batch_too_large_for_the_memory_is_taken_in_parts(command, monkeypatch
         ("--dropout_rate 1", "dropout_rate"),
         ("--dropout_rate -0.1", "dropout_rate"),
         ("--slowest 0.5 --deadline 4", "slowest"),
-        ("--slowest 2", "--slowest 2: nobody is late for no deadline; give --deadline too"),
+        ("--slowest 2", "--slowest 2: has no effect without --deadline; give --deadline too, or leave it out"),
         ("--deadline 1", "--deadline 1: the fastest client needs --local_steps 2; give that or more"),
         ("--learning_rate 1e16", "learning_rate: expected a number up to 1e15"),
         ("--dropout_rate 0.1 --head linear", "--dropout_rate 0.1: the rounds of --head linear"),

@@ -183,7 +183,7 @@ SENTENCES = [
         "mask nowhere.safetensors",
     ),
     case(
-        "federated --mask masks/foreign.safetensors",
+        "federated --mask masks/foreign.safetensors --head random",
         "not made for this: weights others / none, seed 0",
         "add --force_mask",
     ),
@@ -215,7 +215,7 @@ SENTENCES = [
     case("mask combine masks/m.safetensors masks/rest.safetensors --name a/b", "--name 'a/b': expected a plain"),
     case("mask combine masks/m.safetensors masks/rest.safetensors --name x --output_dir file.txt", "file.txt"),
     # heads, sizes, devices
-    case("federated --head nowhere", "--head nowhere: cannot be read", "give an existing head file"),
+    case("federated --head nowhere", "--head nowhere: no such file", "or a head file"),
     case("federated --model_size tiny --head masks/m.head.safetensors", "(10, 96)", "need (10, 192)"),
     case("federated --head weights", "--head weights", "use random, ridge, ncm, linear or a head file"),
     case("editing --head random", "--head random: scores through an untrained head", "fit one (ridge)"),
@@ -238,13 +238,13 @@ SENTENCES = [
         "0 to 3",
     ),
     case("editing --calibration federated --calibration_client -1", "--calibration_client: ", "got -1"),
-    case("editing --fisher exact --fisher_samples 2", "--fisher_samples 2: --fisher exact draws"),
+    case("editing --fisher exact --fisher_samples 2", "--fisher_samples 2: is of --fisher true, not of exact"),
     case("editing --fisher_samples 0", "fisher_samples", "0"),
     case("editing --calibration federated --fisher batch", "--fisher batch", "leave out --calibration"),
     case(
         "editing --calibration federated --num_clients 4 --calibration_clients 5", "--calibration_clients 5", "only 4"
     ),
-    case("federated --force_mask", "--force_mask", "give --mask FILE too"),
+    case("federated --force_mask", "--force_mask: has no effect without --mask", "give --mask too"),
     case("federated --mask masks/m.safetensors --seed 10", "weights none, seed 0", "none, seed 10", "--force_mask"),
     case("federated --mask masks/m.safetensors --image_size 16", "at 8 px", "at 16 px", "--force_mask"),
     case("editing --calibration federated --num_clients 1000", "--num_clients 1000", "100 training examples"),
@@ -265,8 +265,8 @@ SENTENCES = [
     ),
     case("evaluate nowhere", "checkpoint nowhere", "give a run's name or its .json file"),
     case("evaluate m", "m/last.json: holds no trained model"),
-    case("editing --checkpoint nowhere", "checkpoint nowhere", "give a run's name or its .json file"),
-    case("editing --checkpoint m", "checkpoints/m/last.json: holds no model", "give another"),
+    case("editing --weights auto --checkpoint nowhere", "checkpoint nowhere", "give a run's name or its .json file"),
+    case("editing --weights auto --checkpoint m", "checkpoints/m/last.json: holds no model", "give another"),
     # names, resuming, places to write to
     case("federated --run_name done", "results/done exists: add --resume", "another --run_name"),
     case("federated --run_name orphan", "checkpoints/orphan exists, of an earlier run", "another --run_name"),
@@ -284,8 +284,8 @@ SENTENCES = [
     case("federated --resume --run_name stopped", "centralized"),
     case("federated --resume --run_name done", "centralized"),
     # data sets and plots by name
-    case("federated --dataset folder --data_dir nowhere", "nowhere is not a folder", "--data_dir"),
-    case("federated --dataset folder --data_dir file.txt", "file.txt is not a folder"),
+    case("federated --dataset folder --data_dir nowhere", "--data_dir nowhere: no such folder"),
+    case("federated --dataset folder --data_dir file.txt", "--data_dir file.txt: no such folder"),
     case("federated --dataset folder --data_dir void", "void holds no class folders: expected void/CLASS/IMAGE"),
     case("plot", "expected runs or --masks, got neither"),
     case("plot nowhere", "run results/nowhere", "found no metrics.csv"),
@@ -349,7 +349,7 @@ def test_a_tracker_without_an_account(capsys, monkeypatch):
 def test_no_preset_file(capsys, monkeypatch):
     monkeypatch.setattr(config_files, "PRESETS", Path("nowhere/presets.yaml"))
     says = sentence(spelled("federated --preset quick"), capsys)
-    assert "nowhere/presets.yaml: cannot be read" in says
+    assert "nowhere/presets.yaml: no such file here" in says
 
 
 def test_a_flag_mends_what_a_file_leaves_impossible():

@@ -64,3 +64,13 @@ def test_an_epoch_that_diverges_is_named(vit, stored):
     local = LOCAL.but(learning_rate=3e38, optimizer="sgd")
     with pytest.raises(BadUpdateError, match="epoch 1: "):
         list(train_centralized(vit, stored, local=local, epochs=1))
+
+
+@pytest.mark.parametrize(("name", "source"), [("head.weight", "trained"), ("norm.weight", "random")])
+def test_a_head_that_has_been_trained_is_noted(vit, name, source):
+    images = LabelledImages(torch.zeros(4, 3, 8, 8, dtype=torch.uint8), torch.arange(4))
+    mask = {name: torch.ones_like(vit.get_parameter(name), dtype=torch.bool)}
+    epochs = train_centralized(vit, images, mask, local=LocalTraining(batch_size=2), epochs=1)
+    assert vit.head_source == "random"
+    next(epochs)
+    assert vit.head_source == source

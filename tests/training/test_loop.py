@@ -126,12 +126,3 @@ def test_a_sparse_optimiser_of_whole_tensors_is_welcome_where_all_moves(vit, ima
         SparseSGD(*zip(*((p, torch.ones_like(p) > 0) for p in vit.parameters()), strict=True)),
         learning_rate=lambda _: 0.1,
     )
-
-
-@pytest.mark.parametrize(("name", "source"), [("head.weight", "trained"), ("norm.weight", "random")])
-def test_a_head_that_has_been_trained_is_noted(vit, images, labels, name, source):
-    moving = MaskedParameters(vit, {name: torch.ones_like(vit.get_parameter(name), dtype=torch.bool)})
-    train(moving, [], optimizer_of(moving), learning_rate=lambda _: 0.1)
-    assert vit.head_source == "random"
-    train(moving, [(images, labels)], optimizer_of(moving), learning_rate=lambda _: 0.1)
-    assert vit.head_source == source

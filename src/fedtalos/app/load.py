@@ -26,7 +26,7 @@ from fedtalos.models.weights import Weights
 from fedtalos.models.weights.pixels import STATISTICS
 from fedtalos.models.weights.read import load_weights
 from fedtalos.notes import note
-from fedtalos.training.editing.mask_file import MaskFacts, fingerprint, read_mask_file
+from fedtalos.training.editing.mask_file import MaskFacts, check_mask, fingerprint, read_mask_file
 from fedtalos.training.entries import Mask
 from fedtalos.training.feature_cache import FeatureStore
 
@@ -99,6 +99,8 @@ def load(config: ConfigT) -> Loaded[ConfigT]:
     if weights is not None and weights.classes is not None and config.model.head == "weights":
         check_same_classes(weights.classes, data.classes, weights.source)
     model = _load_model(config, weights, architecture, data.classes).to(device)
+    if mask is not None and isinstance(config, CentralizedConfig | FederatedConfig) and config.train.mask is not None:
+        check_mask(config.train.mask, *mask, model, force=config.train.force_mask)
     config = config.model_copy(
         update={"model": config.model.model_copy(update={"head": choose_head(config, model, mask)})}
     )

@@ -7,7 +7,7 @@ from fedtalos.app.load import Loaded
 from fedtalos.errors import InputError
 from fedtalos.models.backbone import Backbone
 from fedtalos.training.editing.eligible import eligible_masks
-from fedtalos.training.editing.mask_file import MaskFacts, check_mask
+from fedtalos.training.editing.mask_file import MaskFacts
 from fedtalos.training.entries import Mask, named_tensors
 from fedtalos.training.masked_parameters import MaskedParameters
 
@@ -16,13 +16,11 @@ def what_moves(loaded: Loaded[CentralizedConfig] | Loaded[FederatedConfig]) -> M
     """A mask of what the options let move; in prune mode the entries that the mask file excluded become zero.
 
     With a mask file: its True entries, and a new head. Without: everything, the blocks (and a new head), or the head.
-    Less the head under --freeze_head. Raises InputError for a mask of another model, or unless forced of other weights.
+    Less the head under --freeze_head. Raises InputError where nothing may move.
     """
     model, train = loaded.model, loaded.config.train
     if loaded.mask is not None and train.mask is not None:
-        mask, facts = loaded.mask
-        check_mask(train.mask, mask, facts, model, force=train.force_mask)
-        chosen = dict(mask)
+        chosen = dict(loaded.mask[0])
     else:
         chosen = {
             name: torch.ones_like(parameter, dtype=torch.bool, requires_grad=False)

@@ -109,14 +109,15 @@ def check_used(config: RunConfig, given: Collection[str] | None = None) -> None:
             now = values.get(other)
             if other not in values or now in wanted or (GIVEN in wanted and now):
                 continue
+            if GIVEN in wanted:
+                raise InputError(
+                    f"{_asked(option, values)}: has no effect without --{other}; give --{other} too, or leave it out"
+                )
             if wanted == (None,):
                 raise InputError(f"{_asked(option, values)} and {_asked(other, values)}: one of them is used; give one")
-            of = " or ".join(map(str, wanted)) if GIVEN not in wanted else ""
-            here = "" if GIVEN in wanted else f", not of {now}"
-            mend = f"give --{other} {of}".rstrip() + " too" if len(wanted) == 1 else "choose one of these"
-            raise InputError(
-                f"{_asked(option, values)}: is of --{other} {of}".rstrip() + f"{here}; {mend}, or leave it out"
-            )
+            of = f"--{other} {' or '.join(map(str, wanted))}"
+            mend = f"give {of} too" if len(wanted) == 1 else "choose one of these"
+            raise InputError(f"{_asked(option, values)}: is of {of}, not of {now}; {mend}, or leave it out")
 
 
 def _asked(option: str, values: Mapping[str, object]) -> str:
