@@ -121,14 +121,11 @@ def check_used(config: RunConfig, given: Collection[str] | None = None) -> None:
 
 
 def _asked(option: str, values: Mapping[str, object]) -> str:
+    """An option as it is written."""
     value = values[option]
-    return (
-        f"--{option}"
-        if value is True
-        else f"--{option} {value:g}"
-        if isinstance(value, float)
-        else f"--{option} {value}"
-    )
+    if value is True:
+        return f"--{option}"
+    return f"--{option} {value:g}" if isinstance(value, float) else f"--{option} {value}"
 
 
 def _check_federated(config: FederatedConfig) -> None:

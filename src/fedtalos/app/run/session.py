@@ -138,7 +138,10 @@ class Session:
         try:
             saved, options = checkpoint.facts["progress"], checkpoint.facts["options"]
             self.progress = Progress(**{**saved, "epoch_so_far": Metrics(**saved["epoch_so_far"])})
-            options = flatten(type(self.config)()) | options  # an earlier version may have had fewer options
+            known = flatten(type(self.config)())
+            if not set(options) <= known.keys():
+                raise KeyError("options of a later version")
+            options = known | options  # an earlier version may have had fewer options
             was = from_here(options, self.config.command, working_folder(self.paths))
             differs = differing(was, self.config)
         except (KeyError, TypeError) as error:
