@@ -233,8 +233,6 @@ class Session:
 
     def finish(self, evaluate: Evaluate, extra: Mapping[str, Any]) -> None:
         """Read the test split, with the last and the best-on-validation model; write, draw and print the summary."""
-        from fedtalos.app.figures import draw  # slow to import
-
         progress = self.progress
         last = self._timed(evaluate, "test")
         best = last
@@ -257,6 +255,8 @@ class Session:
         }
         write_yaml(self.paths.results / "summary.yaml", summary)
         self._showing = False
+        from fedtalos.app.figures import draw  # slow to import, and no part of the run's seconds
+
         drawn = draw.plot_run(self.paths.results, self.paths.plots)
         say(self.console, yaml.safe_dump(summary, sort_keys=False).rstrip())
         for path in [self.paths.results, self.paths.checkpoints, *drawn]:
