@@ -40,7 +40,7 @@ ADVICE = {
     errno.EMFILE: "raise the limit of open files (ulimit -n)",
     errno.ENAMETOOLONG: "choose a shorter name",
 }
-"""What to do about an error of the system; the usual: check the path and its rights."""
+"""Advice on errors of the system; the usual one: check the path and its rights."""
 HELP, HELP_ALL = {"-h", "--help"}, {"--help_all", "--help-all"}
 COMMANDS: dict[str, type[Options]] = {**RUN_CONFIGS, **TOOL_CONFIGS}
 

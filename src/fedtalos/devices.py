@@ -96,7 +96,7 @@ def strict_float32() -> Iterator[None]:
 
 
 _PRODUCTS = (("cuda", "matmul"), ("cudnn", "conv"), ("cudnn", "rnn"), ("mkldnn", "matmul"), ("mkldnn", "conv"))
-"""Where torch keeps the choice of how float32 is multiplied: cuBLAS, cuDNN and, on CPUs, oneDNN."""
+"""Places where torch keeps how float32 is multiplied: cuBLAS, cuDNN and, on CPUs, oneDNN."""
 
 
 def total_memory(device: torch.device) -> int:

@@ -12,7 +12,7 @@ import fedtalos as ft
 
 ROOT = Path(__file__).parents[2]
 SRC = ROOT / "src" / "fedtalos"
-RIDDLES = ("What ", "How ", "Of ", "As ", "Where ", "Whether ", "Those ")
+RIDDLES = ("What ", "How ", "Of ", "As ", "Where ", "Whether ", "When ", "Those ")
 
 
 def docstrings():
@@ -23,6 +23,8 @@ def docstrings():
         for node in ast.walk(tree):
             if isinstance(node, ast.FunctionDef | ast.ClassDef) and not node.name.startswith("_"):
                 yield f"{path.relative_to(SRC)}: {node.name}", ast.get_docstring(node)
+            elif isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
+                yield f"{path.relative_to(SRC)}:{node.lineno}", str(node.value.value)  # of an attribute
 
 
 def test_docstrings_open_with_a_verb_or_a_noun():

@@ -42,7 +42,7 @@ def local_training(config: CentralizedConfig | FederatedConfig) -> LocalTraining
         weight_decay=train.weight_decay,
         clip_norm=train.clip_norm,
         augmentation="none" if train.augmentation == "auto" else train.augmentation,
-        precision="bf16" if config.run.precision == "bf16" else "fp32",
+        precision=config.run.arithmetic,
     )
 
 

@@ -110,7 +110,7 @@ def load(config: ConfigT) -> Loaded[ConfigT]:
         config.data.cache_gb * 1e9,
         config.run.output_dir,
         batch_size=config.data.eval_batch_size,
-        precision="bf16" if config.run.precision == "bf16" else "fp32",
+        precision=config.run.arithmetic,
     )
     return Loaded(freeze_fitted_head(config, mask), data.to(device), model, mask, features)
 

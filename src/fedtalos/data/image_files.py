@@ -85,7 +85,7 @@ def opened_image(file: Path) -> Iterator[tuple[IO[bytes], Image.Image]]:
         if called_image(file):
             raise BadImageError(str(error) or "no format that is read here") from error
         raise
-    except Exception as error:
+    except Exception as error:  # decoders raise nearly anything over broken bytes
         raise BadImageError(getattr(error, "strerror", None) or str(error) or type(error).__name__) from error
 
 
@@ -113,7 +113,7 @@ def identified(stream: IO[bytes], ending: str) -> Image.Image:
             elif accepted:
                 stream.seek(0)
                 return factory(stream, "")
-        except Exception as error:
+        except Exception as error:  # not this format, or a broken file of it
             why = why or ("" if accept is None else str(error))
     raise NotAnImageError(_instead(start) or why)
 

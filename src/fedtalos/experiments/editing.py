@@ -149,7 +149,7 @@ def score_of(edit: Edit, watch: Watch) -> Score:
                 fisher_samples=options.fisher_samples,
                 chunk=options.fisher_chunk or 1,
                 batch_size=config.data.eval_batch_size,
-                precision="bf16" if config.run.precision == "bf16" else "fp32",
+                precision=config.run.arithmetic,
                 seed=config.run.seed,
                 watch=watch,
             )

@@ -35,7 +35,7 @@ def run(config: EvaluateConfig, console: Console) -> None:
         loaded.model,
         loaded.limited(config.split),
         batch_size=loaded.config.data.eval_batch_size,
-        precision="bf16" if loaded.config.run.precision == "bf16" else "fp32",
+        precision=loaded.config.run.arithmetic,
     )
     say(
         console,

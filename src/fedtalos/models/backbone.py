@@ -65,7 +65,7 @@ class Backbone(nn.Module, ABC):
         self.std: tuple[float, float, float] = (0.5, 0.5, 0.5)
         """Standard deviation of these pixels."""
         self.interpolation: Literal["bilinear", "bicubic"] = "bilinear"
-        """How images are resized for it."""
+        """Resizing of images for this model."""
         self.crop = 1.0
         """Share of each side of an image that a middle crop keeps for it, 0 to 1."""
         self.origin = Origin()

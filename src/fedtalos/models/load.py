@@ -22,7 +22,7 @@ from fedtalos.notes import note
 from fedtalos.randomness import torch_generator
 
 Resize = Literal["plain", "weights"]
-"""How images are resized: bilinearly and whole, or as the weights' makers did where they evaluated them."""
+"""Resizing of images: bilinearly and whole, or as the weights' makers did where they evaluated them."""
 
 
 def build_model(architecture: Architecture | LibraryArchitecture, seed: int = 0) -> Backbone:

@@ -61,7 +61,7 @@ USED_WHEN: dict[str, tuple[Condition, ...]] = {
     "calibration_clients": (OF_CLIENTS,),
     "calibration_client": (OF_CLIENTS,),
 }
-"""When an option has an effect; one that is not here always has.
+"""Conditions under which an option has an effect; one that is not here always has.
 
 Left out on purpose: places (--data_dir) and which images there are (--train_limit), so that several commands and data
 sets can be given the same ones.

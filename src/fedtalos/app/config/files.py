@@ -19,7 +19,7 @@ ConfigT = TypeVar("ConfigT", bound=Config)
 PRESETS = Path("configs/experiment_configs.yaml")
 """Looked for in the working folder; the published ones are in the package, or in the checkout that this code is in."""
 LARGEST = 100_000
-"""Of a YAML file: bytes, and values when every alias is written out."""
+"""Limit of a YAML file: bytes, and values when every alias is written out."""
 
 
 class FileError(InputError):

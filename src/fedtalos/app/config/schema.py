@@ -12,6 +12,7 @@ from pydantic import BeforeValidator, Field
 from fedtalos.app.config.options import EVERYDAY, Options, unset
 from fedtalos.data.dataset_loader import DatasetName
 from fedtalos.data.view import Augmentation
+from fedtalos.devices import Precision
 from fedtalos.models.vision_transformer import ModelSize
 from fedtalos.training.editing.eligible import Eligible
 from fedtalos.training.editing.fisher import FisherMode
@@ -62,6 +63,11 @@ class RunOptions(Options):
     tracker: Literal["none", "tensorboard", "wandb"] = Field(
         "none", description="service to log to, beside metrics.csv"
     )
+
+    @property
+    def arithmetic(self) -> Precision:
+        """Precision of the run once it is settled; auto counts as fp32."""
+        return "bf16" if self.precision == "bf16" else "fp32"
 
 
 class DataOptions(Options):

@@ -44,7 +44,7 @@ def evaluate_clients(
             len(loaded.data.classes),
             classes,
             batch_size=config.data.eval_batch_size,
-            precision="bf16" if config.run.precision == "bf16" else "fp32",
+            precision=config.run.arithmetic,
         )
         return accuracy_by_client(clients, by_class)
 

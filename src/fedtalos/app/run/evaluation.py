@@ -15,7 +15,7 @@ def evaluate_part(loaded: Loaded[Any], moving: MaskedParameters, split: str, fir
         moving.model if split == "test" else moving,
         loaded.limited(split),
         batch_size=loaded.config.data.eval_batch_size,
-        precision="bf16" if loaded.config.run.precision == "bf16" else "fp32",
+        precision=loaded.config.run.arithmetic,
         watch=with_safe_points,
         first=first,
         every=every,

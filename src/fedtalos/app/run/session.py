@@ -55,7 +55,7 @@ class Progress:
     epoch_so_far: Metrics = field(default_factory=Metrics)
     """Figures of an epoch within which the run was stopped."""
     left_out: dict[str, int] = field(default_factory=dict)
-    """How often clients that were sampled did not count, by why."""
+    """Count of sampled clients that did not count, by why."""
 
 
 class Session:

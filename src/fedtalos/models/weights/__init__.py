@@ -33,6 +33,6 @@ class Weights:
     classes: tuple[str, ...] | None = None
     """Names of the head's classes, where they are known (in our checkpoints)."""
     interpolation: Interpolation = "bilinear"
-    """How images were resized where their makers evaluated them."""
+    """Resizing of images where their makers evaluated them."""
     crop: float = 1.0
     """Share of each side that their middle crop kept, 0 to 1."""

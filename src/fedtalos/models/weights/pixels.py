@@ -70,7 +70,7 @@ class Preprocessing:
     crop: float = 1.0
     """Share of each side that a middle crop keeps, 0 to 1."""
     why: str = ""
-    """Where it is stated, or what it was concluded from."""
+    """The place that states it, or what it was concluded from."""
 
 
 @dataclass(frozen=True)

@@ -57,7 +57,7 @@ class StackedModel(nn.Module):
         }
         self._tensors = tensors
         self.moving: dict[str, nn.Parameter] = {name: tensors[name].own_rows for name in rows}
-        """What moves by name, (V, R, ...), in the order of ``rows``; of a patch embedding's weight (V, R, 3 p p)."""
+        """Moving tensors by name, (V, R, ...), in the order of ``rows``; a patch embedding's weight (V, R, 3 p p)."""
 
     def refresh(self) -> None:
         """Take what is frozen from the model anew."""

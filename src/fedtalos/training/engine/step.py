@@ -74,7 +74,7 @@ class Stack:
             tensor if index is None else nn.Parameter(tensor.detach().view(size, -1).index_select(1, index))
             for tensor, index in zip(self._tensors, self._indices, strict=True)
         ]
-        """What the optimiser steps: whole stacks, or the moving entries of one, (V, A)."""
+        """Tensors that the optimiser steps: whole stacks, or the moving entries of one, (V, A)."""
         self.clients = [
             [stack.detach()[client].view_as(part) for stack, part in zip(self._tensors, moving.rows, strict=True)]
             for client in range(size)
@@ -214,7 +214,7 @@ def _optimizer(steered: list[nn.Parameter], local: LocalTraining, *, captured: b
 
 
 def _plain(adjust: Callable[[Tensor], Tensor] | None) -> object:
-    """What an adjustment is apart from its tensors' values: a captured step of one serves every other that has it."""
+    """Make a key of an adjustment, its tensors' values left out: adjustments of one key share a captured step."""
     if adjust is None:
         return None
     plain = {name: value for name, value in vars(adjust).items() if not isinstance(value, Tensor)}
