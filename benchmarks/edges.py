@@ -65,6 +65,32 @@ class Setting:
 
 
 @dataclass(frozen=True)
+class Federation(Setting):
+    partition: str = "iid"
+    classes_per_client: int = 5
+    rounds: int = 20
+    local_steps: int = 4
+    learning_rate: float = 1e-2
+
+    def clients(self, data: Dataset, model: Backbone, seed: int) -> Clients:
+        """100 clients, and the ridge head of all their sums on the model."""
+        clients = ft.split_clients(
+            data.train, 100, self.partition, seed=seed, classes_per_client=self.classes_per_client
+        )
+        ft.fit_head(model, data.train, holders=clients, val=data.val)
+        return clients
+
+    def local(self, final: float = 0.0) -> ft.LocalTraining:
+        """A client's steps; the learning rate ends at ``final`` times its peak."""
+        return ft.LocalTraining(
+            steps=self.local_steps,
+            batch_size=32,
+            learning_rate=ft.Schedule(self.learning_rate, self.rounds, final=final),
+            augmentation="crop_flip",
+        )
+
+
+@dataclass(frozen=True)
 class Precision(Setting):
     """22: masks by precision of the scores (IoU with strict float32); under autocast and TF32 it is to be 1."""
 
@@ -90,37 +116,23 @@ class Precision(Setting):
 
 
 @dataclass(frozen=True)
-class Eligible(Setting):
+class Eligible(Federation):
     """23: masks that choose among the blocks' entries, or among the paper's, and what training with them gives."""
 
     images: int = 640
-    partition: str = "iid"
-    classes_per_client: int = 5
-    rounds: int = 20
-    local_steps: int = 4
-    learning_rate: float = 1e-2
 
     def run(self) -> None:
         data, model = self.begin()
 
         def rows(seed: int) -> Iterator[tuple[str, Sequence[float]]]:
-            clients = ft.split_clients(
-                data.train, 100, self.partition, seed=seed, classes_per_client=self.classes_per_client
-            )
-            ft.fit_head(model, data.train, holders=clients, val=data.val)
+            clients = self.clients(data, model, seed)
             masks = {
                 which: ft.talos_mask(model, data.calibration, max_images=self.images, seed=seed, eligible=which)
                 for which in ("blocks", "paper")
             }
-            local = ft.LocalTraining(
-                steps=self.local_steps,
-                batch_size=32,
-                learning_rate=ft.Schedule(self.learning_rate, self.rounds),
-                augmentation="crop_flip",
-            )
             for which, mask in masks.items():
                 outside = sum(row.active for row in density_table(mask, which) if row.block == OUTSIDE)
-                test = federated(data, model, clients, mask, local, self.rounds, seed)
+                test = federated(data, model, clients, mask, self.local(), self.rounds, seed)
                 yield which, [ft.overlap(masks["blocks"], mask), outside, test]
 
         self.table(["IoU with blocks", "entries outside", "test %"], rows)
@@ -158,38 +170,24 @@ class Ridge(Setting):
 
 
 @dataclass(frozen=True)
-class FinalRate(Setting):
+class FinalRate(Federation):
     """25: federated runs whose cosine ends at a share of the peak."""
 
     finals: tuple[float, ...] = (0.0, 0.01, 0.03, 0.1, 0.3)
     density: float = 0.1
     """of a random mask; 1: all but the head moves"""
-    partition: str = "iid"
-    classes_per_client: int = 5
-    rounds: int = 20
-    local_steps: int = 4
-    learning_rate: float = 1e-2
 
     def run(self) -> None:
         data, model = self.begin()
 
         def rows(seed: int) -> Iterator[tuple[str, Sequence[float]]]:
-            clients = ft.split_clients(
-                data.train, 100, self.partition, seed=seed, classes_per_client=self.classes_per_client
-            )
-            ft.fit_head(model, data.train, holders=clients, val=data.val)
+            clients = self.clients(data, model, seed)
             mask = ft.random_mask(model, self.density, seed=seed)
             if self.density == 1:
                 parameters = dict(model.named_parameters())
                 mask = {n: torch.ones_like(p, dtype=torch.bool) for n, p in parameters.items() if n[:5] != "head."}
             for final in self.finals:
-                local = ft.LocalTraining(
-                    steps=self.local_steps,
-                    batch_size=32,
-                    learning_rate=ft.Schedule(self.learning_rate, self.rounds, final=final),
-                    augmentation="crop_flip",
-                )
-                yield f"final {final:g}", [federated(data, model, clients, mask, local, self.rounds, seed)]
+                yield f"final {final:g}", [federated(data, model, clients, mask, self.local(final), self.rounds, seed)]
 
         self.table(["test %"], rows)
 

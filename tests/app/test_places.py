@@ -3,7 +3,6 @@
 import errno
 import os
 import pwd
-import shlex
 import shutil
 import subprocess
 import sys
@@ -12,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from commands import CENTRALIZED, SMALL, refused
 
 from fedtalos import notes
 from fedtalos.app.config.files import presets_files
@@ -25,24 +25,9 @@ from fedtalos.files import naming, write_atomic
 from fedtalos.metrics import Metrics
 
 ROOT = Path(__file__).parents[2]
-SMALL = shlex.split(
-    "--dataset digits --model_size micro --image_size 8 --patch_size 4 --weights none --device cpu "
-    "--train_limit 60 --eval_limit 20"
-)
-CENTRALIZED = ["centralized", *SMALL, "--num_epochs", "1"]
 EDITING = ["editing", *SMALL, "--criterion", "random", "--head", "random", "--num_iterations", "1"]
 
 pytestmark = pytest.mark.usefixtures("in_a_folder_of_its_own", "without_figures")
-
-
-def refused(arguments: list[str], capsys) -> str:
-    capsys.readouterr()
-    with pytest.raises(SystemExit, match="2"):
-        main(arguments)
-    says = capsys.readouterr().err
-    assert "Traceback" not in says
-    assert len(says.splitlines()) == 1
-    return says
 
 
 # home folders

@@ -1,12 +1,12 @@
 """What plot and evaluate take, as people name it: runs by any of their folders, sweeps, weights."""
 
-import shlex
 import shutil
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
+from commands import CENTRALIZED, SMALL, refused
 from safetensors.torch import load_file, save_file
 
 from fedtalos.app.figures.draw import name_together, plot_comparison
@@ -15,22 +15,7 @@ from fedtalos.app.sweep.plots import check_data
 from fedtalos.cli import main
 from fedtalos.errors import InputError
 
-SMALL = shlex.split(
-    "--dataset digits --model_size micro --image_size 8 --patch_size 4 --weights none --device cpu --train_limit 60 "
-    "--eval_limit 20"
-)
-CENTRALIZED = ["centralized", *SMALL, "--num_epochs", "1"]
-
 pytestmark = pytest.mark.usefixtures("in_a_folder_of_its_own", "without_figures")
-
-
-def refused(arguments: list[str], capsys) -> str:
-    capsys.readouterr()
-    with pytest.raises(SystemExit, match="2"):
-        main(arguments)
-    says = capsys.readouterr().err
-    assert "Traceback" not in says
-    return says
 
 
 def made_run(name: str, **config: object) -> Path:

@@ -2,6 +2,7 @@
 
 import struct
 import zlib
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -68,3 +69,19 @@ def deep_tiff(values: np.ndarray, order: str, packed=False) -> bytes:
             entries += struct.pack(order + "HHIHH", tag, 3, 1, value, 0)
     start = (b"II" if order == "<" else b"MM") + struct.pack(order + "HIH", 42, 8, len(tags))
     return start + entries + struct.pack(order + "I", 0) + bits + data
+
+
+class Bars:
+    """A bar that keeps what it is told: title, total, unit, and the sum of its advances."""
+
+    def __init__(self) -> None:
+        self.seen: list[list] = []
+
+    @contextmanager
+    def __call__(self, title, total, unit):
+        self.seen.append([title, total, unit, 0])
+
+        def advance(count):
+            self.seen[-1][3] += count
+
+        yield advance

@@ -6,7 +6,6 @@ import os
 import pickle
 import tarfile
 import threading
-from contextlib import contextmanager
 from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -15,6 +14,7 @@ import numpy as np
 import pooch
 import pytest
 import torch
+from pictures import Bars
 
 from fedtalos.data import downloads
 from fedtalos.data.dataset_loader import load_dataset
@@ -369,22 +369,6 @@ def server(monkeypatch):
 
 def fetch(server, folder):
     return fetch_archive("a.tar.gz", folder, base_url=server.url, checksums=CHECKSUMS)
-
-
-class Bars:
-    """A bar that keeps what it is told: title, total, unit, and the sum of its advances."""
-
-    def __init__(self) -> None:
-        self.seen: list[list] = []
-
-    @contextmanager
-    def __call__(self, title, total, unit):
-        self.seen.append([title, total, unit, 0])
-
-        def advance(count):
-            self.seen[-1][3] += count
-
-        yield advance
 
 
 def only_file(folder: Path) -> bytes:

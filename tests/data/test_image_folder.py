@@ -2,13 +2,12 @@
 
 import os
 import unicodedata
-from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from pictures import BLUE, RED, deep_png, picture, write
+from pictures import BLUE, RED, Bars, deep_png, picture, write
 from PIL import Image
 
 from fedtalos import notes
@@ -346,22 +345,6 @@ def test_deep_images_share_one_scale_over_all_splits(tmp_path, brightest, white)
     found = sorted(photos.train.pixels[:, 0, 0, 0].tolist() + photos.test.pixels[:, 0, 0, 0].tolist())
     assert found == [7, *(round(value * 255 / white) for value in (brightest // 4, brightest // 2, brightest))]
     assert f"0 becomes black and {white} white" in notes.noted()["image depth"]
-
-
-class Bars:
-    """A bar that keeps what it is told: title, total, unit, and the sum of its advances."""
-
-    def __init__(self) -> None:
-        self.seen: list[list] = []
-
-    @contextmanager
-    def __call__(self, title, total, unit):
-        self.seen.append([title, total, unit, 0])
-
-        def advance(count):
-            self.seen[-1][3] += count
-
-        yield advance
 
 
 def test_a_bar_counts_the_images_that_are_looked_into_and_decoded(folder):

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from commands import interrupt_after
 
 from fedtalos.app import federation
 from fedtalos.app.run.session import Session
@@ -15,7 +16,6 @@ from fedtalos.cli import main, parse
 from fedtalos.errors import InputError
 from fedtalos.models.vision_transformer import Architecture, VisionTransformer
 from fedtalos.randomness import torch_generator
-from fedtalos.training import local_training
 from fedtalos.training.editing.mask_file import read_mask_file
 from fedtalos.training.federated.client_sampling import sample_clients
 from fedtalos.training.federated.privacy import epsilon
@@ -81,16 +81,8 @@ def test_under_attack_robust_rules_keep_the_accuracy_and_the_mean_does_not():
 )
 def test_a_resumed_run_equals_an_uninterrupted_one(options, monkeypatch, without_the_library):
     federate("whole", options)
-    original, seen = local_training.train, []
-
-    def train(*args, **kwargs):
-        seen.append(1)
-        if len(seen) > 14:  # in the third round: the checkpoint is of the second
-            raise KeyboardInterrupt
-        return original(*args, **kwargs)
-
     with monkeypatch.context() as patched:
-        patched.setattr(local_training, "train", train)
+        interrupt_after(patched, 14)  # in the third round: the checkpoint is of the second
         with pytest.raises(SystemExit, match="130"):
             federate("cut", options)
     main(["federated", "--resume", "--run_name", "cut"])

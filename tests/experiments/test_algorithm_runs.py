@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from commands import interrupt_after
 
 from fedtalos.checkpoint import load_checkpoint
 from fedtalos.cli import main
 from fedtalos.data.images import LabelledImages
 from fedtalos.models.vision_transformer import Architecture, VisionTransformer
 from fedtalos.randomness import torch_generator
-from fedtalos.training import local_training
 from fedtalos.training.editing.mask_file import read_mask_file
 from fedtalos.training.federated.clients import Clients
 from fedtalos.training.federated.personal import accuracy_by_client, mean_and_worst
@@ -110,16 +110,8 @@ def test_scaffold_sends_its_control_variates_both_ways():
 @pytest.mark.parametrize("name", ["fedavgm", "fedadam", "scaffold", "scaffold --server_learning_rate 0.5"])
 def test_a_resumed_run_equals_an_uninterrupted_one(name, monkeypatch):
     federate("whole", f"--algorithm {name}")
-    original, seen = local_training.train, []
-
-    def train(*args, **kwargs):
-        seen.append(1)
-        if len(seen) > 8:  # in the third round: the checkpoint is of the second
-            raise KeyboardInterrupt
-        return original(*args, **kwargs)
-
     with monkeypatch.context() as patched:
-        patched.setattr(local_training, "train", train)
+        interrupt_after(patched, 8)  # in the third round: the checkpoint is of the second
         with pytest.raises(SystemExit, match="130"):
             federate("cut", f"--algorithm {name}")
     main(["federated", "--resume", "--run_name", "cut"])

@@ -14,13 +14,13 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from commands import interrupt_after
 from safetensors.torch import load_file, save_file
 
 from fedtalos.checkpoint import load_checkpoint
 from fedtalos.cli import main
 from fedtalos.models.vision_transformer import Architecture, VisionTransformer
 from fedtalos.randomness import torch_generator
-from fedtalos.training import local_training
 from fedtalos.training.editing.mask_file import read_mask_file, write_mask_file
 
 ROOT = Path(__file__).parents[2]
@@ -77,19 +77,6 @@ def test_a_seed_fixes_every_figure_and_another_seed_changes_them(command):
     assert rows("a") == rows("b") != rows("c")
     same_tensors(tensors("a"), tensors("b"))
     assert [row["split"] for row in rows("a")].count("test") == 1
-
-
-def interrupt_after(monkeypatch, calls: int):
-    original = local_training.train
-    seen = []
-
-    def train(*args, **kwargs):
-        seen.append(1)
-        if len(seen) > calls:
-            raise KeyboardInterrupt
-        return original(*args, **kwargs)
-
-    monkeypatch.setattr(local_training, "train", train)
 
 
 @pytest.mark.parametrize(
