@@ -25,6 +25,7 @@ from safetensors.torch import load_file, save_file
 from fedtalos.app.figures import draw as plots
 from fedtalos.cli import main
 from fedtalos.files import UNSEALED, sealed
+from fedtalos.training.editing.eligible import eligible_masks
 from fedtalos.training.editing.mask_file import read_mask_file, write_mask_file
 
 DIGITS = "--dataset digits --model_size micro --weights none --image_size 8 --patch_size 2 --device cpu "
@@ -56,6 +57,7 @@ YAML = {
     "nobody.yaml": "client_fraction: 0",
     "sparse.yaml": "target_sparsity: 1.0",
     "still.yaml": "learning_rate: 0",
+    "twice.yaml": "seed: 1\nseed: 2",
     "nan.yaml": "learning_rate: .nan",
     "warm.yaml": "warmup: 150",
     "noise.yaml": NOISE,
@@ -122,7 +124,8 @@ def break_masks_and_heads() -> None:
     """Beside the mask m: one of its frozen entries, one for other weights, and broken ones under broken/."""
     path = Path("masks/m.safetensors")
     mask, facts = read_mask_file(path)
-    rest = {name: ~tensor for name, tensor in mask.items()}
+    eligible = eligible_masks({name: tensor.shape for name, tensor in mask.items()}, "blocks")
+    rest = {name: eligible[name] & ~tensor for name, tensor in mask.items()}
     active = sum(int(tensor.sum()) for tensor in rest.values())
     write_mask_file(Path("masks/rest.safetensors"), rest, replace(facts, active=active))
     write_mask_file(Path("masks/foreign.safetensors"), mask, replace(facts, weights="others"))
@@ -137,6 +140,7 @@ def break_masks_and_heads() -> None:
         "masks/unsealed.safetensors": changed_mask(content, lambda h, _: h.pop("seal")),
         "masks/count.safetensors": changed_mask(content, lambda h, _: h["facts"].update(active=1)),
         "masks/none.safetensors": changed_mask(content, lambda h, _: h["facts"].update(eligible=0)),
+        "masks/false.safetensors": changed_mask(content, lambda h, _: h["facts"].update(eligible=999_999)),
         "masks/more.safetensors": changed_mask(content, lambda h, _: h["facts"].update(tomorrow=1)),
         "masks/rule.safetensors": changed_mask(content, lambda h, _: h["facts"].update(eligible_in="head")),
         "masks/bell.safetensors": changed_mask(content, lambda h, _: h["facts"].update(data="\x1b[31m")),

@@ -9,20 +9,45 @@ slash.
 import hashlib
 import json
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, TypeVar
 
 import torch
+from annotated_types import MaxLen
 from safetensors import SafetensorError
 from safetensors.torch import load as load_safetensors
 from safetensors.torch import save as save_safetensors
 from torch import Tensor
 
 from fedtalos.errors import InputError, shown
+from fedtalos.facts import MOST_JSON, Count, check_fits, facts_from, open_schema, read_facts, read_file
 from fedtalos.files import UNSEALED, is_sealed, sealed, write_atomic
 
 FORMAT = 2
+TENSORS = re.compile(r"(.+)-[0-9]{6,}\.safetensors", re.DOTALL)
+"""Names of tensor files: of which checkpoint, after which step."""
+
+
+T = TypeVar("T")
+
+
+@open_schema
+@dataclass(frozen=True)
+class _Format:
+    """The fact that every version of this file states."""
+
+    format: Count
+
+
+@open_schema
+@dataclass(frozen=True)
+class _Header:
+    """Facts about the tensor file."""
+
+    file: Annotated[str, MaxLen(255)]
+    sha256: Annotated[str, MaxLen(64)]
 
 
 @dataclass(frozen=True)
@@ -35,8 +60,21 @@ class Checkpoint:
 
     tensors: dict[str, Tensor]
     facts: dict[str, Any]
+    """Facts as the file states them; ``stated`` checks them."""
     sha256: str
     """Checksum of the tensor file."""
+    path: Path = Path()
+    """The JSON file."""
+
+    def stated(self, kind: type[T], advice: str = "give another") -> T:
+        """Read those of the facts that are fields of the dataclass ``kind``, checked by its types and bounds.
+
+        Raises InputError where they are not there, or others: a seal says that nothing changed, not who wrote it.
+
+        >>> load_checkpoint(Path("checkpoints/my_run/last.json")).stated(ModelFacts).classes
+        """
+        head = f"checkpoint {self.path}: is of another version, or not what it says"
+        return facts_from(kind, self.facts, head, advice)
 
 
 def save_checkpoint(folder: Path, name: str, step: int, tensors: dict[str, Tensor], facts: dict[str, Any]) -> Path:
@@ -53,10 +91,33 @@ def save_checkpoint(folder: Path, name: str, step: int, tensors: dict[str, Tenso
     header = {"seal": UNSEALED, "format": FORMAT, "file": file.name, "sha256": hashlib.sha256(content).hexdigest()}
     path = folder / f"{name}.json"
     write_atomic(path, sealed(json.dumps({**header, **facts}, indent=1).encode()))
-    for old in folder.glob(f"{name}-*.safetensors"):
-        if old != file:
-            old.unlink()
+    remove_replaced(folder, name)
     return path
+
+
+def remove_replaced(folder: Path, name: str) -> None:
+    """Delete tensor files of ``folder/name.json`` that it does not name: replaced ones, or such as never came to count.
+
+    Where it cannot be read, or its own tensors are not there, all stay.
+
+    >>> remove_replaced(Path("checkpoints/my_run"), "last")
+    """
+    for path in folder.iterdir() if folder.is_dir() else ():
+        tensors = TENSORS.fullmatch(path.name)
+        if tensors is not None and tensors[1] == name and _replaced(path, folder / f"{name}.json"):
+            path.unlink(missing_ok=True)
+
+
+def _replaced(tensors: Path, path: Path) -> bool:
+    """Tell whether the checkpoint at ``path`` is there, or never was, and names other ``tensors``."""
+    try:
+        header = path.read_bytes()
+        kept = Path(json.loads(header)["file"]).name if is_sealed(header) else tensors.name
+    except FileNotFoundError:
+        return True
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return False
+    return kept != tensors.name and (path.parent / kept).is_file()
 
 
 def load_checkpoint(path: Path) -> Checkpoint:
@@ -66,24 +127,38 @@ def load_checkpoint(path: Path) -> Checkpoint:
 
     >>> tensors = load_checkpoint(Path("checkpoints/my_run/last.json")).tensors
     """
+    head, broken = f"checkpoint {path}", f"checkpoint {path}: broken, or not a fedtalos checkpoint"
+    content = read_file(path, head, most=MOST_JSON)
+    if (made_in := read_facts(_Format, content, broken).format) != FORMAT:
+        raise InputError(f"{head}: format {shown(made_in)}, this version reads {FORMAT}; make it anew")
+    if not is_sealed(content):
+        raise InputError(f"{head}: not what was saved (checksum); give another")
+    header = read_facts(_Header, content, broken)
+    file = path.parent / Path(header.file).name
+    return Checkpoint(_tensors(file, header, head), _parsed(content, broken), header.sha256, path)
+
+
+def _parsed(content: bytes, head: str) -> dict[str, Any]:
     try:
-        header = path.read_bytes()
-        facts = json.loads(header)
-        if facts["format"] != FORMAT:
-            raise InputError(
-                f"checkpoint {path}: format {shown(facts['format'])}, this version reads {FORMAT}; make it anew"
-            )
-        if not is_sealed(header):
-            raise InputError(f"checkpoint {path}: not what was saved (checksum); give another")
-        content = (path.parent / Path(facts["file"]).name).read_bytes()
-        if hashlib.sha256(content).hexdigest() != facts["sha256"]:
-            raise InputError(f"checkpoint {path}: {facts['file']} is not what was saved (checksum); give another")
-        tensors: dict[str, Tensor] = load_safetensors(content)
-    except OSError as error:
-        raise InputError(f"checkpoint {path}: cannot read {error.filename} ({error.strerror}); give another") from error
-    except (ValueError, KeyError, TypeError, RecursionError, SafetensorError) as error:
-        raise InputError(f"checkpoint {path}: broken, or not a fedtalos checkpoint; give another") from error
-    return Checkpoint(tensors, facts, facts["sha256"])
+        facts: dict[str, Any] = json.loads(content)
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{head}; give another") from error
+    return facts
+
+
+def _tensors(file: Path, header: _Header, head: str) -> dict[str, Tensor]:
+    """Read the tensor file: InputError where it is not the one that was saved, or no memory is left for it."""
+    try:
+        size = check_fits(file, head, times=2) if file.is_file() else 0  # its bytes, and the tensors made of them
+    except OSError:
+        size = 0
+    content = read_file(file, f"{head}: its {shown(file.name)}", most=size)
+    if hashlib.sha256(content).hexdigest() != header.sha256:
+        raise InputError(f"{head}: {shown(file.name)} is not what was saved (checksum); give another")
+    try:
+        return load_safetensors(content)
+    except (ValueError, KeyError, TypeError, SafetensorError) as error:
+        raise InputError(f"{head}: broken, or not a fedtalos checkpoint; give another") from error
 
 
 def find_checkpoint(path: Path, checkpoints: Path, which: str = "last") -> Path:
@@ -128,11 +203,38 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
 def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
     """Put the state back that ``optimizer_tensors`` took; other tensors are ignored.
 
+    Raises InputError where it is not such an optimiser's of these parameters.
+
     >>> restore_optimizer(optimizer, load_checkpoint(path).tensors)
     """
     state: dict[int, dict[str, Tensor]] = {}
     for name, tensor in tensors.items():
-        if name.startswith("optimizer/"):
-            _, index, key = name.split("/")
-            state.setdefault(int(index), {})[key] = tensor
+        if found := re.fullmatch(r"optimizer/([0-9]{1,9})/(\w+)", name):
+            state.setdefault(int(found[1]), {})[found[2]] = tensor
+        elif name.startswith("optimizer/"):
+            raise _other_optimizer(name)
+    _check_state(optimizer, state)
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+
+
+def _check_state(optimizer: torch.optim.Optimizer, state: dict[int, dict[str, Tensor]]) -> None:
+    """Compare names, shapes and numbers of a saved state with what this optimiser keeps of each parameter."""
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    keys = {"step", "exp_avg", "exp_avg_sq"} if "betas" in optimizer.defaults else {"momentum_buffer"}
+    # Our sparse optimisers keep no more than moves of a parameter.
+    kept: Callable[[Tensor], torch.Size] = getattr(optimizer, "kept_shape", lambda parameter: parameter.shape)
+    for index, entry in state.items():
+        shape = kept(parameters[index]) if index < len(parameters) else None
+        for key, tensor in entry.items():
+            expected = torch.Size() if key == "step" else shape
+            if entry.keys() != keys or tensor.shape != expected or not tensor.is_floating_point():
+                raise _other_optimizer(f"optimizer/{index}/{key}")
+            if not tensor.isfinite().all() or (key in ("step", "exp_avg_sq") and bool((tensor < 0).any())):
+                raise _other_optimizer(f"optimizer/{index}/{key}")
+
+
+def _other_optimizer(name: str) -> InputError:
+    return InputError(
+        f"the checkpoint's {shown(name)} is not this optimiser's (another shape, type or number); "
+        "start a run of another name"
+    )

@@ -11,6 +11,10 @@ class InputError(Exception):
     fedtalos.errors.InputError: val_fraction 2.0: expected a share between 0 and 1, such as 0.1
     """
 
+    def __init__(self, message: str) -> None:
+        """Names of files and classes in ``message`` may come from strangers, so it becomes one line of print."""
+        super().__init__(printable(message.replace("\n", " ")))
+
 
 class TrainingError(RuntimeError):
     """Training cannot go on: the message says where it stopped and what to try.
@@ -30,10 +34,31 @@ def install(extra: str) -> str:
     return f"in the checkout: pip install -c constraints.txt -e '.[{extra}]'"
 
 
+def printable(text: str) -> str:
+    """Spell out characters that a terminal would act on; line ends stay.
+
+    >>> printable("name\\x1b[2J")
+    'name\\\\x1b[2J'
+    """
+    return "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text)
+
+
+def shortened(text: str, most: int) -> str:
+    """Cut the middle out of a text of more than ``most`` characters.
+
+    >>> shortened("a_very_long_name.safetensors", 20)
+    'a_very_l...fetensors'
+    """
+    if len(text) <= most:
+        return text
+    start = max(0, most - 3) // 2
+    return f"{text[:start]}...{text[len(text) - (most - 3 - start) :]}"
+
+
 def shown(value: object) -> str:
     """Quote ``value`` for an error message, cut to 80 characters."""
     try:
         text = repr(value)
-    except ValueError:  # an integer of more digits than Python writes out
+    except (ValueError, RecursionError):  # an integer of more digits than Python writes out
         text = f"a huge {type(value).__name__}"
     return text if len(text) <= 80 else f"{text[:77]}..."

@@ -3,15 +3,24 @@
 A file is written beside its place, flushed, synced and renamed.
 """
 
+import errno
 import hashlib
 import os
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+if sys.platform != "win32":
+    import fcntl
 
 UNSEALED = f"sha256:{0:064}"
 """Placeholder for the checksum; a file that is to be sealed holds it once."""
+PART = re.compile(r"\.(.+)\.[0-9]+\.part", re.DOTALL)
+"""Names of files that are being written: of which file, and by which process."""
 
 
 def sealed(content: bytes) -> bytes:
@@ -36,20 +45,23 @@ def is_sealed(content: bytes) -> bool:
 def write_atomic(path: Path, content: bytes | str) -> None:
     """Write ``content`` (text as UTF-8) to ``path``, so that a reader or a crash sees the old file or the new.
 
-    Text from names of files may hold what is no character; it is spelled out.
+    Text from names of files may hold what is no character; it is spelled out. What a killed process left of the same
+    file is removed.
 
     >>> write_atomic(Path("results/notes.txt"), "all done")
     """
     path.parent.mkdir(parents=True, exist_ok=True)
+    remove_leftovers(path.parent, path.name.__eq__)
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
-        with naming(path, instead_of=part):
+        with naming(path, instead_of=part), _locked_folder(path.parent, alone=False) as folder:
             with part.open("wb") as file:
                 file.write(content.encode(errors="backslashreplace") if isinstance(content, str) else content)
                 file.flush()
                 os.fsync(file.fileno())
             part.replace(path)
-            _sync_folder(path.parent)
+            if folder is not None:
+                os.fsync(folder)  # makes the renaming last through a power cut
     finally:
         part.unlink(missing_ok=True)
 
@@ -73,20 +85,84 @@ def naming(path: Path, *, instead_of: Path | None = None) -> Iterator[None]:
         raise
 
 
-def remove_leftovers(folder: Path, stem: str = "") -> None:
-    """Delete the half-written files that a killed process left in ``folder``, of names that begin with ``stem``.
+def remove_leftovers(folder: Path, of: Callable[[str], bool] = bool) -> None:
+    """Delete what killed processes left half-written in ``folder``, of the files whose names ``of`` takes.
 
-    >>> remove_leftovers(Path("results"), "notes")
+    Nothing is deleted while somebody writes there.
+
+    >>> remove_leftovers(Path("masks"), {"mine.safetensors"}.__contains__)
     """
-    for part in folder.glob(f".{stem}*.part"):
-        part.unlink(missing_ok=True)
+    with suppress(BlockingIOError, FileNotFoundError), _locked_folder(folder, alone=True):
+        for path in folder.iterdir():
+            part = PART.fullmatch(path.name)
+            if part is not None and of(part[1]) and not path.is_dir():
+                path.unlink(missing_ok=True)
 
 
-def _sync_folder(folder: Path) -> None:
-    """Make a renaming last through a power cut, on systems that can open folders."""
-    if os.name == "posix":
-        descriptor = os.open(folder, os.O_RDONLY)
+@contextmanager
+def locked(path: Path, *, wait: bool = False) -> Iterator[None]:
+    """Inside, no other process is within a block for the same ``path``, a file that may stay.
+
+    The lock is the operating system's, so it ends with the process that holds it. Raises filelock's Timeout where
+    another has it and nobody is to ``wait``, another OSError, which names the file, where the file system has no locks.
+
+    >>> with locked(Path("results/mine/.lock")):
+    ...     pass
+    """
+    try:  # a lock that is only a file would outlive a killed process
+        lock = FileLock(path, fallback_to_soft=False)
+    except TypeError:  # older versions have none
+        lock = FileLock(path)
+    with naming(path):
         try:
-            os.fsync(descriptor)
+            lock.acquire(timeout=-1 if wait else 0)
+        except NotImplementedError as error:  # older versions
+            raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS)) from error
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def is_locked(path: Path) -> bool:
+    """Tell whether a process is within ``locked(path)``, without a right to write there, and without getting in its way.
+
+    >>> is_locked(Path("results/mine/.lock"))
+    False
+    """
+    try:
+        if sys.platform == "win32":
+            with locked(path):
+                return False
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
         finally:
             os.close(descriptor)
+    except (BlockingIOError, Timeout):
+        return True
+    except OSError:  # no such file, or no such locks
+        pass
+    return False
+
+
+@contextmanager
+def _locked_folder(folder: Path, *, alone: bool) -> Iterator[int | None]:
+    """Open a folder: beside others who write there, or ``alone``, or with a BlockingIOError.
+
+    File systems without such locks, and Windows (None), give it to everybody.
+    """
+    if sys.platform == "win32":
+        yield None
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB if alone else fcntl.LOCK_SH)
+        except BlockingIOError:
+            raise
+        except OSError:
+            pass
+        yield descriptor
+    finally:
+        os.close(descriptor)

@@ -5,6 +5,8 @@ Whoever decides calls ``note``; a program shows the notes and keeps them with it
 
 import logging
 
+from fedtalos.errors import printable
+
 log = logging.getLogger(__name__)
 
 _noted: dict[str, str] = {}
@@ -15,6 +17,7 @@ def note(what: str, sentence: str) -> None:
 
     >>> note("images", "3 of 140 files are no images and were left out: notes.txt, ...")
     """
+    sentence = printable(sentence)  # names of files in it may be a stranger's
     if _noted.get(what) != sentence:
         _noted[what] = sentence
         log.info("%s: %s", what, sentence)

@@ -29,7 +29,7 @@ def facts(vit, mask, **changes):
 @pytest.fixture
 def mask(vit):
     rng = generator(0, "mask")
-    return {name: torch.from_numpy(rng.random(t.shape) < 0.3) for name, t in eligible_entries(vit).masks.items()}
+    return {name: t & torch.from_numpy(rng.random(t.shape) < 0.3) for name, t in eligible_entries(vit).masks.items()}
 
 
 def test_a_mask_comes_back_bit_for_bit_at_one_bit_an_entry(tmp_path, vit, mask):

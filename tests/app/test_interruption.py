@@ -1,6 +1,6 @@
 """Runs that are killed at any moment, and gone on with: the same files to the byte, timing columns aside."""
 
-import csv
+import errno
 import json
 import os
 import random
@@ -16,7 +16,7 @@ from shutil import which
 from tempfile import TemporaryDirectory
 
 import pytest
-import yaml
+from commands import outcome
 
 from fedtalos.app.run.books import Books
 from fedtalos.app.run.recorder import Recorder
@@ -83,24 +83,6 @@ def stops_itself(number: int, owner: object, name: str, calls: int) -> Callable[
         setattr(owner, name, signalled)
 
     return prepare
-
-
-def outcome() -> dict[str, object]:
-    """Everything that runs left in this folder, but for what tells the time or the folder's place."""
-    found: dict[str, object] = {}
-    for path in sorted(Path().glob("*/**/*")):
-        if path.suffix == ".csv":
-            with path.open() as lines:
-                rows = csv.DictReader(lines)
-                found[str(path)] = [{k: v for k, v in row.items() if not k.startswith("seconds")} for row in rows]
-        elif path.name == "summary.yaml":
-            summary = yaml.safe_load(path.read_text())
-            found[str(path)] = {k: v for k, v in summary.items() if k not in ("seconds", "evaluation_share")}
-        elif path.suffix == ".safetensors":
-            found[str(path)] = path.read_bytes()
-        elif path.is_file() and path.suffix not in (".yaml", ".json", ".md", ".png") and path.name != ".lock":
-            found[str(path)] = path.stat().st_size
-    return found
 
 
 @cache
@@ -186,10 +168,30 @@ def test_two_processes_do_not_work_on_one_run(capsys):
     assert "another process is working on it" in capsys.readouterr().err
     os.kill(child, signal.SIGKILL)
     os.waitpid(child, 0)
+    Path("said").write_text("")
     child = forked(arguments)  # a dead process holds nothing
-    wait_for(lambda: "round" in Path("said").read_text(), child)
+    wait_for(lambda: "round 1/" in Path("said").read_text(), child)
     os.kill(child, signal.SIGINT)
     assert exit_code(child) == 130
+
+
+@pytest.mark.skipif(os.name != "posix", reason="flock is of POSIX")
+@pytest.mark.parametrize("why", [errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EIO])
+def test_a_file_system_without_locks_is_said_and_nothing_stays(why, monkeypatch, capsys):
+    import fcntl
+
+    def refuse(*_):
+        raise OSError(why, os.strerror(why))
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    with pytest.raises(SystemExit, match="2"):
+        main(shlex.split(COMMANDS["federated"]))
+    said = capsys.readouterr().err
+    assert said.startswith(
+        f"fedtalos: results/run/.lock: cannot be locked ({os.strerror(why)}); choose an --output_dir"
+    )
+    assert said.count("\n") == 1
+    assert not any(Path().iterdir())
 
 
 def test_bad_input_leaves_no_folder_behind():

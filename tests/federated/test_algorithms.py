@@ -1,5 +1,7 @@
 """Server rules, SCAFFOLD and FedNova against published formulas written as plain loops, on quadratics."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -333,6 +335,12 @@ HOW_LOST = {
     "not finite": lambda update: Update([part * torch.nan for part in update.values], update.metrics, update.reply),
     "cut": lambda update: Update([part[:-1] for part in update.values], update.metrics, update.reply),
 }
+HOW_REPLIES_ARE_LOST = {
+    "not finite": lambda reply: reply * torch.nan,
+    "infinite": lambda reply: torch.full_like(reply, torch.inf),
+    "cut": lambda reply: reply[:-1],
+    "long": lambda reply: torch.cat([reply, reply]),
+}
 
 
 @settings(max_examples=60, deadline=None)
@@ -364,6 +372,61 @@ def test_a_round_in_which_every_update_was_lost_leaves_no_trace(name, which, how
         else:
             assert not torch.equal(after, x)
         x, state = after, {key: tensor.clone() for key, tensor in algorithm.state.items()}
+
+
+def losing(who, how):
+    """A transform that makes the updates of the clients that ``who`` (round, client) names what ``how`` makes."""
+
+    def transform(updates):
+        def changed(number, chosen, theta):
+            for client, update in updates(number, chosen, theta):
+                yield client, how(update) if who(number, client) else update
+
+        return changed
+
+    return transform
+
+
+def ends(name, which, transform, *, rounds=4, **options):
+    """Values after each round, and what the server keeps then."""
+    algorithm = ALGORITHMS[name]()
+    task = Quadratics(MASKS[which], steps=[4, 3, 5, 4, 2, 6], sizes=(3, 5, 7, 9, 11, 13))
+    going = task.rounds(rounds, algorithm, through=[transform], on_bad_client="skip", **options)
+    return [(x, {key: tensor.clone() for key, tensor in algorithm.state.items()}) for x in going]
+
+
+def assert_same_ends(found, expected):
+    for (x, state), (wanted, kept) in zip(found, expected, strict=True):
+        assert torch.equal(x, wanted)
+        assert state.keys() == kept.keys()
+        assert all(torch.equal(tensor, kept[key]) for key, tensor in state.items())
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    name=st.sampled_from(sorted(ALGORITHMS)),
+    which=st.sampled_from(sorted(MASKS)),
+    how=st.sampled_from(sorted(HOW_LOST)),
+    lost=st.sets(st.tuples(st.integers(1, 4), st.integers(0, K - 1)), max_size=12),
+)
+def test_who_is_refused_leaves_as_much_as_who_never_answered(name, which, how, lost):
+    refused, silent = (
+        ends(name, which, losing(lambda *who: who in lost, HOW_LOST[way]), fraction=0.5) for way in (how, "silent")
+    )
+    assert_same_ends(refused, silent)
+
+
+@pytest.mark.parametrize("how", HOW_REPLIES_ARE_LOST)
+def test_a_reply_that_cannot_be_kept_spoils_its_update(mask, how):
+    which = next(name for name, tensor in MASKS.items() if tensor is mask)
+    spoilt = losing(
+        lambda number, client: client == number,
+        lambda update: replace(update, reply=HOW_REPLIES_ARE_LOST[how](update.reply)),
+    )
+    assert_same_ends(
+        ends("scaffold", which, spoilt),
+        ends("scaffold", which, losing(lambda number, client: client == number, HOW_LOST["silent"])),
+    )
 
 
 MADE = {

@@ -114,10 +114,23 @@ MASKS = [
     case(MASK + "older.safetensors", "older.safetensors: format 2, this version reads 3; make it anew"),
     case("mask show masks/older.safetensors", "older.safetensors: format 2, this version reads 3"),
     *(
-        case(MASK + f"{name}.safetensors", f"{name}.safetensors", no_mask)
-        for name in ("count", "none", "more", "rule", "bell", "large", "shape", "words", "name", "lacking", "dtype")
+        case(MASK + f"{name}.safetensors", f"{name}.safetensors: not a readable fedtalos mask file", why, "anew")
+        for name, why in {
+            "count": "other bits",
+            "none": "other bits",
+            "false": "it says 999999 entries are eligible, which are 670464",
+            "more": "facts.tomorrow: unexpected",
+            "rule": "facts.eligible_in: input should be 'blocks'",
+            "bell": r"facts.data: expected other text, got '\x1b[31m'",
+            "large": "shapes.blocks.0.norm1.weight.0: input should be less than",
+            "shape": "shapes.blocks.0.norm1.weight.0: input should be greater than",
+            "words": "shapes.blocks.0.norm1.weight: input should be a valid array",
+            "name": "other tensors",
+            "lacking": "make it anew",
+            "dtype": "a shape that is not that of the bits",
+        }.items()
     ),
-    case("mask show masks/block.safetensors", "block.safetensors", no_mask),
+    case("mask show masks/block.safetensors", "block.safetensors: not a readable fedtalos mask file (other tensors)"),
 ]
 
 HEADS = [
@@ -141,7 +154,7 @@ CHECKPOINTS = [
     case("evaluate nested", "nested/last.json: broken"),
     case("evaluate older", "older/last.json: format 1, this version reads 2; make it anew"),
     case("evaluate newer", "newer/last.json: format 3, this version reads 2"),
-    case("evaluate lost", "lost/last.json: cannot read", "No such file"),
+    case("evaluate lost", "lost/last.json: its", "cannot be read (No such file"),
     case("evaluate bare", "bare/last.json", version),
     case("evaluate later", "later/last.json", "an_option_of_tomorrow"),
     case("evaluate checkpoints/noise.json", "noise.json: broken"),
@@ -154,7 +167,7 @@ CHECKPOINTS = [
     case("centralized --resume --run_name older", "older/last.json: format 1, this version reads 2"),
     case("centralized --resume --run_name bare", "bare/last.json", version, "start a run of another name"),
     case("centralized --resume --run_name later", "later/last.json", version),
-    case("centralized --resume --run_name lost", "lost/last.json: cannot read", "No such file"),
+    case("centralized --resume --run_name lost", "lost/last.json: its", "cannot be read (No such file"),
 ]
 
 RESULTS = [
@@ -172,8 +185,8 @@ RESULTS = [
     case("plot unmeasured", "results/unmeasured/metrics.csv: holds no accuracy yet"),
     case("plot packed", "results/packed/split.npz: expected client and label", "make the run anew"),
     case("plot pickled", "results/pickled/split.npz: expected client and label"),
-    case("plot report", "results/report/report.csv: cannot be read as an edit's report"),
-    case("plot iterations", "results/iterations/report.csv: cannot be read as an edit's report"),
+    case("plot report", "results/report/report.csv: expected the columns", "name a run of `fedtalos editing`"),
+    case("plot iterations", "results/iterations/report.csv, line 2: expected numbers within their limits (entries: "),
 ]
 
 

@@ -119,7 +119,7 @@ def test_every_bit_of_a_checkpoint_counts(tmp_path):
 def masked(tmp_path_factory) -> Path:
     model = VisionTransformer(Architecture("micro", 8, 2, 5), torch_generator(0, "test"))
     rng = np.random.default_rng(0)
-    mask = {name: torch.from_numpy(rng.random(t.shape) < 0.3) for name, t in eligible_entries(model).masks.items()}
+    mask = {name: t & torch.from_numpy(rng.random(t.shape) < 0.3) for name, t in eligible_entries(model).masks.items()}
     path = tmp_path_factory.mktemp("masked") / "m.safetensors"
     write_mask_file(path, mask, mask_header(mask, model.architecture.as_dict()))
     save_head(path.with_name("head.safetensors"), model)

@@ -1,4 +1,6 @@
 import copy
+import errno
+import os
 
 import numpy as np
 import pytest
@@ -55,8 +57,43 @@ def test_a_cache_holds_what_the_stages_give_in_memory_and_on_disk_alike(vit, sto
         expected = vit.run(view_of(vit)(stored.pixels[ids]), 0, passed)
     for filled in (in_memory, on_disk):
         filled.fill(ids)
-        torch.testing.assert_close(filled.features.pixels[ids], expected, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(filled.features.pixels[ids], expected.cpu(), rtol=1e-5, atol=1e-6)
     assert torch.equal(in_memory.features.pixels[ids], on_disk.features.pixels[ids])
+
+
+def refuse(number: int):
+    def refused(*_):
+        raise OSError(number, os.strerror(number))
+
+    return refused
+
+
+@pytest.mark.skipif(not hasattr(os, "posix_fallocate"), reason="room is asked for on POSIX")
+def test_a_full_disk_is_an_error_that_names_the_folder_and_not_a_signal_later(vit, stored, tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "posix_fallocate", refuse(errno.ENOSPC))
+    with pytest.raises(OSError, match="No space left") as error:
+        cache(vit, stored, tmp_path, passed=8, limit=0)
+    assert error.value.filename.startswith(str(tmp_path))
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.skipif(not hasattr(os, "posix_fallocate"), reason="room is asked for on POSIX")
+def test_where_room_cannot_be_asked_for_it_is_written(vit, stored, tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "posix_fallocate", refuse(errno.EOPNOTSUPP))
+    written, ids, write = [], np.arange(20), os.write
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "write", lambda descriptor, part: written.append(len(part)) or write(descriptor, part))
+        on_disk = cache(vit, stored, tmp_path, passed=3, limit=0)
+    assert sum(written) == on_disk.features.pixels.nbytes
+    assert not on_disk.features.pixels.any()
+    in_memory = cache(vit, stored, tmp_path, passed=3, limit=1e9)
+    for filled in (on_disk, in_memory):
+        filled.fill(ids)
+    assert torch.equal(on_disk.features.pixels, in_memory.features.pixels)
+    monkeypatch.setattr(os, "write", refuse(errno.ENOSPC))
+    with pytest.raises(OSError, match="No space left") as error:
+        cache(vit, stored, tmp_path, passed=3, limit=0)
+    assert "kept activations" in error.value.filename
 
 
 def test_an_image_is_computed_once(vit, stored, tmp_path):
@@ -100,7 +137,7 @@ def test_features_are_computed_anew_where_what_made_them_has_changed(vit, stored
         return moving.source(stored, [ids]).images.pixels
 
     with torch.no_grad():
-        expected = vit.features(view_of(vit)(stored.pixels))
+        expected = vit.features(view_of(vit)(stored.pixels)).cpu()
         torch.testing.assert_close(before := features(head).clone(), expected, rtol=1e-5, atol=1e-6)
         kept = features(block)
         local = LocalTraining(steps=2, learning_rate=0.1)
@@ -109,7 +146,7 @@ def test_features_are_computed_anew_where_what_made_them_has_changed(vit, stored
     local.run(block, stored, ids, np.random.default_rng(0))
     assert features(block) is kept
     with torch.no_grad():
-        expected = vit.features(view_of(vit)(stored.pixels))
+        expected = vit.features(view_of(vit)(stored.pixels)).cpu()
         assert (expected - before).abs().max() > 0.01
         torch.testing.assert_close(features(head), expected, rtol=1e-5, atol=1e-6)
         other = copy.deepcopy(vit)

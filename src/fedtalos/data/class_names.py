@@ -4,7 +4,10 @@ import difflib
 import unicodedata
 from collections.abc import Iterable, Sequence
 
-from fedtalos.errors import InputError, shown
+from fedtalos.errors import InputError, shortened, shown
+
+LONGEST = 120
+"""Characters of each name in a list of some."""
 
 
 def class_name(folder: str) -> str:
@@ -30,7 +33,7 @@ def some(names: Iterable[str], most: int = 3) -> str:
     """
     names = list(names)
     more = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(names[:most]) + more
+    return ", ".join(shortened(name, LONGEST) for name in names[:most]) + more
 
 
 def alike(name: str, known: Iterable[str]) -> str:
@@ -41,7 +44,7 @@ def alike(name: str, known: Iterable[str]) -> str:
     """
     by_small = {other.casefold(): other for other in known}
     close = difflib.get_close_matches(name.casefold(), by_small, n=1)
-    return f"; did you mean {by_small[close[0]]!r}?" if close else ""
+    return f"; did you mean {shown(by_small[close[0]])}?" if close else ""
 
 
 def check_same_classes(then: Sequence[str], now: Sequence[str], trained: str) -> None:
@@ -55,8 +58,8 @@ def check_same_classes(then: Sequence[str], now: Sequence[str], trained: str) ->
     before, after = [class_name(name) for name in then], [class_name(name) for name in now]
     if before == after:
         return
-    gone = [repr(name) for name in before if name not in after]
-    new = [repr(name) for name in after if name not in before]
+    were, are = set(before), set(after)
+    gone, new = ([shown(n) for n in names if n not in known] for names, known in ((before, are), (after, were)))
     differ = ", ".join(
         [*([f"without {some(gone)}"] if gone else []), *([f"with new {some(new)}"] if new else [])]
     ) or "in another order"  # fmt: skip

@@ -3,19 +3,20 @@
 Shapes: H W pixels of the file, S pixels a side of the square.
 """
 
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from threading import Lock
-from typing import IO
+from typing import IO, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
 from fedtalos.data.deep_images import Scale, deep_values, is_deep, is_number
-from fedtalos.data.image_files import opened_image, upright
+from fedtalos.data.image_files import bytes_of, opened_image, upright
 
+T = TypeVar("T")
 Pixels = NDArray[np.uint8]
 
 GROUND = (255, 255, 255)
@@ -24,6 +25,8 @@ GROUND = (255, 255, 255)
 LARGE = 89_478_485
 """Pixels above which an image is decoded at reduced size."""
 ONE_AT_A_TIME = 32_000_000  # pixels; several such images at once would take all memory
+EMPTY = 4_000_000  # pixels; larger images wait for each other too where the file holds hardly anything of them
+HARDLY_ANYTHING = 200  # pixels a byte; photographs have 1 to 10
 
 
 @dataclass(frozen=True)
@@ -45,8 +48,7 @@ def inspect_image(file: Path) -> tuple[float, float] | None:
     with opened_image(file) as (stream, image):
         if not is_deep(image):
             return None
-        with _turn(image):
-            values, alpha = deep_values(stream, file, image)
+        values, alpha = _in_turn(stream, image, lambda: deep_values(stream, file, image))
         seen = values if alpha is None else values[alpha > 0]
         seen = seen[is_number(seen)]
         return (float(seen.min()), float(seen.max())) if seen.size else (0.0, 0.0)
@@ -67,20 +69,25 @@ def decode_image(file: Path, image_size: int, scale: Scale) -> Square:
             traits.add("several")
         if image.width * image.height > LARGE:
             traits.add("large")
-        with _turn(image):
+
+        def square() -> tuple[Pixels, bool]:
             if is_deep(image):
-                pixels, transparent = _deep_square(stream, file, image, image_size, scale)
-            else:
-                pixels, transparent = _square(image, image_size)
+                return _deep_square(stream, file, image, image_size, scale)
+            return _square(image, image_size)
+
+        pixels, transparent = _in_turn(stream, image, square)
         return Square(pixels, frozenset(traits | ({"transparent"} if transparent else set())))
 
 
-_turns = Lock()
+_alone = ThreadPoolExecutor(1, "large image")
+"""One thread for all large images: memory that is freed in a thread stays with it, for its next image."""
 
 
-def _turn(image: Image.Image) -> AbstractContextManager[object]:
-    """Wait, with a large image, until no other is decoded."""
-    return _turns if image.width * image.height > ONE_AT_A_TIME else nullcontext()
+def _in_turn(stream: IO[bytes], image: Image.Image, decode: Callable[[], T]) -> T:
+    """Decode a large image, or one that becomes far larger than its file, when no other such is being decoded."""
+    pixels = image.width * image.height
+    empty = pixels > EMPTY and pixels > HARDLY_ANYTHING * bytes_of(stream)
+    return _alone.submit(decode).result() if pixels > ONE_AT_A_TIME or empty else decode()
 
 
 def _square(image: Image.Image, image_size: int) -> tuple[Pixels, bool]:
@@ -97,6 +104,8 @@ def _reduced(image: Image.Image, image_size: int) -> Image.Image:
     factor = min(image.size) // (2 * image_size)
     if image.width * image.height <= LARGE or factor < 2:
         return image
+    if image.mode == "1":
+        image = image.convert("L")  # RGB takes four times as much
     clear = image.has_transparency_data
     if image.mode not in (("LA", "RGBA") if clear else ("L", "RGB", "CMYK", "F")):
         image = image.convert("RGBA" if clear else "RGB")
@@ -112,9 +121,7 @@ def _on_ground(image: Image.Image) -> tuple[Image.Image, bool]:
     least, _ = rgba.getchannel("A").getextrema()
     if least == 255:
         return rgba.convert("RGB"), False
-    ground = Image.new("RGBA", rgba.size, GROUND)
-    ground.alpha_composite(rgba)
-    return ground.convert("RGB"), True
+    return Image.alpha_composite(Image.new("RGBA", rgba.size, GROUND), rgba).convert("RGB"), True
 
 
 def _as_rgb(image: Image.Image) -> Image.Image:

@@ -1,9 +1,8 @@
 """The public CIFAR archives: fetched once, resumed where a download broke off, checked, and read in place."""
 
 import gzip
-import io
+import stat
 import tarfile
-import zlib
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
@@ -11,7 +10,7 @@ from pathlib import Path
 import pooch
 import requests
 
-from fedtalos.errors import InputError
+from fedtalos.errors import InputError, shown
 from fedtalos.files import naming
 from fedtalos.progress import Bar, silent
 
@@ -24,7 +23,8 @@ CHECKSUMS = {
 RETRIES = 3
 TIMEOUT = (10, 60)  # seconds to connect, seconds without a byte
 CHUNK = 2**18  # bytes
-LARGEST = 2**29  # bytes unpacked, three times what the archives hold
+LARGEST = 2**28  # bytes unpacked; the archives hold 187 million
+MOST_MEMBERS = 1000  # files in an archive; ours hold nine
 
 
 def fetch_archive(
@@ -98,27 +98,59 @@ def _append(response: requests.Response, part: Path, bar: Bar) -> None:
             raise requests.ConnectionError(f"{file.tell()} of {total} bytes")
 
 
+class _Unpacked:
+    """Unpacked bytes of an archive, as a stream of LARGEST at most."""
+
+    def __init__(self, archive: Path, stream: gzip.GzipFile) -> None:
+        self._archive, self._stream, self._left = archive, stream, LARGEST
+
+    def read(self, size: int) -> bytes:
+        content = self._stream.read(min(size, self._left + 1))
+        self._left -= len(content)
+        if self._left < 0:
+            raise InputError(f"{self._archive} holds more than {LARGEST} bytes: replace it by the original")
+        return content
+
+
+class _Member(tarfile.TarInfo):
+    """A member of an archive, whose size is no less than nothing: a negative one would be read again for ever.
+
+    That is how Python itself mends CVE-2025-8194, in versions later than some that this runs on.
+    """
+
+    def _block(self, count: int) -> int:
+        if count < 0:
+            raise tarfile.ReadError("a member of negative size")
+        return super()._block(count)  # type: ignore[misc, no-any-return]
+
+
 def read_members(archive: Path, names: set[str]) -> dict[str, bytes]:
-    """Read the named files out of a .tar.gz, by name; nothing is written to disk.
+    """Read the named files out of a .tar.gz, by name; nothing is written to disk, and no more kept than these.
 
     Raises InputError where one is missing, the archive is damaged, or it is far larger than it should be.
 
     >>> members = read_members(Path("data/cifar-100-python.tar.gz"), {"cifar-100-python/meta"})
     """
+    if not stat.S_ISREG(archive.stat().st_mode):
+        raise InputError(f"{archive} is no plain file: move it away, and it is downloaded again")
     found: dict[str, bytes] = {}
     try:
-        with gzip.open(archive) as stream:
-            unpacked = stream.read(LARGEST + 1)  # to the end, where gzip's own checksum is
-        if len(unpacked) > LARGEST:
-            raise InputError(f"{archive} holds more than {LARGEST} bytes: replace it by the original")
-        with tarfile.open(fileobj=io.BytesIO(unpacked), mode="r:") as tar:
-            for member in tar:
-                # A sparse member may claim to be as large as it likes.
-                wanted = member.isfile() and member.name in names and member.size <= len(unpacked)
-                if wanted and (content := tar.extractfile(member)):
-                    found[member.name] = content.read()
-    except (tarfile.TarError, EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise InputError(f"{archive} is damaged ({error}): move it away, and it is downloaded again") from error
+        with gzip.open(archive) as packed:
+            stream = _Unpacked(archive, packed)
+            with tarfile.open(fileobj=stream, mode="r|", tarinfo=_Member) as tar:  # type: ignore[call-overload]
+                for number, member in enumerate(tar, start=1):
+                    if number > MOST_MEMBERS:
+                        raise tarfile.ReadError(f"more than {MOST_MEMBERS} members")
+                    # Neither links nor sparse files, which may claim to be as large as they like.
+                    plain = member.type in (tarfile.REGTYPE, tarfile.AREGTYPE) and not member.issparse()
+                    if plain and member.name in names and (content := tar.extractfile(member)):
+                        found[member.name] = content.read()
+            while stream.read(CHUNK):  # to the end, where gzip's own checksum is
+                pass
+    except InputError:
+        raise
+    except Exception as error:  # headers of strangers make tarfile raise nearly anything
+        raise InputError(f"{archive} is damaged ({shown(error)}): move it away, and it is downloaded again") from error
     if missing := sorted(names - found.keys()):
         raise InputError(f"{archive} lacks {missing[0]}: move it away, and it is downloaded again")
     return found

@@ -16,11 +16,12 @@ from pathlib import Path
 from typing import Any
 
 import platformdirs
-from filelock import FileLock, Timeout
+from filelock import Timeout
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from fedtalos.files import locked, remove_leftovers
 from fedtalos.progress import Bar, silent
 
 LIMIT = 20_000_000_000
@@ -114,17 +115,21 @@ class Entry:
 
     @contextmanager
     def alone(self, bar: Bar = silent) -> Iterator[None]:
-        """Keep other runs from decoding the same images at the same time, where files can be locked."""
+        """Keep other runs from decoding the same images at the same time, where files can be locked.
+
+        What a killed one left half-written of these images is removed.
+        """
+        lock = self.folder / f".{self.source}.lock"
         with ExitStack() as held:
-            with suppress(OSError, NotImplementedError):
+            with suppress(OSError):
                 self.folder.mkdir(parents=True, exist_ok=True)
-                lock = FileLock(self.folder / f".{self.source}.lock")
                 try:
-                    lock.acquire(timeout=0)
+                    held.enter_context(locked(lock))
                 except Timeout:
                     with bar("waiting for a run that decodes these images", None, "images"):
-                        lock.acquire()
-                held.callback(lock.release)
+                        held.enter_context(locked(lock, wait=True))
+                of_these = re.compile(rf"{re.escape(self.source)}_[0-9a-f]+\.safetensors")
+                remove_leftovers(self.folder, lambda name: of_these.fullmatch(name) is not None)
             yield
 
 

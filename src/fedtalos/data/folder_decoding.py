@@ -23,6 +23,7 @@ from fedtalos.data.folder_layout import Files, Layout, check_two_classes
 from fedtalos.data.image_files import OTHER_PICTURES, BadImageError, NotAnImageError
 from fedtalos.data.images import LabelledImages
 from fedtalos.errors import InputError
+from fedtalos.facts import MOST_CLASSES, check_free
 from fedtalos.progress import Bar, silent
 from fedtalos.randomness import generator
 
@@ -64,11 +65,17 @@ def decode_folder(layout: Layout, image_size: int, bar: Bar = silent) -> Decoded
         classes, said = _classes(layout, found)
         scale = _scale(found, said)
         traits: Counter[str] = Counter()
+        count = sum(len(files) for listing in found.images.values() for files in listing.values())
+        check_free(
+            3.0 * count * image_size**2,
+            f"{layout.source}: {count} images of {image_size} px",
+            "give a smaller image_size, or fewer images",
+        )
         splits = {
             split: _decode(split, [listing.get(name, []) for name in classes], image_size, scale, traits, layout, bar)
             for split, listing in found.images.items()
         }
-    return DecodedFolder(classes, splits, said | _peculiarities(traits, sum(map(len, splits.values()))))
+    return DecodedFolder(classes, splits, said | peculiarities(traits, sum(map(len, splits.values()))))
 
 
 def _look_into(layout: Layout, bar: Bar) -> _Found:
@@ -76,7 +83,7 @@ def _look_into(layout: Layout, bar: Bar) -> _Found:
     places = [(split, name, f) for split, classes in layout.splits.items() for name in classes for f in classes[name]]
     found, bad = _Found(), dict[Path, str]()
     with bar("looking into files", len(places), "images") as advance:
-        for (split, name, file), result in zip(places, _in_threads(inspect_image, (p[2] for p in places)), strict=True):
+        for (split, name, file), result in zip(places, in_threads(inspect_image, (p[2] for p in places)), strict=True):
             match result:
                 case BadImageError():
                     bad[file] = str(result)
@@ -86,7 +93,7 @@ def _look_into(layout: Layout, bar: Bar) -> _Found:
                     found.images.setdefault(split, {}).setdefault(name, []).append(file)
                     found.deep += [] if result is None else [result]
             advance(1)
-    _refuse(bad, layout.root)
+    _refuse(bad, layout)
     return found
 
 
@@ -103,6 +110,8 @@ def _classes(layout: Layout, found: _Found) -> tuple[tuple[str, ...], dict[str, 
         name, files = out_of_reach[0]
         raise InputError(f"class {name!r} holds no image that can be read, but {_kinds(files)}")
     if not train:
+        if layout.table is not None:
+            raise InputError(f"{layout.table} names no file for training that is an image; see its path column")
         raise InputError(f"{layout.root} holds class folders without images: expected {layout.root}/CLASS/IMAGE")
     for split in found.images:
         if strange := [name for name in found.images[split] if name not in train]:
@@ -110,7 +119,11 @@ def _classes(layout: Layout, found: _Found) -> tuple[tuple[str, ...], dict[str, 
                 f"{found.images[split][strange[0]][0]} is a {split} image of class {strange[0]!r}, of which there are "
                 f"no training images{alike(strange[0], train) or '; add some, or move it elsewhere'}"
             )
-    check_two_classes(layout.root, train)
+    check_two_classes(layout.source, train)
+    if len(train) > MOST_CLASSES:
+        raise InputError(
+            f"{layout.source} holds {len(train)} classes, of which {MOST_CLASSES} are the limit: join some"
+        )
     if empty := sorted({name for classes in layout.splits.values() for name in classes} - train.keys()):
         said["classes left out"] = f"no images lie in {some(empty)}"
     files = list(chain(*(files for classes in found.left_out.values() for files in classes.values())))
@@ -159,31 +172,36 @@ def _decode(
     bad: dict[Path, str] = {}
     decode = partial(decode_image, image_size=image_size, scale=scale)
     with bar(f"decoding {split} images", len(files), "images") as advance:
-        for place, result in enumerate(_in_threads(decode, (files[i] for i in order))):
+        for place, result in enumerate(in_threads(decode, (files[i] for i in order))):
             if isinstance(result, Square):
                 pixels[place] = torch.from_numpy(result.pixels).permute(2, 0, 1)
                 traits.update(result.traits)
             else:
                 bad[files[order[place]]] = str(result)
             advance(1)
-    _refuse(bad, layout.root)
-    return LabelledImages(pixels, torch.from_numpy(labels))
+    _refuse(bad, layout)
+    owners = None
+    if layout.owners is not None and split == "train":
+        owners = torch.tensor([layout.owners[files[i]] for i in order])
+    return LabelledImages(pixels, torch.from_numpy(labels), owners)
 
 
-def _refuse(bad: dict[Path, str], root: Path) -> None:
+def _refuse(bad: dict[Path, str], layout: Layout) -> None:
     """Name images that cannot be read; all were tried, so that one message does for all."""
     if not bad:
         return
     first = min(bad)
     others = (
-        f", nor are {len(bad) - 1} others ({some(str(file.relative_to(root)) for file in sorted(bad)[1:])})"
+        f", nor are {len(bad) - 1} others ({some(layout.short(file) for file in sorted(bad)[1:])})"
         if len(bad) > 1
         else ""
     )
-    raise InputError(f"{first} is not a readable image ({bad[first]}){others}: mend it, or move it out of {root}")
+    raise InputError(
+        f"{first} is not a readable image ({bad[first]}){others}: mend it, or move it out of {layout.source}"
+    )
 
 
-def _peculiarities(traits: Counter[str], total: int) -> dict[str, str]:
+def peculiarities(traits: Counter[str], total: int) -> dict[str, str]:
     """Say what was decided about transparent, animated and large images."""
     sentences = {
         "transparent": ("transparent images", "are transparent in part, and lie on white"),
@@ -193,7 +211,7 @@ def _peculiarities(traits: Counter[str], total: int) -> dict[str, str]:
     return {what: f"{traits[trait]} of {total} {says}" for trait, (what, says) in sentences.items() if traits[trait]}
 
 
-def _in_threads(do: Callable[[Path], T], files: Iterable[Path]) -> Iterator[T | BadImageError | NotAnImageError]:
+def in_threads(do: Callable[[Path], T], files: Iterable[Path]) -> Iterator[T | BadImageError | NotAnImageError]:
     """Give what ``do`` makes of each file, in order, or the error that says why it cannot."""
 
     def tried(file: Path) -> T | BadImageError | NotAnImageError:

@@ -41,6 +41,19 @@ class Layout:
     """Images that lie in no class folder."""
     said: dict[str, str] = field(default_factory=dict)
     """Sentences about what was decided, by what they are about."""
+    table: Path | None = None
+    """File that names the images, whose folder is ``root``; None: they are all that lie below it."""
+    owners: dict[Path, int] | None = None
+    """Client of each training image, numbered from 0; None: the data know no clients."""
+
+    @property
+    def source(self) -> Path:
+        """What the user named: the table, or the folder."""
+        return self.table or self.root
+
+    def short(self, file: Path) -> str:
+        """Write a file's path from the root on, where it lies below it."""
+        return str(file.relative_to(self.root) if file.is_relative_to(self.root) else file)
 
 
 def find_layout(root: Path) -> Layout:
@@ -114,7 +127,7 @@ def _split_folders(root: Path, folders: list[Path]) -> tuple[dict[str, Path], li
     for folder in folders:
         split = split_of(folder.name)
         (others if split is None else named[split]).append(folder)
-    beside = any(called_image(file) for other in others for file in _files_below(other))
+    beside = any(called_image(file) for other in others for file in files_below(other))
     if not named or (beside and not (len(named) > 1 and any(map(_folders, named.get("train", []))))):
         return {}, []
     for split, same in named.items():
@@ -156,7 +169,7 @@ def _class_files(classes: list[tuple[str, Path]], layout: Layout) -> Files:
         if spelled.setdefault(name, folder_name) != folder_name:
             layout.said["class names"] = f"{name} is spelled in two Unicode forms; these folders are one class"
         again: list[Path] = []
-        files.setdefault(name, []).extend(_files_below(folder, again))
+        files.setdefault(name, []).extend(files_below(folder, again))
         if again:
             layout.said["links left out"] = f"{some(map(str, again))}: they lead to folders that are read already"
     return files
@@ -194,7 +207,7 @@ def _loose(folder: Path) -> int:
     return sum(called_image(Path(entry.name)) and not _is_folder(entry) for entry in _visible(folder))
 
 
-def _files_below(folder: Path, again: list[Path] | None = None) -> list[Path]:
+def files_below(folder: Path, again: list[Path] | None = None) -> list[Path]:
     """List the files at any depth, links followed, but none back to where they came from: these go to ``again``."""
     found: list[Path] = []
     above = folder.parent.resolve()

@@ -1,5 +1,6 @@
 """Image files: whatever Pillow reads, found by content, with a limit on pixels and without starting programs."""
 
+import io
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
@@ -32,6 +33,8 @@ WITHOUT_SIGNATURE = {".spi": "SPIDER", ".spider": "SPIDER", ".imt": "IMT"}
 
 MOST_MEGAPIXELS = {"JPEG": 512, "MPO": 512}  # these are reduced while they are decoded
 MOST_MEGAPIXELS_OF_OTHERS = 256
+LARGE, SPARSE = 32_000_000, 2000
+"""Pixels above which a file must hold at least one byte for so many of them; a blank page in 600 dpi has 1000."""
 
 
 class NotAnImageError(Exception):
@@ -78,6 +81,9 @@ def opened_image(file: Path) -> Iterator[tuple[IO[bytes], Image.Image]]:
             most = MOST_MEGAPIXELS.get(image.format or "", MOST_MEGAPIXELS_OF_OTHERS)
             if (megapixels := image.width * image.height / 1e6) > most:
                 raise BadImageError(f"{megapixels:.0f} megapixels, and {most} is the limit of {image.format}")
+            size = bytes_of(stream)
+            if image.width * image.height > max(LARGE, SPARSE * size):
+                raise BadImageError(f"{megapixels:.0f} megapixels in {size} bytes, which hold no such picture")
             yield stream, image
     except BadImageError:
         raise
@@ -87,6 +93,18 @@ def opened_image(file: Path) -> Iterator[tuple[IO[bytes], Image.Image]]:
         raise
     except Exception as error:  # decoders raise nearly anything over broken bytes
         raise BadImageError(getattr(error, "strerror", None) or str(error) or type(error).__name__) from error
+
+
+def bytes_of(stream: IO[bytes]) -> int:
+    """Count the bytes of a file, wherever in it the stream is.
+
+    >>> bytes_of(Path("cat.jpg").open("rb"))
+    2831
+    """
+    at = stream.tell()
+    size = stream.seek(0, io.SEEK_END)
+    stream.seek(at)
+    return size
 
 
 def identified(stream: IO[bytes], ending: str) -> Image.Image:

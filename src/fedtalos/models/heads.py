@@ -17,11 +17,14 @@ from safetensors.torch import save as save_safetensors
 from torch import Tensor
 
 from fedtalos.errors import InputError
+from fedtalos.facts import read_file
 from fedtalos.files import UNSEALED, is_sealed, sealed, write_atomic
 from fedtalos.models.backbone import Backbone
 from fedtalos.notes import note
 
 ClosedForm = Literal["ridge", "ncm"]
+MOST_BYTES = 2**28
+"""Bytes of a head file: 65 536 classes of a large ViT."""
 Head = tuple[Tensor, Tensor]
 """Weight (C, D) and bias (C,), float32."""
 
@@ -212,13 +215,11 @@ def read_head(path: Path, model: Backbone) -> Head:
 
     >>> set_head(model, *read_head(Path("masks/my_mask.head.safetensors"), model))
     """
+    content = read_file(path, f"head {path}", most=MOST_BYTES, advice="give an existing head file")
     try:
-        content = path.read_bytes()
         tensors = load_safetensors(content)
         weight, bias = tensors["head.weight"], tensors["head.bias"]
-    except OSError as error:
-        raise InputError(f"head {path}: cannot be read ({error.strerror}); give an existing head file") from error
-    except (SafetensorError, KeyError) as error:
+    except (SafetensorError, KeyError, ValueError) as error:
         raise InputError(f"head {path}: not a head file; `fedtalos editing` writes one beside its mask") from error
     if not is_sealed(content):
         raise InputError(f"head {path}: not what was written (checksum), or of another version; make it anew")
@@ -227,6 +228,6 @@ def read_head(path: Path, model: Backbone) -> Head:
             f"head {path}: weight {tuple(weight.shape)}, but this model and data set need "
             f"{tuple(model.head.weight.shape)} (classes, width)"
         )
-    if not all(tensor.is_floating_point() and tensor.isfinite().all() for tensor in (weight, bias)):
+    if not all(tensor.is_floating_point() and tensor.float().isfinite().all() for tensor in (weight, bias)):
         raise InputError(f"head {path}: holds other than finite numbers; give a head of a run that did not diverge")
     return weight, bias

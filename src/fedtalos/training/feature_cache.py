@@ -3,12 +3,14 @@
 Shapes: N images, T tokens, D width; an image's features are (T, D) after a block, (D,) after the last stage.
 """
 
+import errno
+import mmap
 import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from tempfile import NamedTemporaryFile, gettempdir
+from tempfile import TemporaryFile, gettempdir
 
 import numpy as np
 import torch
@@ -136,12 +138,7 @@ class FeatureCache:
             values = torch.empty(shape, device=images.pixels.device)
         else:
             folder.mkdir(parents=True, exist_ok=True)
-            with NamedTemporaryFile(dir=folder, prefix="features-") as file:  # its name goes now, its space later
-                # A disk that fills up under a mapped file kills the process, without a word.
-                if size and hasattr(os, "posix_fallocate"):
-                    with naming(Path(file.name)):
-                        os.posix_fallocate(file.fileno(), 0, size)
-                values = torch.from_file(file.name, shared=True, size=size // 4).view(shape)
+            values = _mapped(folder, size).view(shape)
         self.features = LabelledImages(values, images.labels.to(values.device))
 
     def is_of(self, model: Backbone, passed: int) -> bool:
@@ -169,6 +166,38 @@ class FeatureCache:
         pixels = self._view(self._images.pixels[indices.to(self._images.pixels.device)])
         with autocast(pixels.device, self._precision):
             return self._model.run(pixels, 0, self.passed).float()
+
+
+def _mapped(folder: Path, size: int) -> Tensor:
+    """float32 values in ``size`` bytes of a file in ``folder`` that has no name, so that nothing of it can stay.
+
+    Raises OSError, which names folder and size, where there is no room: a disk that fills up under a mapped file would kill
+    the process, without a word.
+    """
+    if size == 0:
+        return torch.empty(0)
+    room = Path(f"{folder.resolve()} ({size / 1e6:.1f} MB for kept activations)")
+    with naming(room, instead_of=folder), TemporaryFile(dir=folder) as file:
+        _reserve(file.fileno(), size)
+        return torch.frombuffer(mmap.mmap(file.fileno(), size), dtype=torch.float32)
+
+
+def _reserve(descriptor: int, size: int) -> None:
+    """Give a file its room on the disk: by asking for it where the file system can be asked, else by writing zeros."""
+    if hasattr(os, "posix_fallocate"):
+        try:
+            os.posix_fallocate(descriptor, 0, size)
+        except OSError as error:
+            if error.errno not in (errno.EINVAL, errno.EOPNOTSUPP, errno.ENOSYS):
+                raise
+        else:
+            return
+    zeros = bytes(min(size, 2**20))
+    for start in range(0, size, len(zeros)):
+        written, part = 0, memoryview(zeros)[: size - start]
+        while written < len(part):
+            written += os.write(descriptor, part[written:])
+    os.fsync(descriptor)  # some file systems look for room only now
 
 
 def _versions(model: Backbone, passed: int) -> list[int]:

@@ -1,22 +1,53 @@
 """Records that runs leave behind, read for figures: metrics by round or epoch, and an edit's report."""
 
-import csv
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Literal
 
-from fedtalos.app.config.files import read_yaml
+from annotated_types import Interval
+
 from fedtalos.app.figures.style import drawable
+from fedtalos.app.run.books import MOST_ROWS as EDIT_ROWS
+from fedtalos.app.run.books import ReportRow
 from fedtalos.errors import InputError, shown
+from fedtalos.facts import read_table, table_schema
 from fedtalos.training.editing.describe import DensityRow
 
 LARGEST = 1e18
 """Largest number that is drawn; the axes fail beyond it."""
 
 _STEP_NAMES = ("round", "epoch")
-_COLUMNS = ("split", "loss", "accuracy", "bytes_down", "bytes_up")
+MOST_BYTES, MOST_ROWS = 2**26, 200_000
+"""Size of a table that is drawn: of 100 000 rounds that are validated each time."""
+MOST_ITERATIONS = 1000
+"""Iterations of an edit that are drawn."""
+
+
+Cell = Annotated[float, Interval(ge=-LARGEST, le=LARGEST)] | Literal["", "nan"]
+"""A number, or nothing where it is not known."""
+
+
+@table_schema
+@dataclass(frozen=True)
+class _MetricsLine:
+    """Columns of metrics.csv that are drawn."""
+
+    step: Annotated[int, Interval(ge=0, lt=int(LARGEST))]
+    split: Literal["train", "val", "test"]
+    loss: Cell
+    accuracy: Cell
+    bytes_down: Cell
+    bytes_up: Cell
+    examples: Annotated[int, Interval(ge=0, lt=int(LARGEST))] | Literal[""] = ""
+
+    def row(self) -> "Row":
+        loss, accuracy, down, up = (
+            math.nan if isinstance(cell, str) else cell
+            for cell in (self.loss, self.accuracy, self.bytes_down, self.bytes_up)
+        )
+        return Row(self.step, self.split, loss, accuracy, (down + up) / 1e6, self.examples or 0)
 
 
 @dataclass(frozen=True)
@@ -28,7 +59,12 @@ class Row:
     loss: float
     accuracy: float
     megabytes: float
+    examples: int = 0
+    """Images that the accuracy is of; 0 where not known."""
 
+
+FEW = 3
+"""Points that a table says as well as a figure: more are drawn."""
 
 Quantity = Callable[[Row], float]
 
@@ -48,6 +84,12 @@ class History:
         return [a for a, _ in known], [b for _, b in known]
 
     @property
+    def points(self) -> int:
+        """Most accuracies that it has of one split."""
+        known = [row.split for row in self.rows if math.isfinite(row.accuracy)]
+        return max(map(known.count, set(known)), default=0)
+
+    @property
     def sent(self) -> bool:
         """True where an accuracy was reached after bytes had been sent."""
         return any(row.split != "train" and row.megabytes > 0 and not math.isnan(row.accuracy) for row in self.rows)
@@ -61,79 +103,31 @@ def read_history(run_dir: Path) -> History:
             f"run {run_dir}: expected a run's folder, found no metrics.csv in it; "
             "give a folder under results/ that `fedtalos centralized` or `fedtalos federated` made"
         )
-    try:
-        with path.open(newline="", encoding="utf-8") as file:
-            reader = csv.DictReader(file, restval="(missing)")  # a torn line is an error, an empty cell is not
-            header = reader.fieldnames or []
-            step_name = header[0] if header else ""
-            if step_name not in _STEP_NAMES or not set(_COLUMNS) <= set(header):
-                raise InputError(
-                    f"{path}: expected the columns round or epoch, {', '.join(_COLUMNS)}, "
-                    f"got {', '.join(header) or 'an empty file'}; make the run anew"
-                )
-            rows = [_row(path, reader.line_num, step_name, record) for record in reader]
-    except (UnicodeDecodeError, csv.Error) as error:
-        raise InputError(f"{path}: not a readable CSV file ({error}); make the run anew") from error
+    columns, lines = read_table(_MetricsLine, path, most_bytes=MOST_BYTES, most_rows=MOST_ROWS, first="step")
+    if (step_name := columns[0]) not in _STEP_NAMES:
+        raise InputError(
+            f"{path}: expected the columns round or epoch, split ..., got {shown(step_name)} first; make the run anew"
+        )
+    rows = [line.row() for line in lines]
     if not any(math.isfinite(row.accuracy) for row in rows):
         raise InputError(f"{path}: holds no accuracy yet; wait for the run's first evaluation or make the run anew")
     return History(drawable(run_dir.resolve().name), step_name, rows)
 
 
-def check_one_data_set(run_dirs: Sequence[Path]) -> None:
-    """Raise InputError where runs are of different images, by their config.yaml; a run without one may be of any.
-
-    Folders of images are the same where their paths are, or the images themselves.
-    """
-    known = [(run_dir, found) for run_dir in run_dirs if (found := _data_set(run_dir)) is not None]
-    for run_dir, (name, same) in known[1:]:
-        first_dir, (first, same_first) = known[0]
-        if not same & same_first:
-            raise InputError(
-                f"runs to compare: {first_dir.resolve().name} is of {first} and {run_dir.resolve().name} of {name}, "
-                "whose accuracies are not to be read on one axis; draw the runs of each data set by themselves"
-            )
-
-
-def _data_set(run_dir: Path) -> tuple[str, set[str]] | None:
-    """The data set of a run in words, and what tells it: one of these suffices."""
-    path = run_dir / "config.yaml"
-    config = read_yaml(path) if path.is_file() else {}
-    name, made_by = config.get("dataset"), config.get("made_by")
-    if not isinstance(name, str):
-        return None
-    if name != "folder":
-        return name, {name}
-    record: dict[str, Any] = made_by if isinstance(made_by, dict) else {}
-    place, inputs = Path(str(record.get("folder", ""))) / str(config.get("data_dir")), record.get("inputs")
-    return f"the folder {place}", {str(place), *([str(inputs.get("data"))] if isinstance(inputs, dict) else [])}
-
-
-def _row(path: Path, line: int, step_name: str, record: Mapping[str, str]) -> Row:
-    try:
-        numbers = {name: float(record[name] or "nan") for name in _COLUMNS if name != "split"}
-        megabytes = (numbers["bytes_down"] + numbers["bytes_up"]) / 1e6
-        step = int(record[step_name])
-        if not 0 <= step < LARGEST or any(abs(number) > LARGEST for number in numbers.values() if number < math.inf):
-            raise ValueError("more than can be drawn")
-        return Row(step, record["split"], numbers["loss"], numbers["accuracy"], megabytes)
-    except (TypeError, ValueError) as error:
-        raise InputError(
-            f"{path}, line {line}: expected numbers, got {shown(dict(record))}; make the run anew"
-        ) from error
-
-
 def read_report(run_dir: Path) -> dict[int, list[DensityRow]]:
     """Read an edit's report.csv: the density rows of each iteration. InputError where it cannot be read."""
     path = run_dir / "report.csv"
+    _, lines = read_table(
+        ReportRow, path, most_bytes=MOST_BYTES, most_rows=EDIT_ROWS, advice="name a run of `fedtalos editing`"
+    )
     iterations: dict[int, list[DensityRow]] = {}
-    try:
-        with path.open(encoding="utf-8", newline="") as lines:
-            for line in csv.DictReader(lines):
-                row = DensityRow(int(line["block"]), line["kind"], int(line["active"]), int(line["entries"]))
-                number = int(line["iteration"])
-                if not (0 <= row.active <= row.entries < LARGEST and row.entries and 0 <= number < LARGEST):
-                    raise ValueError("more than can be drawn")
-                iterations.setdefault(number, []).append(row)
-    except (OSError, KeyError, TypeError, ValueError, csv.Error) as error:
-        raise InputError(f"{path}: cannot be read as an edit's report; name a run of `fedtalos editing`") from error
+    for line in lines:
+        if line.active > line.entries:
+            raise InputError(f"{path}: more of iteration {line.iteration} may move than there is; make the run anew")
+        row = DensityRow(line.block, line.kind, line.active, line.entries)
+        iterations.setdefault(line.iteration, []).append(row)
+    if len(iterations) > MOST_ITERATIONS:
+        raise InputError(
+            f"{path}: of {len(iterations)} iterations, and {MOST_ITERATIONS} can be drawn; name another run"
+        )
     return iterations

@@ -1,24 +1,28 @@
 """The folders of a run: choosing, claiming and opening them."""
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+import re
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 import torch
-from filelock import FileLock, Timeout
+from filelock import Timeout
 from rich.console import Console
 
 from fedtalos.app.config.files import flatten, read_yaml
-from fedtalos.app.config.schema import RunConfig
+from fedtalos.app.config.schema import EditingConfig, RunConfig
 from fedtalos.app.run.display import say
 from fedtalos.app.run.interruption import Interrupted
-from fedtalos.app.run.paths import RunPaths, plain_name
-from fedtalos.app.run.recorder import made_by, require_tracker, write_yaml
+from fedtalos.app.run.paths import WORKERS, RunPaths, plain_name
+from fedtalos.app.run.recorder import made_by, write_yaml
 from fedtalos.app.run.resume import differing, run_to_resume, saved_options
+from fedtalos.app.run.trackers import require_tracker
+from fedtalos.checkpoint import remove_replaced
 from fedtalos.errors import InputError
-from fedtalos.files import remove_leftovers
+from fedtalos.files import locked, remove_leftovers
 from fedtalos.notes import noted
 
 
@@ -55,31 +59,58 @@ def begun(config: RunConfig, console: Console) -> Iterator[RunPaths]:
 
 @contextmanager
 def claimed(paths: RunPaths) -> Iterator[None]:
-    """Inside, no other process works on the run; what a killed one left half-written is removed.
+    """Inside, no other process works on the run; what a killed one left is removed.
 
     The lock is the operating system's, so it ends with the process that holds it. Where the run does not come to
-    begin, nothing of it stays. Raises InputError where another process has the run.
+    begin, nothing of it stays. Raises InputError where another process has the run, or the file system has no locks.
     """
     made = [folder for folder in (paths.results, *paths.results.parents) if not folder.exists()]
     paths.results.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(paths.lock, blocking=False)
-    try:
-        with lock:
-            for folder in (paths.results, paths.checkpoints, paths.plots):
-                remove_leftovers(folder)
-            remove_leftovers(paths.mask.parent, f"{paths.name}.")
-            try:
-                yield
-            finally:
-                if paths.free:
-                    paths.lock.unlink(missing_ok=True)
-                    for folder in made:
-                        with suppress(OSError):  # another run has begun there
-                            folder.rmdir()
-    except Timeout:
-        raise InputError(
-            f"run {paths.name}: another process is working on it; wait for it, or choose another --run_name"
-        ) from None
+    is_new = not paths.lock.exists()
+    with ExitStack() as held:
+        try:
+            held.enter_context(locked(paths.lock))
+        except Timeout:
+            raise InputError(
+                f"run {paths.name}: another process is working on it; wait for it, or choose another --run_name"
+            ) from None
+        except OSError as error:
+            if is_new:
+                _withdraw(paths, made)
+            raise InputError(
+                f"{paths.lock}: cannot be locked ({error.strerror}); choose an --output_dir on a disk that has locks"
+            ) from error
+        try:
+            clean_up(paths)
+            yield
+        finally:
+            if paths.free:
+                _withdraw(paths, made)
+
+
+def clean_up(paths: RunPaths) -> None:
+    """Remove what killed processes left of a run, by exact names; to be called under its lock.
+
+    These are files half-written, tensors of checkpoints that were replaced, and folders of worker processes.
+    """
+    for folder in (paths.results, paths.checkpoints, paths.plots):
+        remove_leftovers(folder)
+    remove_leftovers(paths.mask.parent, {paths.mask.name, paths.head.name}.__contains__)
+    vector = re.compile(rf"{re.escape(paths.name)}\.(task|client)[0-9]+\.safetensors")
+    remove_leftovers(paths.root / "vectors", lambda name: vector.fullmatch(name) is not None)
+    for name in ("last", "best"):
+        remove_replaced(paths.checkpoints, name)
+    for folder in paths.results.iterdir():
+        if folder.name.startswith(WORKERS):
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _withdraw(paths: RunPaths, made: Sequence[Path]) -> None:
+    """Remove the lock, and the folders that were ``made`` for it, as far as no other run has begun there."""
+    paths.lock.unlink(missing_ok=True)
+    for folder in made:
+        with suppress(OSError):
+            folder.rmdir()
 
 
 def choose_run(config: RunConfig) -> RunPaths:
@@ -105,7 +136,9 @@ def choose_run(config: RunConfig) -> RunPaths:
     paths = RunPaths(options.output_dir, plain_name("--run_name", name))
     if not paths.free:
         raise InputError(f"{paths.results} exists: add --resume to go on with it, or choose another --run_name")
-    made = (paths.mask, paths.head) if config.command == "editing" else ()
+    made: tuple[Path, ...] = (paths.mask, paths.head) if isinstance(config, EditingConfig) else ()
+    if not isinstance(config, EditingConfig) and config.train.save_vector:
+        made = (paths.vector,)
     for path in (paths.checkpoints, paths.plots, *made):
         if path.exists():
             raise InputError(f"{path} exists, of an earlier run: move it away, or choose another --run_name")

@@ -2,8 +2,10 @@
 
 import logging
 import os
+import re
 import shutil
 import signal
+import socket
 import sys
 import threading
 import time
@@ -20,6 +22,7 @@ from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, PContext
 
 from fedtalos.app.config.files import NOT_IN_FILES, flatten
 from fedtalos.app.config.schema import FederatedConfig
+from fedtalos.app.run.paths import WORKERS, RunPaths
 from fedtalos.app.run.recorder import write_yaml
 from fedtalos.devices import choose_device
 from fedtalos.errors import InputError
@@ -28,6 +31,7 @@ from fedtalos.training.federated.processes import WorkerLostError
 MEETING_POINT = "FEDTALOS_MEETING_POINT"  # a file for the processes that we start; torchrun's meet by variables of its
 LEADER = "FEDTALOS_LEADER"  # process number of the one that started us
 PATIENCE = timedelta(days=7)  # a process that died is noticed by its connections, not by the time that it takes
+INTERFACES = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
 
 ENDING = {getattr(signal, name, None) for name in ("SIGTERM", "SIGINT", "SIGHUP", "SIGQUIT")}  # not all on Windows
 
@@ -93,7 +97,7 @@ class Others:
         try:
             dist.init_process_group(
                 "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
-                init_method="env://" if self.meeting is None else f"file://{self.meeting.absolute()}",
+                store=None if self.meeting is None else dist.FileStore(str(self.meeting), self.size),  # type: ignore[attr-defined]
                 rank=rank(),
                 world_size=self.size,
                 timeout=PATIENCE,
@@ -119,8 +123,25 @@ class Others:
 
 
 @contextmanager
-def others(config: FederatedConfig, run_name: str = "") -> Iterator[Others]:
-    """Start the other processes where they are ours to start; after the block none is left.
+def on_loopback() -> Iterator[None]:
+    """Let Gloo and NCCL listen where no other machine can connect, here and in processes that are started inside.
+
+    Left alone they listen where the machine's name leads, or on the first network interface.
+    """
+    names = [name for _, name in socket.if_nameindex() if re.fullmatch(r"lo\d*|loopback_\d+", name)]
+    before = {variable: os.environ.get(variable) for variable in INTERFACES}
+    os.environ.update(dict.fromkeys(INTERFACES, names[0]) if names else {})
+    try:
+        yield
+    finally:
+        for variable, value in before.items():
+            os.environ.pop(variable, None)
+            os.environ.update({} if value is None else {variable: value})
+
+
+@contextmanager
+def others(config: FederatedConfig, paths: RunPaths | None = None) -> Iterator[Others]:
+    """Start the other processes where they are ours to start (``paths``: of the run); after the block none is left.
 
     A WorkerLostError that leaves the block says what became of the process, and how the run goes on.
     """
@@ -138,13 +159,14 @@ def others(config: FederatedConfig, run_name: str = "") -> Iterator[Others]:
         yield Others(size, Path(point))
         watch.join()  # the leader no longer answers: it is gone, or ends this process
         return
-    with TemporaryDirectory(prefix="fedtalos-") as folder:
+    assert paths is not None
+    with on_loopback(), TemporaryDirectory(prefix=WORKERS, dir=paths.results.absolute()) as folder:
         beside = Others(size, Path(folder) / "meeting", _start(config, Path(folder), size))
         try:
             yield beside
         except WorkerLostError as error:
             said = ": ".join([*beside.epitaph(), str(error)])
-            raise WorkerLostError(f"{said}; --resume --run_name {run_name} goes on from what is saved") from error
+            raise WorkerLostError(f"{said}; --resume --run_name {paths.name} goes on from what is saved") from error
         finally:
             if beside.started is not None:
                 beside.started.close(signal.SIGKILL)

@@ -5,13 +5,16 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from fedtalos.app.config.files import flatten, from_file, nearest, read_yaml
+from fedtalos.app.config.files import LARGEST, flatten, from_file, nearest, read_yaml
 from fedtalos.app.config.help import option_names
 from fedtalos.app.config.options import takes_path
 from fedtalos.app.config.schema import RUN_CONFIGS, RunConfig
 from fedtalos.app.run.paths import RunPaths, plain_name
-from fedtalos.errors import InputError
+from fedtalos.errors import InputError, shown
+from fedtalos.facts import read_file
 
+LONGEST = 4096
+"""Characters of a path that a record may name."""
 MAY_DIFFER = (
     "config",
     "preset",
@@ -22,6 +25,7 @@ MAY_DIFFER = (
     "data_dir",
     "device",
     "precision",
+    "compile",
     "threads",
     "workers",
     "cache_gb",
@@ -41,7 +45,7 @@ def run_to_resume(root: Path, name: str | None, command: str, *, or_start: bool 
         paths = RunPaths(root, plain_name("--run_name", name))
         if paths.started:
             if (made_by_command := read_yaml(paths.config).get("command")) != command:
-                raise InputError(f"--resume: {name} is a run of `{made_by_command}`, not of `{command}`")
+                raise InputError(f"--resume: {name} is a run of {shown(made_by_command)}, not of `{command}`")
             return paths
     runs = runs_of(root, command)
     unfinished = [paths for paths in runs if not paths.finished]
@@ -55,8 +59,17 @@ def run_to_resume(root: Path, name: str | None, command: str, *, or_start: bool 
 def runs_of(root: Path, command: str) -> list[RunPaths]:
     """List the runs of a command, the newest first."""
     configs = sorted((root / "results").glob("*/config.yaml"), key=lambda path: path.stat().st_mtime, reverse=True)
-    of_it = [path for path in configs if f"command: {command}\n" in path.read_text(encoding="utf-8", errors="replace")]
+    of_it = [path for path in configs if _is_of(path, command)]
     return [RunPaths(root, path.parent.name) for path in of_it]
+
+
+def _is_of(path: Path, command: str) -> bool:
+    """Tell whether a config.yaml is a run's of that command; a broken one is nobody's."""
+    try:
+        text = read_file(path, str(path), most=LARGEST)
+    except InputError:
+        return False
+    return f"command: {command}\n".encode() in text
 
 
 def nothing_to_resume(root: Path, name: str | None, command: str, runs: list[str]) -> str:
@@ -82,7 +95,7 @@ def folder_of_record(path: Path) -> Path | None:
     """The folder that a config.yaml was written for; None of a file that is no run's record."""
     made_by = read_yaml(path).get("made_by")
     folder = made_by.get("folder") if isinstance(made_by, dict) else None
-    return Path(folder) if isinstance(folder, str) else None
+    return Path(folder) if isinstance(folder, str) and "\0" not in folder and len(folder) < LONGEST else None
 
 
 def from_here(values: Mapping[str, Any], command: str, folder: Path | None) -> dict[str, Any]:
@@ -104,7 +117,8 @@ def from_here(values: Mapping[str, Any], command: str, folder: Path | None) -> d
 
 def saved_options(paths: RunPaths, command: str) -> dict[str, Any]:
     """Options that a run was begun with, to be given in the working folder to go on with it."""
-    return from_here(from_file(paths.config, command), command, working_folder(paths))
+    found = from_here(from_file(paths.config, command), command, working_folder(paths))
+    return {**found, "output_dir": str(paths.root)}  # where it lies, whatever it says of itself
 
 
 def differing(was: Mapping[str, Any], config: RunConfig) -> list[str]:

@@ -1,17 +1,27 @@
 """split.npz, a federated run's record of who holds which training image."""
 
 import io
+import math
 import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from numpy.lib import format as npy
 
 from fedtalos.app.config.schema import SplitOptions
 from fedtalos.errors import InputError
+from fedtalos.facts import MOST_CLASSES, read_file
 from fedtalos.files import write_atomic
 from fedtalos.training.federated.clients import Clients, Integers
+
+MOST_BYTES = 2**28
+"""Bytes of a split.npz; of 10 million images it has 80 million at most."""
+MOST_HEADER = 10_000
+"""Bytes of an array's header, as numpy itself has it."""
+LONGEST = 4 * 1000
+"""Bytes of a class's name, 4 a character."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -25,8 +35,24 @@ class Manifest:
 
 def describe_split(options: SplitOptions) -> str:
     """Describe a split in a few words, e.g. "label_skew of 5 classes each"; mask files record it."""
-    detail = {"label_skew": f" of {options.classes_per_client} classes each", "iid": ""}
+    detail = {"label_skew": f" of {options.classes_per_client} classes each", "iid": "", "given": ""}
     return options.partition + detail.get(options.partition, f" of alpha {options.alpha:g}")
+
+
+def split_title(partition: str, classes_per_client: int | None, alpha: float | None) -> str:
+    """Name a split in plain words.
+
+    >>> split_title("label_skew", 2, None)
+    '2 classes per client'
+    """
+    known = {
+        "iid": "IID",
+        "given": "the data's own clients",
+        "label_skew": f"{classes_per_client} class{'' if classes_per_client == 1 else 'es'} per client",
+        "dirichlet": f"Dirichlet, alpha {alpha}",
+        "quantity": "unequal amounts",
+    }
+    return known.get(partition, partition)
 
 
 def write_split(run_dir: Path, clients: Clients, classes: Sequence[str]) -> None:
@@ -43,19 +69,38 @@ def read_split(run_dir: Path) -> Manifest | None:
     path = run_dir / "split.npz"
     if not path.is_file():
         return None
+    broken = f"{path}: expected client and label of every training image, and classes"
+    content = io.BytesIO(read_file(path, str(path), most=MOST_BYTES, advice="make the run anew"))
     try:
-        content = io.BytesIO(path.read_bytes())
-        if any(member.compress_type != zipfile.ZIP_STORED for member in zipfile.ZipFile(content).infolist()):
-            raise ValueError("packed, so that it may be larger than it looks")
+        _check_sizes(content)
+        content.seek(0)
         with np.load(content, allow_pickle=False) as arrays:
             client, label, classes = (arrays[name] for name in ("client", "label", "classes"))
         whole = client.dtype.kind == label.dtype.kind == "u" and classes.dtype.kind == "U"
         if not (whole and client.ndim == classes.ndim == 1 and client.shape == label.shape and len(client)):
             raise ValueError("other arrays")
-        if label.max() >= len(classes):
-            raise ValueError("a class without a name")
+        if label.max() >= len(classes) or client.max() >= len(client):
+            raise ValueError("a class without a name, or more clients than images")
+        names = tuple(map(str, classes.tolist()))
     except Exception as error:  # numpy and zipfile raise nearly anything over a damaged file
-        raise InputError(
-            f"{path}: expected client and label of every training image, and classes; make the run anew"
-        ) from error
-    return Manifest(client, label, tuple(classes.tolist()))
+        raise InputError(f"{broken}; make the run anew") from error
+    return Manifest(client.astype(np.uint32), label.astype(np.uint32), names)
+
+
+def _check_sizes(content: io.BytesIO) -> None:
+    """Compare what each array is to take with the bytes that it has; ValueError where it is packed, or says more."""
+    with zipfile.ZipFile(content) as archive:
+        members = archive.infolist()
+        if any(member.compress_type != zipfile.ZIP_STORED for member in members):
+            raise ValueError("packed, so that it may be larger than it looks")
+        if len(members) != 3 or sum(member.file_size for member in members) > content.getbuffer().nbytes:
+            raise ValueError("other arrays")
+        for member in members:
+            with archive.open(member) as file:
+                if npy.read_magic(file) != (1, 0):
+                    raise ValueError("another format")
+                shape, _, dtype = npy.read_array_header_1_0(file, max_header_size=MOST_HEADER)
+                if math.prod(shape) * dtype.itemsize != member.file_size - file.tell() or dtype.itemsize == 0:
+                    raise ValueError("arrays of another size than they say")
+                if len(shape) != 1 or (dtype.kind == "U" and (dtype.itemsize > LONGEST or shape[0] > MOST_CLASSES)):
+                    raise ValueError("too many names, or names that are too long")

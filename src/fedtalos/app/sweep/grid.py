@@ -4,6 +4,8 @@ A grid is a list of blocks. A block is a command, its options, and axes; every c
 seed is a run. An option `run:NAME` stands for the file that an earlier run of the grid made: a mask, a head, weights.
 """
 
+import math
+import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
@@ -18,10 +20,13 @@ from fedtalos.app.config.options import Options
 from fedtalos.app.config.schema import RUN_CONFIGS, RunConfig
 from fedtalos.app.run.paths import RunPaths, plain_name
 from fedtalos.app.run.resume import MAY_DIFFER
-from fedtalos.errors import InputError
+from fedtalos.errors import InputError, shown
 
 MADE_BY_THE_SWEEP = {"run_name", "output_dir", "seed"}
 REFERENCE = "run:"
+
+MOST_RUNS = 2000
+"""Runs of a grid."""
 
 Axis = Annotated[dict[str, dict[str, Any]], Field(min_length=1)]
 """Values of an axis: name -> the options that it stands for."""
@@ -61,6 +66,8 @@ class Grid(Options):
     grid: tuple[Block, ...] = Field(min_length=1)
     seeds: Seeds = (0,)
     options: dict[str, Any] = Field({})
+    names: dict[str, str] = Field({})
+    """Plain names of values on axes, for figures."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -115,7 +122,11 @@ def expand(name: str, grid: Grid, given: Mapping[str, Any], seeds: Sequence[int]
     """
     every = {key for config_type in RUN_CONFIGS.values() for key in groups(config_type)}
     _check_known(f"grid {name!r}", grid.options, every)
+    counts = [len(b.seeds or seeds or grid.seeds) * math.prod(map(len, b.axes.values())) for b in grid.grid]
+    if (count := sum(counts)) > MOST_RUNS:
+        raise InputError(f"grid {name!r}: expected {MOST_RUNS} runs at most, got {shown(count)}; leave values out")
     cells: list[Cell] = []
+    names: set[str] = set()
     for block in grid.grid:
         for seed in block.seeds or seeds or grid.seeds:
             for chosen in product(*(axis.items() for axis in block.axes.values())):
@@ -123,8 +134,9 @@ def expand(name: str, grid: Grid, given: Mapping[str, Any], seeds: Sequence[int]
                 own = _own_options(name, block, [values for _, values in chosen])
                 options = _options(grid, block, own, given)
                 cell = _cell(name, block, point, seed, options, cells, own.keys())
-                if any(cell.name == other.name for other in cells):
+                if cell.name in names:
                     raise InputError(f"grid {name!r}: two runs are named {cell.name}; give one block another `name`")
+                names.add(cell.name)
                 cells.append(cell)
     return cells
 
@@ -187,10 +199,11 @@ def _not_default(options: Mapping[str, Any], defaults: Mapping[str, Any]) -> dic
 
 def _referred(name: str, reference: str, point: Mapping[str, str], seed: int, before: Sequence[Cell]) -> Cell:
     """Find the earlier run that `run:LABEL` means: of the same seed, else the only one. {AXIS} is this run's value."""
-    try:
-        label = reference.removeprefix(REFERENCE).format(**point)
-    except (KeyError, ValueError, IndexError, AttributeError) as error:
-        raise InputError(f"{name}: {reference}: expected axes of its block in the braces, got {error}") from error
+    try:  # str.format would also take widths, of which one can fill the memory
+        label = re.sub(r"\{([^{}]*)\}", lambda found: point[found[1]], reference.removeprefix(REFERENCE))
+    except KeyError as error:
+        said = f"{name}: {shown(reference)}: expected axes of its block in the braces, got {shown(error.args[0])}"
+        raise InputError(said) from error
     same = [cell for cell in before if cell.label == label]
     found = [cell for cell in same if cell.seed == seed] or same
     if len(found) != 1:

@@ -10,25 +10,38 @@ Where none states anything, the kind of the weights says it: by what is in the f
 """
 
 import json
-import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Annotated, Any, Literal
 
+from annotated_types import Interval
 from torch import Tensor
 
-from fedtalos.errors import InputError
+from fedtalos.errors import InputError, shortened
+from fedtalos.facts import facts_from, open_schema, read_file
 
 Channels = tuple[float, float, float]
 """One number per colour channel, for pixels in 0..1."""
 Interpolation = Literal["bilinear", "bicubic"]
+Middle = Annotated[float, Interval(ge=-1e4, le=1e4)]
+"""A mean of pixels, as files may state it."""
+Width = Annotated[float, Interval(ge=1e-6, le=1e4)]
+"""A standard deviation of pixels, as files may state it."""
+
+MOST_BYTES = 2**23
+"""Bytes of a JSON file beside weights; one that names 21 000 classes has 1 MB."""
+LARGEST_SIDE = 2**20
+"""Pixels a side, or tokens' width, that a file may state."""
 
 IMAGENET: tuple[Channels, Channels] = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 HALF: tuple[Channels, Channels] = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
 STATISTICS = {"imagenet": IMAGENET, "half": HALF}
 """Pixel mean and deviation by name."""
+
+_EXPECTED = "expected a JSON object with three numbers each for mean and std"
+_MEND = "mend it, or override it with normalisation imagenet or half"
 
 _NESTED = ("pretrained_cfg", "image_processor", "preprocess_cfg")
 """Keys under which timm, transformers and open_clip state them."""
@@ -73,6 +86,15 @@ class Preprocessing:
     """The place that states it, or what it was concluded from."""
 
 
+@open_schema
+@dataclass(frozen=True)
+class _Statistics:
+    """Mean and deviation by channel, as files state them."""
+
+    mean: tuple[Middle, Middle, Middle]
+    std: tuple[Width, Width, Width]
+
+
 @dataclass(frozen=True)
 class Beside:
     """Values that JSON files beside weights state about the model.
@@ -84,13 +106,14 @@ class Beside:
 
     @classmethod
     def read(cls, paths: Iterable[Path]) -> "Beside":
-        """Read those that exist; raises InputError where one is no JSON object."""
-        return cls(tuple((path, _parsed(str(path), path.read_bytes())) for path in paths if path.is_file()))
+        """Read those that exist; raises InputError where one is no JSON object, or too large for one."""
+        there = (path for path in paths if path.is_file())
+        return cls(tuple((path, _parsed(str(path), read_file(path, str(path), most=MOST_BYTES))) for path in there))
 
     def number(self, *keys: str) -> int | None:
-        """The first whole number under one of these keys."""
+        """The first whole number of a likely size under one of these keys."""
         values = (config.get(key) for _, config in self.configs for key in keys)
-        return next((value for value in values if type(value) is int), None)
+        return next((value for value in values if type(value) is int and 0 < value < LARGEST_SIDE), None)
 
 
 def preprocessing(
@@ -132,22 +155,26 @@ def stated(where: str, config: Mapping[str, Any]) -> Preprocessing | None:
     >>> stated("config.json", {"mean": [0.5, 0.5, 0.5], "std": [0.5, 0.5, 0.5], "crop_pct": 0.9}).crop
     0.9
     """
-    try:
-        for key in _NESTED:
-            config = config.get(key, config)
-        if config.get("do_normalize") is False:
-            return Preprocessing((0.0, 0.0, 0.0), (1.0, 1.0, 1.0), *_resizing(config), why=where)
-        keys = ("image_mean", "image_std") if "image_mean" in config else ("mean", "std")
-        if not any(key in config for key in keys):
-            return None
-        mean, std = ([float(value) for value in config[key]] for key in keys)
-        if len(mean) != 3 or len(std) != 3 or not all(map(math.isfinite, mean + std)) or min(std) <= 0:
-            raise ValueError("no three usable numbers")
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise _unusable(where) from error
-    if max(mean + std) > 1:  # for pixels in 0..255
-        mean, std = ([value / 255 for value in values] for values in (mean, std))
-    return Preprocessing(cast(Channels, tuple(mean)), cast(Channels, tuple(std)), *_resizing(config), why=where)
+    for key in _NESTED:
+        nested = config.get(key, config)
+        if not isinstance(nested, Mapping):
+            raise _unusable(where)
+        config = nested
+    if config.get("do_normalize") is False:
+        return Preprocessing((0.0, 0.0, 0.0), (1.0, 1.0, 1.0), *_resizing(config), why=where)
+    keys = ("image_mean", "image_std") if "image_mean" in config else ("mean", "std")
+    if not any(key in config for key in keys):
+        return None
+    said = dict(zip(("mean", "std"), map(config.get, keys), strict=True))
+    found = facts_from(_Statistics, said, f"{where}: {_EXPECTED}", _MEND)
+    if max(found.mean + found.std) > 1:  # for pixels in 0..255
+        found = _Statistics(_scaled(found.mean), _scaled(found.std))
+    return Preprocessing(found.mean, found.std, *_resizing(config), why=where)
+
+
+def _scaled(values: Channels) -> Channels:
+    red, green, blue = (value / 255 for value in values)
+    return red, green, blue
 
 
 def _resizing(config: Mapping[str, Any]) -> tuple[Interpolation, float]:
@@ -165,7 +192,7 @@ def _side(size: object) -> float | None:
     """Read a size in pixels as transformers writes it: a number, or one by the name of a side."""
     if isinstance(size, Mapping):
         size = size.get("shortest_edge", size.get("height"))
-    return float(size) if isinstance(size, int | float) and size > 0 else None
+    return float(size) if isinstance(size, int | float) and 0 < size < LARGEST_SIDE else None
 
 
 def _by_content(names: Sequence[str], tensors: Mapping[str, Tensor]) -> Preprocessing | None:
@@ -183,7 +210,7 @@ def _by_content(names: Sequence[str], tensors: Mapping[str, Tensor]) -> Preproce
 def _by_names(label: str, beside: Beside) -> Preprocessing:
     """Go by what the files beside call the model, then by the weights' own name, then by what is most common."""
     called = [
-        (f"{key} {config[key]} in {path}", config[key])
+        (f"{key} {shortened(config[key], 80)} in {path}", config[key][:1000])
         for path, config in beside.configs
         for key in ("model_type", "architecture", "_name_or_path")
         if isinstance(config.get(key), str)
@@ -206,7 +233,4 @@ def _parsed(where: str, text: bytes) -> Mapping[str, Any]:
 
 
 def _unusable(where: str) -> InputError:
-    return InputError(
-        f"{where}: expected a JSON object with three numbers each for mean and std (above 0); "
-        "mend it, or override it with normalisation imagenet or half"
-    )
+    return InputError(f"{where}: {_EXPECTED} (above 0); {_MEND}")

@@ -69,7 +69,7 @@ def load_weights(source: str | Path, size: str = "small", normalisation: str = "
     file = _find(source, size)
     state = read_vit(file.path, file.label)
     tensors = in_timms_names(file.label, state.tensors)
-    architecture = _architecture(file.label, tensors)
+    architecture = architecture_of(file.label, tensors)
     found = _preprocessing(file, replace(state, tensors=tensors), architecture, asked)
     return Weights(
         tensors,
@@ -136,8 +136,13 @@ def _refuse_other_heads(label: str, names: tuple[str, ...], architecture: Archit
         )
 
 
-def _architecture(label: str, tensors: Mapping[str, Tensor]) -> Architecture:
-    """Read the architecture off the shapes; the image size is the one that the position embedding is for."""
+def architecture_of(label: str, tensors: Mapping[str, Tensor]) -> Architecture:
+    """Read the architecture off the shapes; the image size is the one that the position embedding is for.
+
+    Raises InputError where the tensors, named as timm's, are none of a plain ViT, or hold less than its shapes say.
+
+    >>> architecture_of("vit.safetensors", load_file("vit.safetensors"))
+    """
     _refuse_other_kinds(label, tensors)
     ranks = {"cls_token": 3, "pos_embed": 3, "patch_embed.proj.weight": 4}
     ranks |= {name: rank for name, rank in {"head.weight": 2, "reg_token": 3}.items() if name in tensors}
@@ -155,6 +160,7 @@ def _architecture(label: str, tensors: Mapping[str, Tensor]) -> Architecture:
         raise InputError(f"weights {label}: width {width} and depth {depth} are no known size; give {known}")
     grid, class_position = _grid(label, tuple(tensors["pos_embed"].shape), width)
     patch_size = tensors["patch_embed.proj.weight"].shape[3]
+    _check_holds(label, tensors, width, depth)
     return Architecture(
         size,
         image_size=grid * patch_size,
@@ -164,6 +170,27 @@ def _architecture(label: str, tensors: Mapping[str, Tensor]) -> Architecture:
         layer_scale=any(".ls1." in name for name in tensors),
         class_position=class_position,
     )
+
+
+def _check_holds(label: str, tensors: Mapping[str, Tensor], width: int, depth: int) -> None:
+    """Refuse a few small tensors that would stand for a large model, before it is made."""
+    patch = tensors["patch_embed.proj.weight"].shape[3]
+    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    expected = {"cls_token": (1, 1, width), "patch_embed.proj.weight": (width, 3, patch, patch)}
+    if "head.weight" in shapes:
+        expected["head.weight"] = (shapes["head.weight"][0], width)
+    if "reg_token" in shapes:
+        expected["reg_token"] = (1, shapes["reg_token"][1], width)
+    for name, shape in expected.items():
+        if shapes[name] != shape:
+            raise InputError(
+                f"weights {label}: 1 misshapen ({name} {shapes[name]} instead of {shape}); {_INSTEAD}, or weights none"
+            )
+    numbers = sum(tensor.numel() for name, tensor in tensors.items() if name.startswith("blocks."))
+    if numbers < 6 * width**2 * depth:  # half of what the four linear layers of each block hold
+        raise InputError(
+            f"weights {label}: {depth} blocks of width {width}, in which most tensors are missing; {_INSTEAD}"
+        )
 
 
 def _refuse_other_kinds(label: str, tensors: Mapping[str, Tensor]) -> None:

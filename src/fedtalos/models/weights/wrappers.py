@@ -62,6 +62,8 @@ def _walk(content: object, prefix: str, depth: int, seen: set[int]) -> Iterator[
         return
     seen.add(id(content))  # a hostile dict may hold itself
     for key, value in content.items():
+        if not isinstance(key, str | int):
+            continue  # other keys may be endless to write out
         name = f"{prefix}{key}"
         if isinstance(value, Tensor):
             if "/" not in name:

@@ -5,14 +5,14 @@ import json
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from itertools import chain
 from pathlib import Path
-from types import UnionType
-from typing import Any, Literal, get_args, get_origin
+from typing import Annotated, get_args
 
 import numpy as np
 import torch
+from annotated_types import MaxLen
 from numpy.typing import NDArray
 from safetensors import SafetensorError
 from safetensors.numpy import load as load_safetensors
@@ -21,20 +21,36 @@ from torch import Tensor
 
 from fedtalos._version import __version__
 from fedtalos.errors import InputError, shown
+from fedtalos.facts import (
+    MOST_HEADER,
+    Count,
+    Shapes,
+    Share,
+    Word,
+    header_of,
+    open_schema,
+    read_facts,
+    read_file,
+    schema,
+)
 from fedtalos.files import UNSEALED, is_sealed, sealed, write_atomic
 from fedtalos.models.backbone import Backbone
+from fedtalos.models.vision_transformer import WIDTH_DEPTH_HEADS
 from fedtalos.training.editing.eligible import Eligible, eligible_masks, eligible_shapes
 from fedtalos.training.entries import Mask
 
 FORMAT = 3
 SEVERAL = "several"
 """Said of a joined mask where its sources disagree; a number is None there."""
+MOST_ENTRIES = 2**29
+"""Entries of a mask that is read, a byte each in memory; the largest ViT here has 303 million."""
 
 _HEADER = "fedtalos_mask"
 _IN_BLOCKS = r"blocks\.[0-9]+\.(norm[12]|attn\.(qkv|proj)|mlp\.fc[12])"
 _NAMES = re.compile(rf"net\..+|(patch_embed\.proj|norm|{_IN_BLOCKS})\.(weight|bias)")
 
 
+@schema
 @dataclass(frozen=True, kw_only=True)
 class MaskFacts:
     """Facts of how a mask was made, as its file's header holds them.
@@ -42,27 +58,27 @@ class MaskFacts:
     Of a joined mask: what its sources agree on, else "several" or None. None also stands for what nobody knows.
     """
 
-    format: int = FORMAT
-    version: str
-    criterion: str
-    fisher: str  # the mode, or none
-    fisher_samples: int | None  # labels drawn per image and iteration
-    iterations: int | None
-    granularity: str
+    format: Count = FORMAT
+    version: Word
+    criterion: Word
+    fisher: Word  # the mode, or none
+    fisher_samples: Count | None  # labels drawn per image and iteration
+    iterations: Count | None
+    granularity: Word
     eligible_in: Eligible
-    eligible: int
-    active: int
-    target_density: float | None
-    soft_zero: float | None
-    calibration: str
-    clients: int | None
-    calibration_images: int | None
-    seed: int | None
-    model: dict[str, str | int]
-    weights: str
-    data: str
-    head: str
-    made_from: tuple[str, ...] = ()  # fingerprints of the masks that it joins, or is drawn like
+    eligible: Count
+    active: Count
+    target_density: Share | None
+    soft_zero: Share | None
+    calibration: Word
+    clients: Count | None
+    calibration_images: Count | None
+    seed: Count | None
+    model: Annotated[dict[Word, Word | Count], MaxLen(20)]
+    weights: Word
+    data: Word
+    head: Word
+    made_from: Annotated[tuple[Word, ...], MaxLen(2**14)] = ()  # fingerprints of masks that it joins, or is drawn like
 
     def __post_init__(self) -> None:
         # Files say 1, not true, of a yes or no: an architecture has both.
@@ -73,6 +89,32 @@ class MaskFacts:
     def density(self) -> float:
         """Density reached: True entries per eligible entry."""
         return self.active / self.eligible
+
+
+@open_schema
+@dataclass(frozen=True)
+class _Format:
+    """The fact that every version of this file states."""
+
+    format: Count
+
+
+@open_schema
+@dataclass(frozen=True)
+class _AnyHeader:
+    """A header of any version."""
+
+    facts: _Format
+
+
+@schema
+@dataclass(frozen=True)
+class _Header:
+    """Facts that a file states: what the mask is, and which tensors it is of."""
+
+    seal: Word
+    facts: MaskFacts
+    shapes: Shapes
 
 
 def save_mask(path: Path | str, mask: Mask, model: Backbone, *, criterion: str = "given") -> None:
@@ -146,8 +188,7 @@ def write_mask_file(path: Path, mask: Mask, facts: MaskFacts) -> None:
     """Write a mask file, one bit per entry, sealed."""
     shapes = {name: list(tensor.shape) for name, tensor in mask.items()}
     header = json.dumps({"seal": UNSEALED, "facts": asdict(facts), "shapes": shapes})
-    bits = {name: np.packbits(tensor.cpu().numpy().reshape(-1)) for name, tensor in mask.items()}
-    write_atomic(path, sealed(save_safetensors(bits, metadata={_HEADER: header})))
+    write_atomic(path, sealed(save_safetensors(packed(mask), metadata={_HEADER: header})))
 
 
 def read_mask_file(path: Path) -> tuple[Mask, MaskFacts]:
@@ -161,66 +202,86 @@ def read_mask_file(path: Path) -> tuple[Mask, MaskFacts]:
     """
     if not path.is_file():
         raise InputError(f"mask {path}: no such file; `fedtalos editing` writes one under masks/")
-    content = path.read_bytes()
+    broken, advice = f"mask {path}: not a readable fedtalos mask file", "make it anew with `fedtalos editing`"
+    content = read_file(path, f"mask {path}", most=MOST_ENTRIES // 8 + MOST_HEADER, advice=advice)
     try:
-        length = int.from_bytes(content[:8], "little")
-        header = json.loads(json.loads(content[8 : 8 + length])["__metadata__"][_HEADER])
-        if (made_in := header["facts"]["format"]) != FORMAT:
-            raise InputError(f"mask {path}: format {shown(made_in)}, this version reads {FORMAT}; make it anew")
-        if not is_sealed(content):
-            raise InputError(f"mask {path}: not what was written (checksum); make it anew with `fedtalos editing`")
-        return _checked(load_safetensors(content), header["shapes"], _facts(header["facts"]))
-    except (SafetensorError, KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
-        raise InputError(
-            f"mask {path}: not a readable fedtalos mask file; make it anew with `fedtalos editing`"
-        ) from error
+        text = header_of(content, _HEADER)
+    except (KeyError, TypeError, ValueError, RecursionError) as error:
+        raise InputError(f"{broken}; {advice}") from error
+    if (made_in := read_facts(_AnyHeader, text, broken, advice).facts.format) != FORMAT:
+        raise InputError(f"mask {path}: format {shown(made_in)}, this version reads {FORMAT}; make it anew")
+    if not is_sealed(content):
+        raise InputError(f"mask {path}: not what was written (checksum); {advice}")
+    header = read_facts(_Header, text, broken, advice)
+    try:
+        return _checked(load_safetensors(content), header.shapes, header.facts), header.facts
+    except (SafetensorError, KeyError, TypeError, ValueError) as error:
+        why = f" ({error})" if type(error) is ValueError else ""
+        raise InputError(f"{broken}{why}; {advice}") from error
 
 
-def _facts(said: Mapping[str, Any]) -> MaskFacts:
-    """The facts that a file says; TypeError where names or types are others."""
-    for field in fields(MaskFacts):
-        if field.name in said and not _fits(said[field.name], field.type):
-            raise TypeError(field.name)
-    return MaskFacts(**{**said, "made_from": tuple(said.get("made_from", ()))})
+def _checked(bits: Mapping[str, NDArray[np.uint8]], shapes: Mapping[str, tuple[int, ...]], facts: MaskFacts) -> Mask:
+    """The mask of these bits; ValueError where they are not what shapes and facts say.
 
-
-def _fits(value: object, kind: Any) -> bool:
-    """Tell whether a value that JSON gave is of the type that MaskFacts has for it."""
-    match get_origin(kind):
-        case origin if origin is UnionType:
-            return any(_fits(value, each) for each in get_args(kind))
-        case origin if origin is Literal:
-            return value in get_args(kind)
-        case origin if origin is tuple:
-            return isinstance(value, list) and all(_fits(each, get_args(kind)[0]) for each in value)
-        case origin if origin is dict:
-            return isinstance(value, dict) and all(_fits(each, get_args(kind)[1]) for each in value.values())
-    if isinstance(value, int) and not isinstance(value, bool):
-        return kind in (int, float) and abs(value) < 2**63
-    return type(value) is kind
-
-
-def _checked(
-    bits: Mapping[str, NDArray[np.uint8]], shapes: Mapping[str, list[int]], facts: MaskFacts
-) -> tuple[Mask, MaskFacts]:
-    """The mask of these bits; ValueError or TypeError where they are not what shapes and facts say.
-
-    A seal says that nothing changed, not that whoever wrote it meant well.
+    A seal says that nothing changed, not that whoever wrote it meant well. So the shapes must be those of the model
+    that the facts name, and few enough, before any tensor is made.
     """
-    mask = {name: _unpacked(bits[name], shape) for name, shape in shapes.items()}
-    eligible = eligible_masks({name: tensor.shape for name, tensor in mask.items()}, facts.eligible_in)
-    if eligible.keys() != mask.keys() or not all(map(_NAMES.fullmatch, mask)):
+    if sum(map(math.prod, shapes.values())) > MOST_ENTRIES or not all(map(_NAMES.fullmatch, shapes)):
         raise ValueError("other tensors")
-    if sum(int(tensor.sum()) for tensor in mask.values()) != facts.active or facts.eligible < max(facts.active, 1):
+    known = _vit_shapes(facts.model)
+    if "name" not in facts.model and not shapes.items() <= known.items():
+        raise ValueError("tensors of another model than it says")
+    mask, eligible = {}, 0
+    for name, shape in shapes.items():
+        tensor = mask[name] = unpacked(bits[name], shape)
+        allowed = eligible_masks({name: tensor.shape}, facts.eligible_in).get(name)
+        if allowed is None or bool((tensor & ~allowed).any()):
+            raise ValueError("entries that are not eligible")
+        eligible += int(allowed.sum())
+    if sum(int(tensor.sum()) for tensor in mask.values()) != facts.active or facts.eligible == 0:
         raise ValueError("other bits")
-    words = [*asdict(facts).values(), *facts.model, *facts.model.values(), *facts.made_from]
-    if not "".join(map(str, words)).isprintable():
-        raise ValueError("words that a terminal would act on")
-    return mask, facts
+    choices = _count_eligible(known, facts.eligible_in) if known else facts.eligible  # what nobody knows is believed
+    if facts.eligible != choices or facts.eligible < eligible:
+        raise ValueError(f"it says {facts.eligible} entries are eligible, which are {choices if known else eligible}")
+    return mask
 
 
-def _unpacked(bits: NDArray[np.uint8], shape: list[int]) -> Tensor:
-    if not (shape and all(isinstance(side, int) and side > 0 for side in shape)):
+def _vit_shapes(model: Mapping[str, str | int]) -> dict[str, tuple[int, ...]]:
+    """Shapes by name of a Vision Transformer's tensors that a mask may be of; empty for another library's model."""
+    if (size := model.get("size")) not in WIDTH_DEPTH_HEADS or "name" in model:
+        return {}
+    width, depth, _ = WIDTH_DEPTH_HEADS[str(size)]
+    layers = {"norm1": (width,), "attn.qkv": (3 * width, width), "attn.proj": (width, width), "norm2": (width,)}
+    layers |= {"mlp.fc1": (4 * width, width), "mlp.fc2": (width, 4 * width)}
+    found: dict[str, tuple[int, ...]] = {
+        f"blocks.{block}.{layer}": shape for block in range(depth) for layer, shape in layers.items()
+    }
+    if isinstance(patch := model.get("patch_size"), int):  # else several
+        found["patch_embed.proj"] = (width, 3, patch, patch)
+    found["norm"] = (width,)
+    weights = {f"{layer}.weight": shape for layer, shape in found.items()}
+    return weights | {f"{layer}.bias": shape[:1] for layer, shape in found.items()}
+
+
+def _count_eligible(shapes: Mapping[str, tuple[int, ...]], which: Eligible) -> int:
+    """Count the eligible entries of these tensors, one tensor after the other; blocks are alike."""
+    depth = 1 + max(int(name.split(".")[1]) for name in shapes if name.startswith("blocks."))
+    total = 0
+    for name, shape in shapes.items():
+        if name.startswith("blocks.0.") or not name.startswith("blocks."):
+            found = eligible_masks({name: torch.Size(shape)}, which).get(name)
+            total += 0 if found is None else int(found.sum()) * (depth if name.startswith("blocks.") else 1)
+    return total
+
+
+def packed(mask: Mask) -> dict[str, NDArray[np.uint8]]:
+    """A mask's bits, eight in a byte, by tensor name."""
+    return {name: np.packbits(tensor.cpu().numpy().reshape(-1)) for name, tensor in mask.items()}
+
+
+def unpacked(bits: NDArray[np.uint8], shape: Sequence[int]) -> Tensor:
+    """The bool tensor of these bits; ValueError where they are not as many as the shape, of sides above 0, says."""
+    if not shape:
         raise ValueError("a shape that no tensor has")
     count = math.prod(shape)
     if bits.dtype != np.uint8 or bits.size != -(-count // 8):  # else numpy pads with zeros

@@ -1,0 +1,272 @@
+"""Facts in files, read by a schema: a dataclass says names, types and bounds, and everything else is refused.
+
+One function opens files that may come from strangers, one reads what JSON in them says, one what tables say. All three
+raise InputError: one printable line of less than 300 characters that names the file and the field.
+
+Pydantic checks the schemas. It is imported when the first fact is read, so that ``import fedtalos`` stays quick.
+"""
+
+import csv
+import io
+import json
+import os
+import re
+import stat
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import MISSING, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
+
+import psutil
+from annotated_types import Interval, MaxLen, Predicate
+
+from fedtalos.errors import InputError, printable, shortened, shown
+
+if TYPE_CHECKING:
+    from pydantic import TypeAdapter, ValidationError
+
+T = TypeVar("T")
+
+MOST_JSON = 2**24
+"""Bytes of a file of facts."""
+MOST_HEADER = 2**24
+"""Bytes of a safetensors header; a ViT's has 20 000."""
+MOST_CLASSES = 2**16
+"""Classes of a data set or a head; ImageNet-21k has 21 843."""
+MOST_TENSORS = 2**14
+"""Tensors in a file; a ViT has 150 to 400."""
+
+_OF_TYPES = re.compile(r"int|str|float|bool|(constrained-|function-|literal\[).*", re.DOTALL)
+"""Parts of a place that name one of several types, not a field."""
+_LONGEST = 299
+"""Characters of a message."""
+
+Count = Annotated[int, Interval(ge=0, le=2**62)]
+"""A number of things."""
+Number = Annotated[float, Interval(ge=-1e18, le=1e18)]
+"""A finite number of any size that a run comes to."""
+Share = Annotated[float, Interval(ge=0, le=1)]
+Word = Annotated[str, MaxLen(1000), Predicate(str.isprintable)]
+"""A few words on one line."""
+ClassName = Annotated[str, MaxLen(255)]
+"""A class's name, which may be that of any folder."""
+ClassNames = Annotated[tuple[ClassName, ...], MaxLen(MOST_CLASSES)]
+Sides = Annotated[tuple[Annotated[int, Interval(ge=1, le=2**31)], ...], MaxLen(8)]
+"""Shape of a tensor."""
+Shapes = Annotated[dict[Word, Sides], MaxLen(MOST_TENSORS)]
+"""Shapes by name of the tensors in a file."""
+
+
+def schema(kind: type[T]) -> type[T]:
+    """Make a dataclass a schema: no fact but its fields is taken, nor another type than theirs; numbers are finite.
+
+    >>> @schema
+    ... @dataclass(frozen=True)
+    ... class Step:
+    ...     done: Count
+    ...     loss: Number
+    """
+    kind.__pydantic_config__ = {"extra": "forbid", "strict": True, "allow_inf_nan": False}  # type: ignore[attr-defined]
+    return kind
+
+
+def open_schema(kind: type[T]) -> type[T]:
+    """Make a dataclass a schema that passes over facts that are none of its fields.
+
+    >>> @open_schema
+    ... @dataclass(frozen=True)
+    ... class Header:
+    ...     format: Count
+    """
+    kind.__pydantic_config__ = {"extra": "ignore", "strict": True, "allow_inf_nan": False}  # type: ignore[attr-defined]
+    return kind
+
+
+def table_schema(kind: type[T]) -> type[T]:
+    """Make a dataclass the schema of a table's rows, whose numbers may be nan or infinite: not known, or diverged.
+
+    >>> @table_schema
+    ... @dataclass(frozen=True)
+    ... class Row:
+    ...     round: Count
+    ...     loss: float
+    """
+    kind.__pydantic_config__ = {"extra": "forbid"}  # type: ignore[attr-defined]
+    return kind
+
+
+def read_file(path: Path, head: str, *, most: int, advice: str = "give another") -> bytes:
+    """Read a whole file of at most so many bytes. ``head`` begins the message, such as "checkpoint my_run/last.json".
+
+    Raises InputError where it is larger, cannot be read, or is no plain file: a pipe or a device may have no end.
+
+    >>> content = read_file(Path("split.npz"), "split.npz", most=2**20)
+    """
+    head = _short(head)
+    try:
+        # Opening a pipe would wait for somebody who writes to it.
+        with os.fdopen(os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0)), "rb") as file:
+            status = os.fstat(file.fileno())
+            if stat.S_ISDIR(status.st_mode):
+                raise InputError(f"{head}: cannot be read (Is a directory); {advice}")
+            if not stat.S_ISREG(status.st_mode):
+                raise InputError(f"{head}: no plain file, but a pipe or a device; {advice}")
+            content = b"" if status.st_size > most else file.read(most + 1)
+            if (size := max(status.st_size, len(content))) > most:
+                raise InputError(f"{head}: holds {size} bytes, of which {most} are the limit; {advice}")
+            return content
+    except (OSError, ValueError) as error:  # ValueError: a NUL in the path
+        why = getattr(error, "strerror", None) or str(error)
+        raise InputError(f"{head}: cannot be read ({why}); {advice}") from error
+
+
+def check_fits(path: Path, head: str, *, times: float = 1) -> int:
+    """Refuse, with an InputError, a file whose bytes ``times`` over are more than the memory that is free; its size.
+
+    >>> check_fits(Path("vit.safetensors"), "weights vit.safetensors")
+    22883504
+    """
+    size = path.stat().st_size
+    check_free(size * times, f"{head}: of {size / 1e9:.1f} GB", "give another, or make room")
+    return size
+
+
+def check_free(size: float, head: str, advice: str) -> None:
+    """Refuse, with an InputError, what takes so many bytes of memory, before it is made, where fewer are free.
+
+    >>> check_free(60_000 * 3 * 224**2, "photos: 60000 images of 224 px", "give a smaller image_size")
+    """
+    free = psutil.virtual_memory().available
+    if size > free:
+        raise InputError(f"{_short(head)} takes {size / 1e9:.1f} GB of memory, and {free / 1e9:.1f} are free; {advice}")
+
+
+def read_facts(kind: type[T], content: bytes | str, head: str, advice: str = "give another") -> T:
+    """Read the facts that JSON states into the dataclass ``kind``.
+
+    Raises InputError, "HEAD (FIELD: what was expected, got VALUE); ADVICE", where they are not what its fields say.
+
+    >>> read_facts(Step, '{"done": 3, "loss": 0.5}', "checkpoint my_run/last.json: broken")
+    Step(done=3, loss=0.5)
+    """
+    from pydantic import ValidationError
+
+    try:
+        return _adapter(kind).validate_json(content)
+    except ValidationError as error:
+        raise InputError(_sentence(head, _fault(error), advice)) from error
+    except InputError as error:  # a class's own
+        raise InputError(_sentence(head, str(error), advice)) from error
+
+
+def facts_from(kind: type[T], value: object, head: str, advice: str = "give another") -> T:
+    """Read facts that were parsed already, such as part of a file, into the dataclass ``kind``; see ``read_facts``.
+
+    >>> facts_from(Step, {"done": 3, "loss": 0.5}, "results/mine/summary.yaml")
+    Step(done=3, loss=0.5)
+    """
+    try:
+        content = json.dumps(value)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise InputError(_sentence(head, str(error), advice)) from error
+    return read_facts(kind, content, head, advice)
+
+
+def read_table(
+    kind: type[T],
+    path: Path,
+    *,
+    most_bytes: int,
+    most_rows: int,
+    first: str = "",
+    expected: str = "numbers within their limits",
+    advice: str = "make the run anew",
+) -> tuple[list[str], list[T]]:
+    """Read a CSV file: the names of its columns, and its rows, each a dataclass ``kind`` of fields named for columns.
+
+    Columns of fields with a default may be missing, and others may be there. ``first`` is the field that the first
+    column is for, whatever its name; ``expected`` says in errors what a row is to hold.
+
+    Raises InputError where a row is torn or not what the fields say, with its line, and where there are too many.
+
+    >>> columns, rows = read_table(MetricsRow, Path("metrics.csv"), most_bytes=2**20, most_rows=1000, first="step")
+    """
+    from pydantic import ValidationError
+
+    content = read_file(path, str(path), most=most_bytes, advice=advice)
+    adapter, known = _adapter(kind), fields(kind)  # type: ignore[arg-type]
+    needed = [field.name for field in known if field.default is MISSING]
+    rows: list[T] = []
+    try:
+        reader = csv.reader(io.StringIO(content.decode("utf-8-sig"), newline=""))  # spreadsheets write a mark
+        header = next(reader, [])
+        columns = {first or header[0]: 0, **{name: place for place, name in enumerate(header)}} if header else {}
+        if not set(needed) <= columns.keys() or len(header) > len(known) + 20:
+            head = f"{path}: expected the columns {', '.join(needed)}"
+            raise InputError(_sentence(head, f"got {', '.join(header[:20]) or 'an empty file'}", advice))
+        taken = [(field.name, columns[field.name]) for field in known if field.name in columns]
+        for cells in filter(None, reader):
+            line = f"{path}, line {reader.line_num}: expected {expected}"
+            if len(rows) == most_rows:
+                raise InputError(_sentence(f"{path}: expected {most_rows} rows at most", "there are more", advice))
+            if len(cells) < len(header):
+                raise InputError(_sentence(line, f"got {shown(cells)}", advice))
+            try:
+                rows.append(adapter.validate_strings({name: cells[place] for name, place in taken}, strict=False))
+            except ValidationError as error:
+                raise InputError(_sentence(line, _fault(error), advice)) from error
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise InputError(_sentence(f"{path}: not a readable CSV file", str(error), advice)) from error
+    return header, rows
+
+
+def header_of(content: bytes, key: str) -> str:
+    """Take the text under ``key`` from a safetensors file's metadata, the JSON header at byte 8.
+
+    Raises ValueError or another of JSON's and of subscripts where there is none.
+
+    >>> header_of(Path("masks/mine.safetensors").read_bytes(), "fedtalos_mask")
+    """
+    length = int.from_bytes(content[:8], "little")
+    if length > min(MOST_HEADER, len(content) - 8):
+        raise ValueError("a header that is longer than the file, or than its limit")
+    parsed: Any = json.loads(content[8 : 8 + length])
+    text = parsed["__metadata__"][key]
+    if not isinstance(text, str):
+        raise ValueError(f"{key} is no text")
+    return text
+
+
+_adapters: dict[type[Any], "TypeAdapter[Any]"] = {}
+
+
+def _adapter(kind: type[T]) -> "TypeAdapter[T]":
+    from pydantic import TypeAdapter
+
+    if kind not in _adapters:
+        _adapters[kind] = TypeAdapter(kind)
+    return _adapters[kind]
+
+
+def _fault(error: "ValidationError") -> str:
+    """One thing that is wrong: its field, what was expected, what came. Of several schemas the nearest counts."""
+    found: list[Mapping[str, Any]] = list(error.errors(include_url=False, include_context=False))
+    wrong = Counter(each["loc"][:2] for each in found)
+    first = min(found, key=lambda each: wrong[each["loc"][:2]])
+    message = "expected other text" if first["type"] == "predicate_failed" else str(first["msg"])
+    field = ".".join(str(part) for part in first["loc"] if not _OF_TYPES.fullmatch(str(part)))
+    came = "" if first["type"] in ("missing", "missing_argument", "json_invalid") else f", got {shown(first['input'])}"
+    named = f"{shortened(field, 60)}: " if field else ""
+    return f"{named}{message[:1].lower()}{shortened(message[1:], 100)}{came}"
+
+
+def _short(head: str) -> str:
+    """Shorten the beginning of a message; of a long path the end stays."""
+    return shortened(re.sub(r"\S{71,}", lambda path: f"...{path[0][-67:]}", printable(head)), 150)
+
+
+def _sentence(head: str, fault: str, advice: str) -> str:
+    head, advice = _short(head), shortened(printable(advice), 70)
+    fault = shortened(printable(fault), _LONGEST - len(head) - len(advice) - len(" (); "))
+    return f"{head} ({fault}); {advice}"

@@ -1,0 +1,80 @@
+"""Checkpoints of ours, read as weights."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import torch
+from annotated_types import Interval
+from torch import Tensor
+
+from fedtalos.checkpoint import load_checkpoint
+from fedtalos.errors import InputError
+from fedtalos.facts import ClassNames, open_schema
+from fedtalos.models.library_model import LibraryArchitecture, bare_model
+from fedtalos.models.vision_transformer import Architecture
+from fedtalos.models.weights import Weights
+from fedtalos.models.weights.pixels import Interpolation, Middle, Width
+from fedtalos.models.weights.read import architecture_of
+
+
+@open_schema
+@dataclass(frozen=True)
+class ModelFacts:
+    """Facts of a checkpoint about its model.
+
+    >>> load_checkpoint(Path("checkpoints/my_run/last.json")).stated(ModelFacts).classes
+    ('cat', 'dog')
+    """
+
+    model: Architecture | LibraryArchitecture
+    mean: tuple[Middle, Middle, Middle]
+    std: tuple[Width, Width, Width]
+    classes: ClassNames
+    interpolation: Interpolation = "bilinear"
+    crop: Annotated[float, Interval(gt=0, le=1)] = 1.0
+
+
+def checkpoint_weights(path: Path) -> Weights:
+    """Read a checkpoint of ours as weights, to start from or to use.
+
+    Raises InputError where it is broken, holds no model, or another one than it says.
+
+    >>> checkpoint_weights(Path("checkpoints/my_run/last.json")).classes
+    ('cat', 'dog')
+    """
+    checkpoint = load_checkpoint(path)
+    if "model" not in checkpoint.facts:
+        raise InputError(f"checkpoint {path}: holds no model, or is of another version; give another")
+    facts = checkpoint.stated(ModelFacts)
+    tensors = {name: tensor for name, tensor in checkpoint.tensors.items() if "/" not in name}
+    _check_is(path, facts, tensors)
+    return Weights(
+        tensors=tensors,
+        architecture=facts.model,
+        mean=facts.mean,
+        std=facts.std,
+        source=str(path),
+        sha256=checkpoint.sha256,
+        classes=facts.classes,
+        interpolation=facts.interpolation,
+        crop=facts.crop,
+    )
+
+
+def _check_is(path: Path, facts: ModelFacts, tensors: Mapping[str, Tensor]) -> None:
+    """Compare what a checkpoint says of its model with its tensors, before a model of that size is made."""
+    if isinstance(facts.model, Architecture):
+        same = facts.model == architecture_of(str(path), tensors)
+    else:
+        with torch.device("meta"):  # shapes alone
+            net = bare_model(facts.model.name)
+        held = sum(tensor.numel() for name, tensor in tensors.items() if name.startswith("net."))
+        head = tensors.get("head.weight")
+        same = sum(parameter.numel() for parameter in net.parameters()) == held
+        same = same and head is not None and head.dim() == 2 and len(head) == facts.model.num_classes
+    if not same or len(facts.classes) != facts.model.num_classes:
+        raise InputError(
+            f"checkpoint {path}: its tensors are not those of the {facts.model} that it says; give another"
+        )
