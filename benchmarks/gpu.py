@@ -2,16 +2,20 @@
 
     PYTHONPATH=src python benchmarks/gpu.py                    needs only torch and numpy; --device cuda by default
     PYTHONPATH=src python benchmarks/gpu.py --smoke            everything but torch.compile, tiny, on the CPU
+    PYTHONPATH=src python benchmarks/gpu.py --sizes small --pixels 224 --precisions bf16 --rivals
 
 A round is fedtalos' own: 10 of 20 clients, 4 steps of 64 images each, random uint8 images that live on the device,
 cropped and flipped there, AdamW, clipping, averaging; no evaluation. Clients train one by one or V together
 (training/federated/stacked.py): eagerly, with every step a CUDA graph, or compiled and a graph. The last two lines of a
 setting are what bounds it (prototype_step.py): a bare eager step of one client, and one of V compiled and captured,
-with neither data nor rounds around it; its masked step moves the weights of q, k and v.
+with neither data nor rounds around it; its masked step moves the weights of q, k and v. Rounds are computed as runs
+compute them on CUDA, with deterministic algorithms; "any order" is the same without, and so are the bounds.
 
 FLOPs are counted from the model's matrix products (two per multiply-add), what a mask spares left out. "of peak" is the
 share of a large square product's speed in the same precision, measured in the same run. "first, s" is the time until
-the first round is done: compiling and capturing are in it.
+the first round is done: compiling and capturing are in it. To have the second run's, which finds inductor's cache, run
+twice with $TORCHINDUCTOR_CACHE_DIR set. Behind the tables: which kernels a step's time goes to (kernels.py), and with
+--rivals other simulators where this Python has them (peers/).
 """
 
 import argparse
@@ -20,14 +24,20 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import cast
 
 import torch
 from fisher import Work
+from kernels import kernel_table
 from measure import environment, markdown_table, synchronize
 from prototype_step import Prototype, seconds_a_step
+from rivals import rival_table
 from rounds import Load, Rounds, Setting, Variant, random_images
 
 from fedtalos.data.images import LabelledImages
+from fedtalos.devices import same_numbers_on_cuda
+from fedtalos.training.engine.capture import Compile
+from fedtalos.training.evaluation import evaluate
 from fedtalos.training.federated.fedavg import Engine, Round, one_by_one
 from fedtalos.training.federated.stacked import stacked
 
@@ -66,20 +76,21 @@ class Way:
     """How a round's clients train."""
 
     at_once: int | None = None
-    captured: bool = False
-    compiled: bool = False
+    compile: Compile = "off"
+    any_order: bool = False
 
     @property
     def engine(self) -> Engine:
         """One by one where ``at_once`` is None."""
         if self.at_once is None:
             return one_by_one
-        return partial(stacked, size=self.at_once, capture=self.captured, compile=self.compiled)
+        return partial(stacked, size=self.at_once, compile=self.compile)
 
     def __str__(self) -> str:
         if self.at_once is None:
             return "one by one"
-        return f"{self.at_once} together" + ", compiled" * self.compiled + ", graph" * self.captured
+        words = {"off": "", "graph": ", graph", "on": ", compiled, graph"}
+        return f"{self.at_once} together{words[self.compile]}" + ", any order" * self.any_order
 
 
 @dataclass(frozen=True)
@@ -112,10 +123,19 @@ def ways(device: torch.device, at_once: Sequence[int], *, smoke: bool) -> list[W
     """One by one first, then together; as graphs and compiled where there is CUDA. A smoke test has graphs' twins."""
     found = [Way(), *(Way(together) for together in at_once)]
     if device.type == "cuda" or smoke:
-        found += [Way(together, captured=True) for together in (1, *at_once)]
+        found += [Way(together, "graph") for together in (1, *at_once)]
     if device.type == "cuda":
-        found += [Way(together, captured=True, compiled=True) for together in (1, *at_once)]
+        found += [Way(together, "on") for together in (1, *at_once)]
+        found += [Way(max(at_once, default=1), "on", any_order=True)]
     return found
+
+
+def in_one_order(device: torch.device, wanted: bool) -> None:
+    """Take torch's deterministic algorithms, as runs on CUDA do, or whatever is fastest."""
+    if device.type == "cuda" and wanted:
+        same_numbers_on_cuda()
+    else:
+        torch.use_deterministic_algorithms(False)
 
 
 class Table:
@@ -132,6 +152,7 @@ class Table:
         """Rounds of fedtalos."""
 
         def measure() -> tuple[Measured, int, float]:
+            in_one_order(self.device, not way.any_order)
             work = Rounds(self.setting, Variant(self.precision, self.moves), self.load, self.images)
             found = measured(work.rounds(way.engine), self.load.seconds)
             images = self.load.images_per_round
@@ -145,6 +166,7 @@ class Table:
         """The prototype's steps: eager and of one client, or the ``best`` that it can."""
 
         def measure() -> tuple[Measured, int, float]:
+            in_one_order(self.device, False)
             moves = "all" if self.moves == "all" else "qkv"
             dtype = torch.bfloat16 if self.precision == "bf16" else torch.float32
             sizes = (self.setting.size, self.setting.pixels, self.setting.patch, clients, self.load.batch_size)
@@ -199,23 +221,51 @@ def rows(
 
 
 def fisher_line(setting: Setting, load: Load, device: torch.device) -> str:
-    """Per-example Fisher scores of all eligible tensors against a loop over examples: ms an image, TF32 on CUDA."""
-    set_float32(device, "tf32")
-    found = []
-    for images, method in ((load.fisher_images, Work.ours), (min(16, load.fisher_images), Work.loop)):
-        work = Work(
-            setting.size, setting.pixels, setting.patch, images, device.type, 16 if device.type == "cpu" else 64
-        )
+    """Per-example Fisher scores of all eligible tensors, in strict float32 as always, beside passes and a loop.
+
+    A pass is a plain forward and backward over the same images; TF32 on CUDA and strict.
+    """
+    in_one_order(device, True)
+    chunk, found = 16 if device.type == "cpu" else 64, {}
+    for name, method, images, precision in (
+        ("scores", Work.ours, load.fisher_images, "fp32"),
+        ("pass", Work.training, load.fisher_images, "fp32"),
+        ("pass in TF32", Work.training, load.fisher_images, "tf32"),
+        ("loop", Work.loop, min(16, load.fisher_images), "fp32"),
+    ):
+        set_float32(device, precision)
+        work = Work(setting.size, setting.pixels, setting.patch, images, device.type, chunk)
         method(work)
         synchronize()
         start = time.perf_counter()
         method(work)
         synchronize()
-        found.append(1e3 * (time.perf_counter() - start) / images)
-    ours, loop = found
+        found[name] = 1e3 * (time.perf_counter() - start) / images
+    ours = found["scores"]
     return (
-        f"\nFisher scores: {ours:.3g} ms an image, a loop over images {loop:.3g} ms, {loop / ours:.1f} times as long.\n"
+        f"\nFisher scores: {ours:.3g} ms an image, {ours / found['pass']:.2f} of a plain pass in strict float32, "
+        f"{ours / found['pass in TF32']:.2f} of one in TF32; a loop over images takes {found['loop'] / ours:.1f} times "
+        "as long.\n"
     )
+
+
+def evaluation_line(setting: Setting, load: Load, images: LabelledImages, precision: str) -> str:
+    """Evaluation of all images, as it stands and as a CUDA graph: ms an image."""
+    set_float32(images.pixels.device, precision)
+    in_one_order(images.pixels.device, True)
+    work = Rounds(setting, Variant(precision, "all"), load, images)
+    size, found = min(250, len(images) // 4), []
+    for way in ("off", "graph"):
+        judge = partial(
+            evaluate, work.model, images, batch_size=size, precision=work.local.precision, compile=cast(Compile, way)
+        )
+        judge()
+        synchronize()
+        start = time.perf_counter()
+        judge()
+        synchronize()
+        found.append(1e3 * (time.perf_counter() - start) / len(images))
+    return f"\nEvaluation in {precision}: {found[0]:.3g} ms an image, as a graph {found[1]:.3g}.\n"
 
 
 def main() -> None:
@@ -228,6 +278,7 @@ def main() -> None:
     parser.add_argument("--pixels", nargs="+", type=int, default=[32, 224], help="patches: 4 px at 32, else 16")
     parser.add_argument("--precisions", nargs="+", help="fp32, tf32 (CUDA), bf16; default: all that the device has")
     parser.add_argument("--at_once", nargs="*", type=int, help="clients that train together; default: 5 10, --smoke: 2")
+    parser.add_argument("--rivals", action="store_true", help="also the simulators of peers/ that this Python has")
     parser.add_argument("--output", type=Path, help="default: benchmarks/results/gpu-<device name>.md; --smoke: none")
     options = parser.parse_args()
     device = torch.device("cpu" if options.smoke else options.device)
@@ -256,6 +307,14 @@ def main() -> None:
             print(setting, *line, sep=" | ", flush=True)
             lines.append(line)
         text += f"\n## {setting}\n\n{markdown_table(HEADER, lines)}{fisher_line(setting, load, device)}"
+        images = random_images(setting, load, device)
+        text += evaluation_line(setting, load, images, precisions[-1])
+        best = Way(max(at_once, default=1), "on" if device.type == "cuda" else "off")
+        in_one_order(device, True)
+        work = Rounds(setting, Variant(precisions[-1], "all"), load, images)
+        text += f"\n{best}, {precisions[-1]}, everything moves:\n\n{kernel_table(work.rounds(best.engine), load.steps)}"
+        if options.rivals:
+            text += f"\n{rival_table(setting, load, device, precisions[-1])}"
         if output:
             output.parent.mkdir(exist_ok=True)
             output.write_text(text, encoding="utf-8")

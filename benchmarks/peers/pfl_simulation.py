@@ -39,11 +39,12 @@ from task import (
 STARTED = "PEER_STARTED"
 
 
-def main(settings: Annotated[Settings, tyro.conf.arg(name="")], *, processes: int = 1) -> None:
+def main(settings: Annotated[Settings, tyro.conf.arg(name="")], *, processes: int = 1, compile: bool = False) -> None:
     """Print one line of JSON.
 
     Args:
         processes: that share a round's clients; a divisor of their number, else pfl's processes draw different ones.
+        compile: the model, by torch.compile.
     """
     if processes > 1 and distributed.world_size == 1:
         launch(processes)
@@ -51,6 +52,8 @@ def main(settings: Annotated[Settings, tyro.conf.arg(name="")], *, processes: in
     meter = Meter(started, launcher, weigh=distributed.global_rank == 0)
     torch.set_num_threads(max(1, settings.threads // processes))
     model = pfl_model(settings)
+    if compile:
+        model.pytorch_model.compile()
     dataset = FederatedDataset(lambda client: user_dataset(settings, client), cohorts(settings).__next__)
     FederatedAveraging().run(
         algorithm_params=NNAlgorithmParams(

@@ -34,8 +34,11 @@ SCRIPTS = {  # peer: script, environment
     "deepcopy": ("deepcopy_script.py", None),
     "pfl": ("pfl_simulation.py", "pfl"),
     "flower": ("flower_simulation.py", "flower"),
+    "blazefl": ("blazefl_simulation.py", "blazefl"),
+    "jax": ("jax_vit.py", "jax"),
 }
 PEERS = ("ours", "bare", "deepcopy", "pfl", "pfl:processes=2", "flower:actors=1", "flower:actors=2")
+PEERS += ("blazefl", "blazefl:parallel=2", "blazefl:parallel=2,processes", "jax")
 HEADER = ("peer", "s a round", "to ours", "s a round, J = 0", "to ours", "s to the end of round 1", "peak memory, MB")
 
 
@@ -47,7 +50,7 @@ class Options:
     peers: tuple[str, ...] = PEERS
     repeats: int = 2
     environments: Path = HERE / ".venvs"
-    """the folder of the environments pfl and flower"""
+    """the folder of the environments pfl, flower, blazefl and jax"""
     check: bool = False
     """instead of timing, compare the weights after one round of plain SGD with the bare loop's"""
     timeout: float = 3600
@@ -85,7 +88,9 @@ def run(peer: str, settings: Settings, options: Options) -> Run | None:
     for flag in filter(None, flags.split(",")):
         key, _, value = flag.partition("=")
         command += [f"--{key}", value] if value else [f"--{key}"]
-    hidden = {"CUDA_VISIBLE_DEVICES": "", "PFL_PYTORCH_DEVICE": "cpu"}
+    hidden = {"PFL_PYTORCH_DEVICE": settings.device}
+    if settings.device == "cpu":
+        hidden |= {"CUDA_VISIBLE_DEVICES": "", "JAX_PLATFORMS": "cpu"}
     path = os.pathsep.join([str(HERE.parents[1] / "src"), str(HERE)])
     try:
         done = subprocess.run(

@@ -50,6 +50,8 @@ class Settings:
     """tensors that are trained; qk: the rows of q and k in every block's qkv layer"""
     precision: Literal["fp32", "bf16"] = "fp32"
     """bf16: autocast of the forward pass"""
+    device: Literal["cpu", "cuda"] = "cpu"
+    """cuda: of the bare loop, pfl, BlazeFL and JAX"""
     threads: int = psutil.cpu_count(logical=True) or 1
     """of the whole simulation, shared out over its processes"""
     seed: int = 0
@@ -62,7 +64,7 @@ class Settings:
 def make_model(settings: Settings) -> VisionTransformer:
     """The model before round 1."""
     size = Architecture(settings.model_size, settings.image_size, settings.patch_size, settings.classes)
-    return VisionTransformer(size, torch_generator(settings.seed, "weights")).train()
+    return VisionTransformer(size, torch_generator(settings.seed, "weights")).train().to(settings.device)
 
 
 def freeze(model: nn.Module, settings: Settings) -> None:
@@ -94,7 +96,7 @@ def make_optimizer(parameters: list[nn.Parameter], settings: Settings) -> Optimi
 
 def loss(model: nn.Module, pixels: Tensor, labels: Tensor, settings: Settings) -> Tensor:
     """``cross_entropy`` in the precision of the settings."""
-    with torch.autocast("cpu", torch.bfloat16, enabled=settings.precision == "bf16"):
+    with torch.autocast(settings.device, torch.bfloat16, enabled=settings.precision == "bf16"):
         return cross_entropy(model, pixels, labels)
 
 
@@ -116,7 +118,7 @@ def client_images(settings: Settings, client: int) -> tuple[Tensor, Tensor]:
     """A client's images, uint8 (n, 3, H, W), and labels (n,): its own range of all images, round and round."""
     pixels, labels = all_images(settings)
     before = (max(1, settings.local_steps) + 1) * settings.batch_size * client
-    indices = (before + torch.arange(client_size(settings, client))) % len(labels)
+    indices = (before + torch.arange(client_size(settings, client), device=labels.device)) % len(labels)
     return pixels[indices], labels[indices]
 
 
@@ -136,7 +138,8 @@ def all_images(settings: Settings) -> tuple[Tensor, Tensor]:
     shape = (count, 3, settings.image_size, settings.image_size)
     rng = torch_generator(settings.seed, "images")
     pixels = torch.randint(0, 256, shape, dtype=torch.uint8, generator=rng)
-    return pixels, torch.randint(0, settings.classes, (count,), generator=rng)
+    labels = torch.randint(0, settings.classes, (count,), generator=rng)
+    return pixels.to(settings.device), labels.to(settings.device)
 
 
 def cifar100(folder: Path) -> tuple[Tensor, Tensor]:
@@ -174,7 +177,9 @@ class Meter:
             self._thread.start()
 
     def mark(self) -> None:
-        """Call when round 1 begins, and at the end of every round."""
+        """Call when round 1 begins, and at the end of every round; waits for CUDA."""
+        if torch.cuda.is_initialized():
+            torch.cuda.synchronize()
         self._marks.append(time.perf_counter())
 
     def report(self, settings: Settings, model: nn.Module, *packages: str) -> None:

@@ -1,5 +1,6 @@
 """Devices and arithmetic: where a run computes, in which precision, and how much memory there is."""
 
+import os
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any, Literal
@@ -19,7 +20,8 @@ def choose_device(name: str = "auto") -> torch.device:
 
     On CUDA, matrix products of float32 tensors take TF32 from then on, as torch's convolutions do by default: inputs
     rounded to 10 bits of mantissa (a relative error of 5e-4), sums in float32, several times faster. That holds for
-    training in precision fp32, and for what stays float32 beside bf16; scores are taken under ``strict_float32``.
+    training in precision fp32, and for what stays float32 beside bf16; scores are taken under ``strict_float32``. Sums
+    are added in one order (``same_numbers_on_cuda``).
 
     Raises InputError where the device is not there.
 
@@ -34,7 +36,23 @@ def choose_device(name: str = "auto") -> torch.device:
         raise InputError(f"device {name}: not available here; available: {others} (or leave it out)")
     if name == "cuda":
         torch.set_float32_matmul_precision("high")
+        same_numbers_on_cuda()
     return torch.device(name)
+
+
+def same_numbers_on_cuda(*, strict: bool = True) -> None:
+    """Let CUDA add in one order, so that two runs of one seed on one card are equal to the bit.
+
+    torch takes its deterministic algorithms from then on, and cuBLAS a workspace of fixed size (which it reads when it
+    begins). With ``strict`` an operation that has no such algorithm raises RuntimeError; our models have none. Without,
+    which is for models of other libraries, torch warns, and attention's backward pass is not fixed either.
+
+    >>> same_numbers_on_cuda()
+    """
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True, warn_only=not strict)
+    debugging: Any = torch.utils.deterministic
+    debugging.fill_uninitialized_memory = False  # a kernel for every new tensor
 
 
 def choose_precision(name: str, device: torch.device) -> Precision:
@@ -62,6 +80,23 @@ def choose_precision(name: str, device: torch.device) -> Precision:
 def autocast(device: torch.device, precision: Precision) -> AbstractContextManager[object]:
     """Compute forward passes in mixed precision: bf16 products, float32 weights, gradients and sums."""
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bf16")
+
+
+@contextmanager
+def distinct_places() -> Iterator[None]:
+    """Write inside to places that all differ: their order does not matter, so torch need not sort them first.
+
+    Its deterministic kernels do, which takes many times as long as the write.
+
+    >>> with distinct_places():
+    ...     flat.scatter_(0, index, values)
+    """
+    mode = torch.get_deterministic_debug_mode()
+    torch.set_deterministic_debug_mode(0)
+    try:
+        yield
+    finally:
+        torch.set_deterministic_debug_mode(mode)
 
 
 @contextmanager

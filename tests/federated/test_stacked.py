@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from fedtalos.data.batches import batch_positions, batch_sizes, stacked_batches, training_batches
+from fedtalos.data.batches import batch_positions, batch_sizes, sent_at_once, stacked_batches, training_batches
 from fedtalos.data.images import LabelledImages
 from fedtalos.data.view import View
 from fedtalos.randomness import generator, torch_generator
@@ -14,7 +14,7 @@ from fedtalos.training.federated import stacked as in_stacks
 from fedtalos.training.federated.algorithms import ALGORITHMS, FedAvg
 from fedtalos.training.federated.clients import Clients
 from fedtalos.training.federated.fedavg import Lost, fedavg, one_by_one
-from fedtalos.training.federated.stacked import Stack, stacked
+from fedtalos.training.federated.stacked import Stack, filled, stacked
 from fedtalos.training.local_training import LocalTraining
 from fedtalos.training.masked_parameters import MaskedParameters
 from fedtalos.training.schedule import Schedule
@@ -76,13 +76,14 @@ class BothWays:
             precision=precision,
         )
         self.size, self.sizes_seen, self.spoilt, self.of_a_round = size, [], None, 0.0
+        self.compile = "off"
 
     def engine(self, way):
         def make(moving, clients, local, seed, algorithm):
             watch = self.in_the_models_type
             if way == "alone":
                 return one_by_one(moving, clients, local, seed, algorithm, watch=watch)
-            return stacked(moving, clients, local, seed, algorithm, size=self.size, watch=watch)
+            return stacked(moving, clients, local, seed, algorithm, size=self.size, compile=self.compile, watch=watch)
 
         return make
 
@@ -219,15 +220,24 @@ def test_a_client_without_images_is_lost_and_its_neighbours_train(vit):
     assert clients.sizes_seen == [2, 1, 1]
 
 
-@pytest.mark.parametrize("name", ALGORITHMS)
-@pytest.mark.parametrize(("moves", "rule", "double"), [(dense, "sgd", False), (masked, "adamw", True)])
-def test_three_rounds_of_every_algorithm_equal_those_of_one_by_one(vit, name, moves, rule, double):
+@pytest.mark.parametrize(
+    ("name", "moves", "rule", "double", "how", "compile"),
+    [
+        *((name, dense, "sgd", False, {}, "off") for name in ALGORITHMS),
+        *((name, masked, "adamw", True, {"epochs": 1}, "off") for name in ALGORITHMS),  # 2, 1 or 2 steps
+        *((name, masked, "adamw", True, {"steps": 3}, "graph") for name in ("fedavg", "fedprox", "scaffold")),
+    ],
+)
+def test_three_rounds_of_every_algorithm_equal_those_of_one_by_one(
+    vit, name, moves, rule, double, how, compile, recorded
+):
     """AdamW in float64: of gradients that are but rounding it makes steps of its full rate, 1e-5 of an update."""
 
     def rounds(model, way):
         clients = BothWays(model, moves(model), rule, double=double)
+        clients.compile = compile
         before = clients.moving.vector()
-        options = {"local": clients.local, "rounds": 3, "fraction": 0.6, "engine": clients.engine(way)}
+        options = {"local": clients.local.but(**how), "rounds": 3, "fraction": 0.6, "engine": clients.engine(way)}
         trained = fedavg(clients.moving, clients.clients, algorithm=ALGORITHMS[name](), **options)
         return [round.train for round in trained], clients.moving.vector() - before
 
@@ -235,6 +245,29 @@ def test_three_rounds_of_every_algorithm_equal_those_of_one_by_one(vit, name, mo
     found, ours = rounds(vit, "stacked")
     assert [round.correct for round in found] == [round.correct for round in expected]
     assert (ours - theirs).norm() < (1e-10 if double else 1e-5) * theirs.norm()
+    assert bool(recorded) == (compile == "graph")
+
+
+def test_places_that_are_left_over_are_filled_up_and_do_not_count(vit, recorded):
+    clients = BothWays(vit, dense(vit), "sgd", size=5)
+    clients.compile = "graph"
+    expected = clients.train("alone")
+    for (metrics, values), (metrics_found, values_found) in zip(expected, clients.train("stacked"), strict=True):
+        assert (metrics_found.correct, metrics_found.examples) == (metrics.correct, metrics.examples)
+        torch.testing.assert_close(values_found, values, rtol=1e-5, atol=1e-7)
+    assert clients.sizes_seen == [2, 1, 4, 1]
+    assert [filled(count, 6) for count in range(1, 7)] == [1, 2, 4, 4, 6, 6]
+
+
+def test_full_stacks_alone_are_compiled(vit, monkeypatch):
+    ways = {}
+    monkeypatch.setattr(
+        in_stacks, "Stack", lambda *given, compile, **how: ways.update({given[-1]: compile}) or Stack(*given, **how)
+    )
+    clients = BothWays(vit, head(vit), size=3)
+    clients.compile = "on"
+    clients.train("stacked")
+    assert ways == {1: "graph", 2: "graph", 3: "on"}
 
 
 @pytest.mark.parametrize("moves", [masked, head])
@@ -270,3 +303,10 @@ def test_stacked_batches_are_those_of_each_holder(vit, augmentation):
         for (pixels, labels), (own_pixels, own_labels) in zip(stacked, own, strict=True):
             assert torch.equal(pixels[holder], own_pixels)
             assert torch.equal(labels[holder], own_labels)
+
+
+def test_what_is_sent_at_once_is_what_was_drawn():
+    draws = [(torch.arange(6).view(2, 3), torch.arange(18).view(3, 6)), (torch.arange(2).view(2, 1), torch.ones(3, 2))]
+    draws = [(chosen, crops.long()) for chosen, crops in draws]
+    for sent, drawn in zip(sent_at_once(iter(draws), torch.device("cpu")), draws, strict=True):
+        assert all(torch.equal(one, other) for one, other in zip(sent, drawn, strict=True))

@@ -2,6 +2,7 @@
 
 import copy
 import logging
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -10,10 +11,12 @@ import torch.nn.functional as F
 from fedtalos.errors import InputError
 from fedtalos.models.backbone import Backbone
 from fedtalos.models.vision_transformer import Architecture, VisionTransformer
+from fedtalos.notes import noted
 from fedtalos.randomness import torch_generator
 from fedtalos.training.engine import capture
 from fedtalos.training.engine import step as steps
-from fedtalos.training.engine.capture import CapturedStep, EagerStep, capture_or_not, undone
+from fedtalos.training.engine.ahead import one_ahead
+from fedtalos.training.engine.capture import Steps, undone
 from fedtalos.training.engine.stacked_model import StackedModel
 from fedtalos.training.engine.step import Stack, clip_each
 from fedtalos.training.federated.algorithms import FedProx, Scaffold
@@ -144,28 +147,22 @@ def test_gradients_are_clipped_client_by_client():
     assert all(torch.equal(gradient[1], same) for gradient, same in zip(gradients, kept, strict=True))
 
 
-class Recorded(CapturedStep):
-    """A captured step's memory without its graph: inputs in buffers of its own, warm-up steps that are undone."""
-
-    def __init__(self, step, inputs, state):
-        self._step, self._inputs = step, [tensor.clone() for tensor in inputs]
-        with undone(state):
-            for _ in range(2):
-                step(*self._inputs)
-
-    def __call__(self, *inputs):
-        for buffer, tensor in zip(self._inputs, inputs, strict=True):
-            buffer.copy_(tensor)
-        return self._step(*self._inputs)
+@pytest.fixture
+def said(caplog) -> pytest.LogCaptureFixture:
+    """What is warned of once in a process, as if nothing had been said yet."""
+    capture._said.clear()
+    noted()
+    caplog.set_level(logging.WARNING)
+    return caplog
 
 
-def two_rounds(vit, rule, algorithm, capture):
-    """Values (V, A) after two rounds, each of a step on two images and one on one; every client gets other messages."""
+def two_rounds(vit, rule, algorithm, compile):
+    """Values (V, A) after two rounds, each of steps on two images and on one; every client gets other messages."""
     masks = {"blocks.3.attn.qkv.weight": torch.rand(288, 96, generator=torch_generator(0, "m")) < 0.2}
     masks["head.weight"] = torch.ones(5, 96, dtype=torch.bool)
     moving = MaskedParameters(vit, masks)
-    local = LocalTraining(optimizer=rule, momentum=0.9, learning_rate=0.1)
-    stack, theta, corrections = Stack(moving, local, V, capture=capture), moving.copy(), []
+    local = LocalTraining(optimizer=rule, momentum=0.9, learning_rate=0.1, batch_size=2)
+    stack, theta, corrections = Stack(moving, local, V, compile=compile), moving.copy(), []
     device = moving.device
     for number in range(2):
         drawn = torch_generator(number, "round")
@@ -173,43 +170,96 @@ def two_rounds(vit, rule, algorithm, capture):
         message = 0.1 * torch.randn(V, len(moving), generator=drawn).to(device)
         corrections.append(stack.adjust_by(algorithm and algorithm.client_side(stack, message, 2)))
         batches = [
-            (torch.randn(V, b, 3, 8, 8, generator=drawn), torch.randint(0, 5, (V, b), generator=drawn)) for b in (2, 1)
+            (torch.randn(V, b, 3, 8, 8, generator=drawn), torch.randint(0, 5, (V, b), generator=drawn))
+            for b in (2, 1, 2, 2)
         ]
         stack.train([(images.to(device), labels.to(device)) for images, labels in batches], 0.1)
-    assert not capture or corrections[0] is corrections[1]
+    assert corrections[0] is corrections[1]
     reply = None if corrections[-1] is None else corrections[-1].reply
     return stack.vector(), torch.zeros(0) if reply is None else reply
 
 
 @pytest.mark.parametrize("rule", ["sgd", "adamw"])
 @pytest.mark.parametrize("algorithm", [None, FedProx(mu=0.5), Scaffold()])
-def test_what_a_captured_step_knows_serves_the_next_round(vit, rule, algorithm, monkeypatch):
-    expected = two_rounds(vit, rule, algorithm, capture=False)
-    made = []
-    monkeypatch.setattr(
-        steps, "capture_or_not", lambda step, inputs, state, wanted: made.append(1) or Recorded(step, inputs, state)
-    )
-    for found, same in zip(two_rounds(vit, rule, algorithm, capture=True), expected, strict=True):
+def test_what_a_captured_step_knows_serves_the_next_round(vit, rule, algorithm, recorded):
+    expected = two_rounds(vit, rule, algorithm, "off")
+    assert not recorded
+    for found, same in zip(two_rounds(vit, rule, algorithm, "graph"), expected, strict=True):
         assert torch.equal(found, same)
-    assert len(made) == 2  # one for each shape, in both rounds
+    assert len(recorded) == 2  # one for each shape, when it came a second time
 
 
-def test_steps_that_cannot_be_captured_run_eagerly_and_that_is_said_once(caplog):
-    capture._warn.cache_clear()
-    weights = torch.zeros(3)
-
+def counted(calls):
     def step(x):
-        weights.add_(x)
-        return weights.sum()
+        calls.append(tuple(x.shape))
+        return x.sum()
 
-    with caplog.at_level(logging.WARNING):
-        runs = [capture_or_not(step, (torch.ones(3),), lambda: [weights], wanted=True) for _ in range(2)]
-    assert [record.getMessage() for record in caplog.records] == [
-        "steps cannot be captured on cpu, only on CUDA: they run eagerly"
+    return step
+
+
+def test_a_shape_is_captured_when_it_has_come_before(recorded):
+    calls = []
+    run = Steps(counted(calls), compile="graph", after=2)
+    for size in (3, 3, 2, 3, 3):
+        assert run(torch.ones(size)) == size
+    assert len(recorded) == 1
+    run.clear()
+    assert run(torch.ones(3)) == 3
+    assert len(recorded) == 2
+
+
+def test_steps_that_cannot_be_captured_run_eagerly_and_that_is_said_once(said):
+    runs = [Steps(counted([]), compile="graph") for _ in range(2)]
+    assert [run(torch.ones(3)).item() for run in runs for _ in range(3)] == [3] * 6
+    assert [record.getMessage() for record in said.records] == ["there are no CUDA graphs on cpu: steps run eagerly"]
+    assert noted() == {"graphs": "there are no CUDA graphs on cpu: steps run eagerly"}
+    Steps(counted([]), compile="on")(torch.ones(3))
+    assert not noted()
+
+
+@pytest.mark.parametrize(
+    ("error", "is_memory"),
+    [(RuntimeError("operation not permitted\nwhen capturing"), False), (torch.OutOfMemoryError("CUDA"), True)],
+)
+def test_a_capture_that_fails_is_given_up_but_for_memory(error, is_memory, said, monkeypatch):
+    def fail(*_):
+        try:
+            raise error
+        finally:
+            raise RuntimeError("operation not permitted\nwhen capturing")  # what a broken capture ends with
+
+    monkeypatch.setattr(capture, "DEVICES_WITH_GRAPHS", ("cpu",))
+    monkeypatch.setattr(capture, "CapturedStep", fail)
+    run = Steps(counted([]), compile="graph")
+    run(torch.ones(3))
+    if is_memory:
+        with pytest.raises(torch.OutOfMemoryError):
+            run(torch.ones(3))
+        return
+    assert run(torch.ones(3)) == run(torch.ones(3)) == 3
+    assert [record.getMessage() for record in said.records] == [
+        "a step cannot be captured as a CUDA graph (operation not permitted): steps run eagerly"
     ]
-    assert all(isinstance(run, EagerStep) for run in runs)
-    assert runs[0](torch.ones(3)) == 3
-    assert isinstance(capture_or_not(step, (torch.ones(3),), lambda: [weights], wanted=False), EagerStep)
+
+
+def test_what_cannot_be_compiled_runs_as_it_stands(vit, said, monkeypatch):
+    def fail(*_):
+        raise RuntimeError("no C compiler\nand pages more")
+
+    expected = two_rounds(vit, "sgd", None, "off")
+    monkeypatch.setattr(steps, "compiled", lambda _: fail)
+    for found, same in zip(two_rounds(vit, "sgd", None, "on"), expected, strict=True):
+        assert torch.equal(found, same)
+    assert [record.getMessage() for record in said.records] == [
+        "torch.compile failed (no C compiler): steps run without it"
+    ]
+
+
+def test_whole_batches_alone_are_compiled(vit, monkeypatch):
+    seen = []
+    monkeypatch.setattr(steps, "compiled", lambda forward: lambda x, y: seen.append(y.shape[1]) or forward(x, y))
+    two_rounds(vit, "sgd", None, "on")
+    assert seen == [2] * 6
 
 
 def test_undone_steps_leave_what_was_and_zero_what_is_new():
@@ -221,13 +271,55 @@ def test_undone_steps_leave_what_was_and_zero_what_is_new():
     assert new[0].tolist() == [0, 0]
 
 
+class Streams:
+    """CUDA's streams as one_ahead uses them, with everything done at once: only the order of calls is the same."""
+
+    current = "main"
+
+    def __init__(self, *_):
+        self.waited = []
+
+    def wait_stream(self, other):
+        self.waited.append(other)
+
+    @staticmethod
+    @contextmanager
+    def stream(side):
+        Streams.current = "side"
+        yield
+        Streams.current = "main"
+
+
+def test_batches_are_made_one_ahead_in_two_places(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "Stream", Streams)
+    monkeypatch.setattr(torch.cuda, "current_stream", Streams)
+    monkeypatch.setattr(torch.cuda, "stream", Streams.stream)
+    made = []
+
+    def batches():
+        for number, size in enumerate((2, 2, 2, 1, 2)):
+            made.append((number, Streams.current))
+            yield torch.full((size, 3), float(number)), torch.full((size,), number)
+
+    places = set()
+    for number, (images, labels) in enumerate(one_ahead(batches(), torch.device("cuda"))):
+        assert made == [(n, "side") for n in range(min(number + 2, 5))]
+        assert images.unique().tolist() == labels.unique().tolist() == [number]
+        assert Streams.current == "main"
+        places.add(images.data_ptr())
+    assert number == 4
+    assert len(places) == 3  # two of whole batches, one of the small one
+    passed_on = batches()
+    assert next(iter(one_ahead(passed_on, torch.device("cpu"))))[0].shape == (2, 3)
+
+
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # torch's own, as it imports its compiler
 def test_a_compiled_stack_computes_the_same(vit):
     moving = MaskedParameters(vit, {"blocks.5.attn.qkv.weight": torch.rand(288, 96) < 0.2})
     found = []
-    for compiled in (False, True):
-        stack = Stack(moving, LocalTraining(optimizer="sgd"), V, compile=compiled)
+    for way in ("off", "on"):
+        stack = Stack(moving, LocalTraining(optimizer="sgd", batch_size=2), V, compile=way)
         stack.load(moving.copy())
         drawn = torch_generator(0, "images")
         stack.train([(torch.randn(V, 2, 3, 8, 8, generator=drawn), torch.ones(V, 2, dtype=torch.int64))], 0.1)
@@ -241,6 +333,6 @@ def test_a_compiled_stack_computes_the_same(vit):
 def test_graphs_compute_what_eager_steps_do(vit, rule, algorithm):
     torch.set_float32_matmul_precision("highest")
     model = vit.cuda()
-    expected, found = (two_rounds(model, rule, algorithm, capture=capture) for capture in (False, True))
+    expected, found = (two_rounds(model, rule, algorithm, way) for way in ("off", "graph"))
     for ours, theirs in zip(found, expected, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)

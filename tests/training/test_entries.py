@@ -25,7 +25,7 @@ def test_gather_after_scatter_returns_the_vector_and_leaves_the_rest(vit):
     masks = random_masks(vit)
     entries, tensors = Entries(masks), named_tensors(vit)
     before = {name: tensor.clone() for name, tensor in tensors.items()}
-    vector = torch.randn(len(entries), generator=torch_generator(2, "v"))
+    vector = torch.randn(len(entries), generator=torch_generator(2, "v")).to(entries.device)
     entries.scatter(vector, tensors)
     assert torch.equal(entries.gather(tensors), vector)
     for name, mask in masks.items():

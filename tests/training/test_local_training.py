@@ -17,9 +17,9 @@ from fedtalos.training.schedule import Schedule
 
 
 @pytest.fixture
-def stored() -> LabelledImages:
+def stored(device) -> LabelledImages:
     pixels = torch.randint(0, 256, (20, 3, 8, 8), dtype=torch.uint8, generator=torch_generator(0, "pixels"))
-    return LabelledImages(pixels, torch.arange(20) % 5)
+    return LabelledImages(pixels, torch.arange(20) % 5).to(device)
 
 
 @pytest.mark.parametrize("rule", ["sgd", "adamw"])
@@ -29,7 +29,8 @@ def test_has_the_bits_of_a_plain_torch_loop(vit, stored, rule, clip_norm):
     if rule == "sgd":
         optimizer = torch.optim.SGD(vit.parameters(), lr=0.05, momentum=0.9, weight_decay=0.01)
     else:
-        optimizer = torch.optim.AdamW(vit.parameters(), lr=0.05, weight_decay=0.01)
+        fused = vit.pos_embed.device.type == "cuda"
+        optimizer = torch.optim.AdamW(vit.parameters(), lr=0.05, weight_decay=0.01, fused=fused)
     loss_sum = 0.0
     for positions in islice(batch_positions(len(ids), 4, generator(0, "batches")), 5):
         x, y = view_of(vit)(stored.pixels[ids[positions]]), stored.labels[ids[positions]]

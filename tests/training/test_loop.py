@@ -74,7 +74,7 @@ def test_gradients_are_adjusted_before_they_are_clipped(vit, images, labels):
     before = moving.vector()
     options = {"learning_rate": lambda _: 1.0, "clip_norm": 0.25, "adjust": lambda gradient: gradient + 100}
     train(moving, [(images, labels)], optimizer_of(moving), **options)
-    assert (moving.vector() - before).norm() == pytest.approx(0.25, rel=1e-4)
+    assert (moving.vector() - before).norm().item() == pytest.approx(0.25, rel=1e-4)
 
 
 def test_a_loss_that_is_not_finite_stops_before_the_step(vit, images, labels):

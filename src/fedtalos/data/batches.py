@@ -3,7 +3,7 @@
 Shapes: V holders of images side by side, B images of a batch.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import islice
 
 import numpy as np
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fedtalos.data.images import LabelledImages
-from fedtalos.data.view import Augmentation, augment
+from fedtalos.data.view import Augmentation, crop, draw_crops
 
 
 def batch_positions(count: int, batch_size: int, rng: np.random.Generator) -> Iterator[np.ndarray]:
@@ -65,15 +65,49 @@ def stacked_batches(
     >>> batches = stacked_batches(images, [np.arange(50), np.arange(50, 100)], view, steps=4, batch_size=16,
     ...     augmentation="none", rngs=[generator(0, "batches", client) for client in range(2)])
     """
-    orders = [batch_positions(len(own), batch_size, rng) for own, rng in zip(indices, rngs, strict=True)]
-    for step, positions in enumerate(islice(zip(*orders, strict=True), steps)):
-        taken = np.stack([own[at] for own, at in zip(indices, positions, strict=True)])  # (V, B)
-        chosen = torch.from_numpy(taken).to(images.pixels.device)
-        pixels = augment(images.pixels[chosen.flatten()], augmentation, *rngs)
-        if step < first:
-            continue
-        x = view(pixels)
+    device, height = images.pixels.device, images.pixels.shape[-2]
+    draws: Iterable[Draw] = _draws(indices, rngs, steps, batch_size, augmentation, height)
+    if device.type == "cuda":
+        draws = sent_at_once(draws, device)
+    for chosen, *crops in islice(draws, first, None):
+        pixels = images.pixels[chosen.flatten()]
+        x = view(crop(pixels, *crops) if crops else pixels)
         yield x.unflatten(0, chosen.shape), images.labels[chosen].to(x.device)
+
+
+Draw = tuple[Tensor, ...]
+"""Random draws of one batch: numbers of its images, (V, B), and where they are augmented, ``draw_crops``' (3, V B)."""
+
+
+def _draws(
+    indices: Sequence[np.ndarray],
+    rngs: Sequence[np.random.Generator],
+    steps: int,
+    batch_size: int,
+    augmentation: Augmentation,
+    height: int,
+) -> Iterator[Draw]:
+    """Draw batch by batch: each holder's images, then each holder's crops."""
+    orders = [batch_positions(len(own), batch_size, rng) for own, rng in zip(indices, rngs, strict=True)]
+    for positions in islice(zip(*orders, strict=True), steps):
+        taken = np.stack([own[at] for own, at in zip(indices, positions, strict=True)])  # (V, B)
+        chosen = torch.from_numpy(taken)
+        if augmentation == "none":
+            yield (chosen,)
+        else:
+            yield chosen, draw_crops(augmentation, taken.size, height, rngs)
+
+
+def sent_at_once(draws: Iterable[Draw], device: torch.device) -> Iterator[Draw]:
+    """Send all draws to a device in one copy, from pinned memory for CUDA, so that the host waits for nothing."""
+    drawn = list(draws)
+    flat = torch.cat([tensor.flatten() for draw in drawn for tensor in draw])
+    if device.type == "cuda":
+        flat = flat.pin_memory()
+    flat = flat.to(device, non_blocking=True)
+    parts = iter(flat.split([tensor.numel() for draw in drawn for tensor in draw]))
+    for draw in drawn:
+        yield tuple(next(parts).view_as(tensor) for tensor in draw)
 
 
 def training_batches(

@@ -3,7 +3,9 @@
 Shapes: B images of a batch, H W stored pixels, S pixels a side that the model takes, R pixels a side before the crop.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Literal
 
 import numpy as np
@@ -50,9 +52,7 @@ class View:
         if self.resized != self.image_size:
             start = round((self.resized - self.image_size) / 2)
             images = images[..., start : start + self.image_size, start : start + self.image_size].contiguous()
-        mean = torch.tensor(self.mean, device=images.device).view(3, 1, 1)
-        std = torch.tensor(self.std, device=images.device).view(3, 1, 1)
-        return images.sub_(mean).div_(std)
+        return images.sub_(_by_channel(self.mean, images.device)).div_(_by_channel(self.std, images.device))
 
     def _resize(self, images: Tensor) -> Tensor:
         size = (self.resized, self.resized)
@@ -66,6 +66,13 @@ class View:
         return cubic.clamp_(0, 1).to(images.device)
 
 
+@cache
+def _by_channel(values: tuple[float, float, float], device: torch.device) -> Tensor:
+    """Values as (3, 1, 1) on the device, sent there once: a copy makes the host wait for the device."""
+    with torch.inference_mode(mode=False):
+        return torch.tensor(values, device=device).view(3, 1, 1)
+
+
 def augment(pixels: Tensor, kind: Augmentation, *rngs: np.random.Generator) -> Tensor:
     """Pad uint8 (B, 3, H, W) by an eighth and crop back at random; crop_flip mirrors half of the images too.
 
@@ -76,9 +83,15 @@ def augment(pixels: Tensor, kind: Augmentation, *rngs: np.random.Generator) -> T
     """
     if kind == "none":
         return pixels
-    batch, _, height, width = pixels.shape
-    pad = max(1, height // 8)
-    share = batch // len(rngs)
+    return crop(pixels, draw_crops(kind, len(pixels), pixels.shape[2], rngs).to(pixels.device))
+
+
+def draw_crops(kind: Augmentation, batch: int, height: int, rngs: Sequence[np.random.Generator]) -> Tensor:
+    """Draw for B = ``batch`` images of H = ``height`` where each crop begins and whether it is mirrored.
+
+    Returns int64 (3, B), rows top, left and mirrored (0 or 1). Each generator draws for its share of the batch.
+    """
+    pad, share = _padding(height), batch // len(rngs)
     draws = [
         (
             rng.integers(0, 2 * pad + 1, share),
@@ -87,10 +100,22 @@ def augment(pixels: Tensor, kind: Augmentation, *rngs: np.random.Generator) -> T
         )
         for rng in rngs
     ]
-    top, left, flip = (torch.from_numpy(np.concatenate(drawn)) for drawn in zip(*draws, strict=True))
-    rows = top[:, None] + torch.arange(height)  # (B, H)
-    columns = left[:, None] + torch.arange(width)  # (B, W)
-    columns[flip] = columns[flip].flip(1)
-    which, rows, columns = (t.to(pixels.device) for t in (torch.arange(batch), rows, columns))
+    return torch.from_numpy(np.stack([np.concatenate(drawn).astype(np.int64) for drawn in zip(*draws, strict=True)]))
+
+
+def crop(pixels: Tensor, crops: Tensor) -> Tensor:
+    """Cut uint8 (B, 3, H, W) as ``draw_crops`` drew it, (3, B) on the pixels' device."""
+    batch, _, height, width = pixels.shape
+    device, pad = pixels.device, _padding(height)
+    top, left, mirrored = crops.unsqueeze(2)
+    across = torch.arange(width, device=device)
+    rows = top + torch.arange(height, device=device)  # (B, H)
+    columns = left + torch.where(mirrored > 0, across.flip(0), across)  # (B, W)
+    which = torch.arange(batch, device=device)
     padded = F.pad(pixels, (pad, pad, pad, pad)).permute(0, 2, 3, 1)  # channels last: one gather per pixel
     return padded[which[:, None, None], rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
+
+
+def _padding(height: int) -> int:
+    """Pixels at each side: an eighth."""
+    return max(1, height // 8)

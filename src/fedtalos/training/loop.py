@@ -37,11 +37,12 @@ def train(
     precision: Precision = "fp32",
     forward: Callable[[Tensor], Tensor] | None = None,
     adjust: Adjust | None = None,
+    allowed: Tensor | None = None,
 ) -> Metrics:
     """Step ``optimizer`` once per batch on the mean cross-entropy; ``learning_rate`` maps a step's number to its rate.
 
     ``forward`` maps a batch's first tensor to logits (B, C), where that is not the whole model. ``adjust`` changes
-    gradients before they are clipped.
+    gradients before they are clipped. ``allowed`` (C, C) says which logits count for a label (None: all).
 
     Raises BadUpdateError where a loss, a clipped gradient or the final values are not finite: on a CPU before that
     batch's step, elsewhere within CHECK_EVERY steps, since reading a value waits for all that the device has yet to do.
@@ -54,7 +55,9 @@ def train(
     for number, (images, labels) in enumerate(batches):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(number)
-        loss, correct = moving.micro_batch.backward(forward or moving.model, optimizer, images, labels, precision)
+        loss, correct = moving.micro_batch.backward(
+            forward or moving.model, optimizer, images, labels, precision, allowed
+        )
         if adjust is not None:
             gradients = moving.gradients()
             moving.entries.scatter(adjust(moving.entries.gather(gradients)), gradients)

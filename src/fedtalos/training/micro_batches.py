@@ -31,11 +31,13 @@ class MicroBatch:
         images: Tensor,
         labels: Tensor,
         precision: Precision = "fp32",
+        allowed: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Leave the batch's gradient, and nothing else; returns its mean loss and number of correct answers, both ().
 
-        ``forward`` maps images to logits (B, C). Logs a warning the first time that a size does not fit. Raises the
-        device's own error where a single image does not fit.
+        ``forward`` maps images to logits (B, C), ``allowed`` (C, C) says which of them count for a label. Logs a
+        warning the first time that a size does not fit. Raises the device's own error where a single image does not
+        fit.
         """
         while True:
             optimizer.zero_grad(set_to_none=True)
@@ -44,7 +46,7 @@ class MicroBatch:
             try:
                 for x, y in zip(images.split(size), labels.split(size), strict=True):
                     with autocast(x.device, precision):
-                        logits = forward(x)
+                        logits = restricted(forward(x), y, allowed)
                     loss = F.cross_entropy(logits.float(), y) * (len(y) / len(labels))
                     loss.backward()
                     losses.append(loss.detach())
@@ -67,3 +69,8 @@ class MicroBatch:
 def correct_answers(logits: Tensor, labels: Tensor) -> Tensor:
     """Count (B, C) logits that are largest at their label, ()."""
     return (logits.argmax(1) == labels).sum()
+
+
+def restricted(logits: Tensor, labels: Tensor, allowed: Tensor | None) -> Tensor:
+    """Leave those of logits (..., C) that are ``allowed`` (C, C) for the image's label (...); others become -inf."""
+    return logits if allowed is None else logits.masked_fill(~allowed[labels], float("-inf"))

@@ -6,12 +6,13 @@ moments) is held for active entries only, as vectors of length A, the True entri
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from fedtalos.devices import distinct_places
 from fedtalos.training.entries import Entries
 
 OptimizerName = Literal["sgd", "adamw"]
@@ -71,6 +72,11 @@ class SparseOptimizer(Optimizer, ABC):
             ]
         self._active = dict(zip(params, indices, strict=True))
 
+    def kept_shape(self, parameter: Tensor) -> torch.Size:
+        """Shape of the momentum or moments that are kept of a parameter: (A,), or where all is active its own."""
+        index = self._active[cast(nn.Parameter, parameter)]
+        return torch.Size([parameter.numel()]) if index is None else index.shape
+
     def steps_only(self, indices: Iterable[Tensor | None]) -> bool:
         """Tell whether these are the entries that it steps, parameter by parameter."""
         return all(
@@ -91,9 +97,10 @@ class SparseOptimizer(Optimizer, ABC):
             gradients = [self._taken(parameter, parameter.grad.reshape(-1)) for parameter in moving]
             if moving:
                 self.update(values, gradients, [self.state[parameter] for parameter in moving], group)
-            for parameter, value in zip(moving, values, strict=True):
-                if (index := self._active[parameter]) is not None:
-                    parameter.view(-1).scatter_(0, index, value)
+            with distinct_places():
+                for parameter, value in zip(moving, values, strict=True):
+                    if (index := self._active[parameter]) is not None:
+                        parameter.view(-1).scatter_(0, index, value)
         return loss
 
     def _taken(self, parameter: nn.Parameter, flat: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ Shapes: B examples of a chunk, T tokens, I in and O out features, C classes, S l
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from typing import Literal
 
 import numpy as np
@@ -28,12 +29,19 @@ from fedtalos.devices import Precision, autocast, strict_float32
 from fedtalos.errors import InputError, TrainingError
 from fedtalos.models.backbone import Backbone
 from fedtalos.randomness import generator
+from fedtalos.training.engine.capture import Compile, Steps
 from fedtalos.training.feature_cache import view_of
 
 Scores = dict[str, Tensor]
 """Tensor name -> float32 tensor of the parameter's shape."""
 
 FisherMode = Literal["true", "exact", "empirical", "batch"]
+
+CHUNKS_THAT_PAY = 8
+"""Chunks of one size after which a graph of them pays for its capture, which takes about four."""
+
+CLASSES_ON_CUDA = 4096
+"""Classes up to which labels are drawn on the card itself: a triangle of more is too large."""
 
 Scored = tuple[Tensor, Tensor, Tensor]
 """Images (B, 3, H, W), their labels (B,), and uniform numbers in [0, 1) (B, S), which draw labels from the model."""
@@ -66,9 +74,14 @@ def scored_batches(
 
 def draw_labels(log_p: Tensor, uniforms: Tensor) -> Tensor:
     """Labels (B,) drawn from the predictive distribution ``log_p`` (B, C), inverting it at ``uniforms`` (B,)."""
-    cumulative = log_p.detach().cpu().double().exp().cumsum(1)
-    below = (cumulative <= uniforms.double().unsqueeze(1) * cumulative[:, -1:]).sum(1)
-    return below.clamp(max=log_p.shape[1] - 1).to(log_p.device)
+    classes, device = log_p.shape[1], log_p.device
+    on_cuda = device.type == "cuda" and classes <= CLASSES_ON_CUDA
+    there = device if on_cuda else torch.device("cpu")  # mps has no float64
+    p = log_p.detach().to(there).double().exp()
+    # CUDA's cumsum adds in another order each time; a product with a triangle of ones does not.
+    cumulative = p @ torch.ones(classes, classes, dtype=p.dtype, device=there).triu() if on_cuda else p.cumsum(1)
+    below = (cumulative <= uniforms.to(there).double().unsqueeze(1) * cumulative[:, -1:]).sum(1)
+    return below.clamp(max=classes - 1).to(device)
 
 
 def targets(mode: FisherMode, log_p: Tensor, labels: Tensor, uniforms: Tensor) -> list[tuple[Tensor, Tensor | float]]:
@@ -99,6 +112,7 @@ def fisher_scores(
     mode: FisherMode = "true",
     chunk: int = 16,
     precision: Precision = "fp32",
+    compile: Compile = "off",
 ) -> Scores:
     """Sum over examples of squared gradients of log p(y | x), for the parameters that ``masks`` names.
 
@@ -108,7 +122,8 @@ def fisher_scores(
     one layer's gradients for each of them, never all layers'. Mode batch takes, and squares, whole batches. Every
     scored layer must run once in a forward pass, and nothing after it may work in place. In ``precision`` fp32 labels
     are drawn and gradients formed in strict float32, without TF32 and whatever autocast is on around this: masks must
-    not depend on what the processor likes.
+    not depend on what the processor likes. With ``compile`` graph or on, many chunks of one size become a CUDA graph
+    where that is possible.
 
     Raises TypeError for a parameter of another kind of layer, TrainingError where a score is not finite.
 
@@ -121,11 +136,13 @@ def fisher_scores(
     device = next(model.parameters()).device
     strict = strict_float32() if precision == "fp32" else nullcontext()
     squares = _squares_added_to(scores, masks, model, per_example=mode != "batch")
+    passes = partial(_passes, model, weights or {}, mode, precision)
+    add_scores = Steps(passes, lambda: list(scores.values()), compile=compile, after=CHUNKS_THAT_PAY)
     with strict, autocast(device, "fp32"), _frozen(model), squares:
         for batch in batches:
             size = len(batch[0]) if mode == "batch" else chunk
             for images, labels, uniforms in zip(*(tensor.split(size) for tensor in batch), strict=True):
-                _passes(model, weights or {}, images, labels, uniforms, mode, precision)
+                add_scores(images, labels, uniforms if device.type == "mps" else uniforms.to(device))
     bad = [name for name, score in scores.items() if not bool(score.isfinite().all())]
     if bad:
         raise TrainingError(f"the Fisher score of {bad[0]} is not finite: the weights or images hold NaN or infinity")
@@ -135,13 +152,16 @@ def fisher_scores(
 def _passes(
     model: nn.Module,
     weights: Mapping[str, Tensor],
+    mode: FisherMode,
+    precision: Precision,
     images: Tensor,
     labels: Tensor,
     uniforms: Tensor,
-    mode: FisherMode,
-    precision: Precision,
-) -> None:
-    """Forward and backward passes of one chunk; its activations are freed on return, before the next chunk's come."""
+) -> Tensor:
+    """Forward and backward passes of one chunk; its activations are freed on return, before the next chunk's come.
+
+    Returns log p of the classes that were scored last, (B,).
+    """
     with autocast(images.device, precision):
         logits = functional_call(model, dict(weights), (images,))
     log_p = F.log_softmax(logits.float(), dim=1)
@@ -150,6 +170,7 @@ def _passes(
         # Examples do not meet in the forward pass, so what comes back to each is its own.
         chosen = factors * log_p.gather(1, classes.unsqueeze(1)).squeeze(1)
         chosen.sum().backward(retain_graph=number < len(passes))
+    return chosen.detach()
 
 
 def activation_bytes(model: nn.Module, images: Tensor) -> int:

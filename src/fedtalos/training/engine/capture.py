@@ -6,12 +6,18 @@ An eager step of a small model is bound by the launches, some 1 500 a step at 6 
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import cache
+from typing import Any, Literal, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
 
+from fedtalos.devices import out_of_memory
+from fedtalos.notes import note
+
 log = logging.getLogger(__name__)
+
+Compile = Literal["on", "graph", "off"]
+"""How steps run: through torch.compile and as CUDA graphs, as graphs of the eager step, or as they stand."""
 
 StepFunction = Callable[..., Tensor]
 """A function of tensors that waits for nothing on the host; what it keeps between calls stays where it is in memory."""
@@ -19,35 +25,26 @@ StepFunction = Callable[..., Tensor]
 State = Callable[[], Sequence[Tensor]]
 """Gives the tensors that a step changes."""
 
-WARM_UPS = 3
-"""Steps before the capture: libraries make their workspaces, and the optimiser its state, outside the graph."""
+WARM_UPS = 2
+"""Steps before the capture, on a stream beside: libraries make their workspaces outside the graph."""
 
+DEVICES_WITH_GRAPHS = ("cuda",)
 
-class EagerStep:
-    """Run a step as it stands: the twin of ``CapturedStep`` where nothing can be captured.
-
-    >>> run = EagerStep(step)
-    >>> figures = run(images, labels)
-    """
-
-    def __init__(self, step: StepFunction) -> None:
-        self._step = step
-
-    def __call__(self, *inputs: Tensor) -> Tensor:
-        return self._step(*inputs)
+SHAPES = 64
+"""Shapes for which torch.compile may make a function anew; by itself it gives up after eight."""
 
 
 class CapturedStep:
-    """Capture a step as a CUDA graph on buffers of its own, and replay it on inputs of the same shapes.
+    """A step as a CUDA graph on buffers of its own, replayed on inputs of the same shapes.
 
-    ``state`` gives what the step changes: capturing takes a few steps, which are undone. Raises RuntimeError where
-    the step cannot be captured.
+    ``state`` gives what the step changes: capturing takes a few steps, which are undone. Graphs of one memory ``pool``
+    overwrite each other's values, so outputs are copies. Raises RuntimeError where the step cannot be captured.
 
     >>> run = CapturedStep(step, (images, labels), state=lambda: [weights])
     >>> figures = run(images, labels)
     """
 
-    def __init__(self, step: StepFunction, inputs: Sequence[Tensor], state: State) -> None:
+    def __init__(self, step: StepFunction, inputs: Sequence[Tensor], state: State, pool: Any = None) -> None:
         self._inputs = [tensor.clone() for tensor in inputs]
         self._graph = torch.cuda.CUDAGraph()
         side = torch.cuda.Stream()
@@ -57,14 +54,61 @@ class CapturedStep:
                 for _ in range(WARM_UPS):
                     step(*self._inputs)
             torch.cuda.current_stream().wait_stream(side)
-            with torch.cuda.graph(self._graph):
+            with torch.cuda.graph(self._graph, pool=pool):
                 self._output = step(*self._inputs)
+        self.pool = self._graph.pool()
 
     def __call__(self, *inputs: Tensor) -> Tensor:
         for buffer, tensor in zip(self._inputs, inputs, strict=True):
             buffer.copy_(tensor, non_blocking=True)
         self._graph.replay()
         return self._output.clone()
+
+
+class Steps:
+    """A step that runs as it stands at first, and as a CUDA graph once inputs of the same shapes have come ``after``
+    times; with ``compile`` off, or where a graph is impossible, always as it stands.
+
+    So shapes that come once, such as a last small batch, cost no capture. The kernels are the same either way, and so
+    are the numbers.
+
+    >>> run = Steps(step, state=lambda: [weights], compile="graph")
+    >>> figures = [run(images, labels) for images, labels in batches]
+    """
+
+    def __init__(self, step: StepFunction, state: State = list, *, compile: Compile, after: int = 1) -> None:
+        self._step, self._state, self._after = step, state, after
+        self._compile = compile
+        self._seen: dict[tuple[torch.Size, ...], int] = {}
+        self._graphs: dict[tuple[torch.Size, ...], CapturedStep] = {}
+
+    def __call__(self, *inputs: Tensor) -> Tensor:
+        if self._compile == "off":
+            return self._step(*inputs)
+        shapes = tuple(tensor.shape for tensor in inputs)
+        self._seen[shapes] = self._seen.get(shapes, 0) + 1
+        if shapes not in self._graphs and self._seen[shapes] > self._after:
+            self._try_to_capture(shapes, inputs)
+        return self._graphs.get(shapes, self._step)(*inputs)
+
+    def clear(self) -> None:
+        """Forget all graphs: the step is another from now on."""
+        self._graphs.clear()
+
+    def _try_to_capture(self, shapes: tuple[torch.Size, ...], inputs: Sequence[Tensor]) -> None:
+        if inputs[0].device.type not in DEVICES_WITH_GRAPHS:
+            if self._compile == "graph":
+                say_once("graphs", f"there are no CUDA graphs on {inputs[0].device.type}: steps run eagerly")
+            self._compile = "off"
+            return
+        pool = next((graph.pool for graph in self._graphs.values()), None)
+        try:
+            self._graphs[shapes] = CapturedStep(self._step, inputs, self._state, pool)
+        except RuntimeError as error:
+            if out_of_memory(error) or isinstance(error.__context__, torch.OutOfMemoryError):
+                raise torch.OutOfMemoryError(str(error)) from error
+            self._compile = "off"
+            say_once("graphs", f"a step cannot be captured as a CUDA graph ({first_line(error)}): steps run eagerly")
 
 
 @contextmanager
@@ -86,28 +130,31 @@ def undone(state: State) -> Iterator[None]:
                     tensor.copy_(held)
 
 
-def capture_or_not(
-    step: StepFunction, inputs: Sequence[Tensor], state: State, *, wanted: bool
-) -> CapturedStep | EagerStep:
-    """Capture a step where that is ``wanted`` and possible, else run it as it stands; the log says which and why not.
+P = ParamSpec("P")
+R = TypeVar("R")
 
-    >>> run = capture_or_not(step, (images, labels), lambda: [weights], wanted=True)
+
+def compiled(function: Callable[P, R]) -> Callable[P, R]:
+    """Pass a function through torch.compile, for each shape of its inputs anew; it compiles when it is called.
+
+    >>> forward = compiled(model)
     """
-    if not wanted:
-        return EagerStep(step)
-    if inputs[0].device.type != "cuda":
-        _warn(f"steps cannot be captured on {inputs[0].device.type}, only on CUDA: they run eagerly")
-        return EagerStep(step)
-    try:
-        return CapturedStep(step, inputs, state)
-    except torch.OutOfMemoryError:
-        raise
-    except RuntimeError as error:
-        _warn(f"steps cannot be captured as a CUDA graph ({error}): they run eagerly, which is slower")
-        return EagerStep(step)
+    torch._dynamo.config.recompile_limit = max(SHAPES, torch._dynamo.config.recompile_limit)
+    made: Callable[P, R] = torch.compile(function, dynamic=False)
+    return made
 
 
-@cache
-def _warn(message: str) -> None:
-    """Say it once in a process, however many shapes of batches there are."""
-    log.warning(message)
+_said: set[str] = set()
+
+
+def say_once(what: str, sentence: str) -> None:
+    """Warn of a slower way that is taken, once in a process, and note it for the run's record."""
+    note(what, sentence)
+    if sentence not in _said:
+        _said.add(sentence)
+        log.warning("%s", sentence)
+
+
+def first_line(error: Exception) -> str:
+    """The first line of an error's text, or its type's name: CUDA's and the compiler's go on for pages."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

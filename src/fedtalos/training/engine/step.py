@@ -14,12 +14,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim import SGD, AdamW, Optimizer
 
-from fedtalos.training.engine.capture import CapturedStep, EagerStep, capture_or_not
+from fedtalos.devices import distinct_places, out_of_memory
+from fedtalos.training.engine.capture import Compile, Steps, compiled, first_line, say_once
 from fedtalos.training.engine.stacked_model import StackedModel
 from fedtalos.training.entries import Values
 from fedtalos.training.local_training import LocalTraining
 from fedtalos.training.loop import Batches, Step
 from fedtalos.training.masked_parameters import MaskedParameters
+from fedtalos.training.micro_batches import restricted
 
 
 class StackedAdjust(Protocol):
@@ -34,12 +36,15 @@ class StackedAdjust(Protocol):
 
 A = TypeVar("A", bound=StackedAdjust)
 
+Forward = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+"""(images, labels) -> losses and correct answers of every client, both (V,)."""
+
 
 class Stack:
     """V clients that start from the same values and train side by side, each on its own batches.
 
-    ``passed`` is the number of the model's stages that the batches have passed already. ``capture`` runs steps as CUDA
-    graphs where that is possible, ``compile`` passes forward and backward through torch.compile.
+    ``passed`` is the number of the model's stages that the batches have passed already. ``compile`` says how steps run;
+    only whole batches, of ``local.batch_size`` images, are worth torch.compile's time.
 
     Every client's optimiser is fresh at ``load``. Of a tensor of which a mask freezes entries, the optimiser steps the
     moving ones gathered in a vector of their own, so that its state has no others, and writes them back.
@@ -57,10 +62,9 @@ class Stack:
         size: int,
         *,
         passed: int = 0,
-        capture: bool = False,
-        compile: bool = False,
+        compile: Compile = "off",
     ) -> None:
-        self.local, self.size, self._capture = local, size, capture
+        self.local, self.size = local, size
         entries = moving.entries
         numbers = {name: torch.arange(len(mask)) for name, mask in entries.masks.items()}
         spans = dict(zip(numbers, entries.moving_rows(numbers), strict=True))
@@ -70,7 +74,7 @@ class Stack:
         within = {name: mask[rows[name]].flatten() for name, mask in entries.masks.items()}
         self._indices = [None if bool(mask.all()) else mask.nonzero().squeeze(1) for mask in within.values()]
         """Positions of moving entries in a client's rows of each tensor, (A,) together; None: all of them."""
-        self._steered = [
+        self.steered = [
             tensor if index is None else nn.Parameter(tensor.detach().view(size, -1).index_select(1, index))
             for tensor, index in zip(self._tensors, self._indices, strict=True)
         ]
@@ -80,14 +84,21 @@ class Stack:
             for client in range(size)
         ]
         """Views of each client's values, in the parts of ``Entries.moving_rows``."""
-        self._optimizer = _optimizer(self._steered, local, captured=capture and moving.device.type == "cuda")
+        on_cuda = moving.device.type == "cuda"
+        self._optimizer = _optimizer(self.steered, local, captured=on_cuda and compile != "off")
+        self._allowed = local.allowed(moving)
         self._adjust: StackedAdjust | None = None
-        self._forward = torch.compile(self._losses, dynamic=False) if compile else self._losses
-        self._steps: dict[tuple[torch.Size, torch.Size], CapturedStep | EagerStep] = {}
+        self._compiled = compiled(self._losses) if compile == "on" else None
+        self._steps = Steps(self.step, self._state, compile=compile)
+
+    @property
+    def optimizer_states(self) -> list[dict[str, Tensor]]:
+        """States of the optimiser, one for each tensor that moves, which may be written to."""
+        return [self._optimizer.state[steered] for steered in self.steered]
 
     def vector(self) -> Tensor:
         """Copy what moves of every client, (V, A)."""
-        return torch.cat([steered.detach().flatten(1) for steered in self._steered], 1)
+        return torch.cat([steered.detach().flatten(1) for steered in self.steered], 1)
 
     def finite(self) -> Tensor:
         """Tell by client whether all values are finite, (V,) bool; nothing is read from the device."""
@@ -100,15 +111,15 @@ class Stack:
         for tensor, part in zip(self._tensors, theta.parts, strict=True):
             tensor.copy_(part.view(tensor.shape[1:]).expand_as(tensor))
         self._gather()
-        for value in self._optimizer_state():
-            value.zero_()
+        if state := self._optimizer_state():
+            torch._foreach_zero_(state)
 
     def adjust_by(self, adjust: A | None) -> A | None:
         """Change gradients from now on by ``adjust``, before they are clipped.
 
         Returns the one in use: where captured steps know one like it already, that one, with the new one's tensors.
         """
-        if adjust is None or not self._capture or _plain(adjust) != _plain(self._adjust):
+        if adjust is None or _plain(adjust) != _plain(self._adjust):
             if adjust is not None or self._adjust is not None:
                 self._steps.clear()
             self._adjust = adjust
@@ -119,27 +130,29 @@ class Stack:
                 getattr(known, name).copy_(value)
         return known
 
-    def train(self, batches: Batches, learning_rate: float) -> list[Step]:
-        """Take a step of all clients per batch, (V, B, 3, H, W) and (V, B); nothing is read from the device."""
+    def train(self, batches: Batches, learning_rate: float | Callable[[int], float], first: int = 0) -> list[Step]:
+        """Take a step of all clients per batch, (V, B, 3, H, W) and (V, B); nothing is read from the device.
+
+        ``learning_rate`` is a number, or maps a step's number, which counts from ``first``, to its rate.
+        """
+        taken = []
+        for number, (images, labels) in enumerate(batches, first):
+            rate = learning_rate(number) if callable(learning_rate) else learning_rate
+            self._set_rate(rate)
+            loss, norm, correct = self._steps(images, labels)
+            taken.append(Step(number, rate, labels.shape[1], loss, norm, correct))
+        return taken
+
+    def _set_rate(self, rate: float) -> None:
         for group in self._optimizer.param_groups:
             if isinstance(group["lr"], Tensor):
-                group["lr"].fill_(learning_rate)
+                group["lr"].fill_(rate)
             else:
-                group["lr"] = learning_rate
-        taken = []
-        for number, (images, labels) in enumerate(batches):
-            key = images.shape, labels.shape
-            if key not in self._steps:
-                self._steps[key] = capture_or_not(self.step, (images, labels), self._state, wanted=self._capture)
-                self._capture = isinstance(self._steps[key], CapturedStep)  # what failed once is not tried again
-            loss, norm, correct = self._steps[key](images, labels)
-            taken.append(Step(number, learning_rate, labels.shape[1], loss, norm, correct))
-        return taken
+                group["lr"] = rate
 
     def step(self, images: Tensor, labels: Tensor) -> Tensor:
         """Take one step on (V, B, ...) and (V, B); returns losses, gradients' norms and correct answers, (3, V)."""
-        losses, correct = self._forward(images, labels)
-        found = torch.autograd.grad(losses.sum(), self._tensors)
+        losses, correct, found = self._gradients(images, labels)
         with torch.no_grad():
             gradients = [
                 gradient.reshape(self.size, -1)
@@ -151,34 +164,51 @@ class Stack:
                 changed = self._adjust(torch.cat(gradients, 1))
                 gradients = list(changed.split([gradient.shape[1] for gradient in gradients], 1))
             norms = losses if self.local.clip_norm is None else clip_each(gradients, self.local.clip_norm)
-            for steered, gradient in zip(self._steered, gradients, strict=True):
+            for steered, gradient in zip(self.steered, gradients, strict=True):
                 steered.grad = gradient.reshape(steered.shape)
             self._optimizer.step()
             self._optimizer.zero_grad(set_to_none=True)
             self._write_back()
-            return torch.stack([losses.detach(), norms, correct])
+            return torch.stack([losses, norms, correct])
+
+    def _gradients(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
+        """Losses and correct answers, (V,), and the gradients of the stacks; compiled where batches are whole."""
+        if self._compiled is not None and labels.shape[1] == self.local.batch_size:
+            try:
+                return self._passed(self._compiled, images, labels)
+            except Exception as error:  # whatever a compiler, or the C compiler that it wants, may raise
+                if isinstance(error, RuntimeError) and out_of_memory(error):
+                    raise
+                say_once("compile", f"torch.compile failed ({first_line(error)}): steps run without it")
+                self._compiled = None
+        return self._passed(self._losses, images, labels)
+
+    def _passed(self, forward: Forward, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
+        losses, correct = forward(images, labels)
+        return losses.detach(), correct, torch.autograd.grad(losses.sum(), self._tensors)
 
     def _losses(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """Mean loss and number of correct answers of every client, both (V,) float32."""
-        logits = self._model(images)  # (V, B, C)
+        logits = restricted(self._model(images), labels, self._allowed)  # (V, B, C)
         losses = F.cross_entropy(logits.float().flatten(0, 1), labels.flatten(), reduction="none")
         return losses.view(labels.shape).mean(1), (logits.argmax(2) == labels).sum(1).float()
 
     def _gather(self) -> None:
         """Copy moving entries into the vectors that the optimiser steps."""
-        for steered, tensor, index in zip(self._steered, self._tensors, self._indices, strict=True):
+        for steered, tensor, index in zip(self.steered, self._tensors, self._indices, strict=True):
             if index is not None:
                 steered.copy_(tensor.view(self.size, -1).index_select(1, index))
 
     def _write_back(self) -> None:
         """Copy the vectors that the optimiser stepped into their tensors; every other entry keeps its bits."""
-        for steered, tensor, index in zip(self._steered, self._tensors, self._indices, strict=True):
-            if index is not None:
-                tensor.view(self.size, -1).scatter_(1, index.expand(self.size, -1), steered)
+        with distinct_places():
+            for steered, tensor, index in zip(self.steered, self._tensors, self._indices, strict=True):
+                if index is not None:
+                    tensor.view(self.size, -1).scatter_(1, index.expand(self.size, -1), steered)
 
     def _state(self) -> list[Tensor]:
         """Everything that a step changes, but its figures."""
-        held = [tensor.detach() for tensor in (*self._tensors, *self._steered)]
+        held = [tensor.detach() for tensor in (*self._tensors, *self.steered)]
         own = vars(self._adjust).values() if self._adjust is not None else ()
         return held + self._optimizer_state() + [value for value in own if isinstance(value, Tensor)]
 

@@ -11,18 +11,19 @@ from itertools import groupby
 import torch
 from torch import Tensor
 
-from fedtalos.data.batches import batch_sizes, stacked_batches
+from fedtalos.data.batches import batch_sizes
 from fedtalos.devices import out_of_memory
 from fedtalos.errors import BadUpdateError
 from fedtalos.metrics import Metrics
 from fedtalos.randomness import generator
+from fedtalos.training.engine.batches import batches_of, stages_passed
+from fedtalos.training.engine.capture import Compile
 from fedtalos.training.engine.step import Stack
 from fedtalos.training.entries import Values
-from fedtalos.training.feature_cache import plain_source
 from fedtalos.training.federated.clients import Clients
 from fedtalos.training.federated.fedavg import FedAvg, Lost, Update, Updates, one_by_one
 from fedtalos.training.local_training import LocalTraining, Watch, unwatched
-from fedtalos.training.loop import Batches, Step, add_up, check_values, fetch
+from fedtalos.training.loop import Step, add_up, check_values, fetch
 from fedtalos.training.masked_parameters import MaskedParameters
 
 log = logging.getLogger(__name__)
@@ -36,8 +37,7 @@ def stacked(
     algorithm: FedAvg,
     *,
     size: int,
-    capture: bool = False,
-    compile: bool = False,
+    compile: Compile = "off",
     watch: Watch = unwatched,
     message: Callable[[int], Tensor | None] | None = None,
 ) -> Updates:
@@ -45,48 +45,38 @@ def stacked(
 
     Each client trains as it would by itself, up to the rounding of sums. Figures are read from the device once, at
     the end of a stack: what went wrong is known only then, and of which client. Stacks that do not fit into memory are
-    halved, down to clients one by one. ``capture`` runs steps as CUDA graphs
-    where that is possible, ``compile`` passes them through torch.compile. ``message`` replaces the algorithm's own,
-    where another process is the server.
+    halved, down to clients one by one. ``compile`` says how steps run: as they stand, as CUDA graphs, or compiled too.
+    ``message`` replaces the algorithm's own, where another process is the server.
 
     Raises InputError for models of other libraries, which cannot be stacked.
 
     >>> rounds = fedavg(model, clients, local=local, rounds=10, engine=partial(stacked, size=10))
     """
-    cached = local.augmentation == "none"  # features of the frozen stages, which augmented images would need anew
+    passed = stages_passed(moving, local)
 
-    @lru_cache(maxsize=2)  # a round's stacks, and the smaller one that may be left over
-    def stack_of(count: int) -> Stack:
-        passed = moving.frozen_stages if cached else 0
-        return Stack(moving, local, count, passed=passed, capture=capture, compile=compile)
-
-    def batches_of(number: int, group: Sequence[int], steps: int) -> Batches:
-        ids = [clients[client] for client in group]
-        source = moving.source(clients.images, ids) if cached else plain_source(moving.model, clients.images)
-        return stacked_batches(
-            source.images,
-            ids,
-            source.view,
-            steps=steps,
-            batch_size=local.batch_size,
-            augmentation=local.augmentation,
-            rngs=[generator(seed, "batches", number, client) for client in group],
-        )
+    @lru_cache(maxsize=4 if compile != "off" else 2)  # a round's stacks, and smaller ones that may be left over
+    def stack_of(count: int, way: Compile) -> Stack:
+        return Stack(moving, local, count, passed=passed, compile=way)
 
     def together(number: int, group: Sequence[int], theta: Values, share: float) -> list[tuple[int, Update | Lost]]:
-        stack, steps = stack_of(len(group)), local.steps_for(len(clients[group[0]]))
+        size = len(group) if compile == "off" else filled(len(group), limit)
+        stack = stack_of(size, "graph" if compile == "on" and size < limit else compile)
+        steps = local.steps_for(len(clients[group[0]]))
         sent = [algorithm.message(moving, client) if message is None else message(client) for client in group]
-        messages = [tensor for tensor in sent if tensor is not None]
+        messages = [tensor for tensor in (*sent, *[sent[-1]] * (size - len(group))) if tensor is not None]
         stack.load(theta)
         made = algorithm.client_side(stack, torch.stack(messages) if messages else None, steps)
         correction = stack.adjust_by(made)
-        batches = watch(batches_of(number, group, steps), share / steps)
+        places = [*group, *[group[-1]] * (size - len(group))]
+        ids = [clients[client] for client in places]
+        rngs = [generator(seed, "batches", number, client) for client in places]
+        batches = watch(batches_of(moving, local, clients.images, ids, rngs, steps=steps), share / steps)
         taken = stack.train(batches, local.rate(number - 1))
         replies = None if correction is None or correction.reply is None else correction.reply.clone()
         return [
             (client, found if isinstance(found, Lost) else Update(values, found, None if replies is None else reply))
             for client, found, values, reply in zip(
-                group, outcomes(stack, taken), stack.clients, group if replies is None else replies, strict=True
+                group, outcomes(stack, taken), stack.clients, places if replies is None else replies, strict=False
             )
         ]
 
@@ -134,6 +124,17 @@ def stacked(
                 same = same[len(group) :]
 
     return updates
+
+
+def filled(count: int, most: int) -> int:
+    """Size of the stack that takes ``count`` clients: 1, 2, 4, ... or ``most``; the last client fills empty places.
+
+    So a few graphs serve groups of all sizes.
+
+    >>> [filled(count, 10) for count in (1, 3, 5, 9)]
+    [1, 4, 8, 10]
+    """
+    return min(most, 1 << (count - 1).bit_length())
 
 
 def outcomes(stack: Stack, taken: Sequence[Step]) -> list[Metrics | Lost]:
