@@ -80,7 +80,8 @@ def test_lowest_scores_are_kept_not_the_highest():
 
 def test_resuming_equals_no_interruption(vit):
     eligible = eligible_entries(vit)
-    scores = [torch.from_numpy(generator(i, "s").random(len(eligible))).float() for i in range(4)]
+    drawn = (torch.from_numpy(generator(i, "s").random(len(eligible))) for i in range(4))
+    scores = [scores.float().to(eligible.device) for scores in drawn]
 
     def run(start=None, stop=4):
         kept = None
@@ -97,7 +98,7 @@ def test_resuming_equals_no_interruption(vit):
 
 def test_soften_multiplies_only_excluded_eligible_entries(vit):
     eligible = eligible_entries(vit)
-    kept = torch.from_numpy(generator(0, "kept").random(len(eligible)) < 0.5)
+    kept = torch.from_numpy(generator(0, "kept").random(len(eligible)) < 0.5).to(eligible.device)
     soft = soften(vit, eligible, kept, 0.1)
     masks = eligible.unflatten(kept)
     for name, value in soft.items():
@@ -157,7 +158,7 @@ def test_groups_are_rows_heads_and_tensors(vit):
 
 
 def eligible_position(eligible, name):
-    marks = {n: torch.full(m.shape, n == name) for n, m in eligible.masks.items()}
+    marks = {n: torch.full_like(m, n == name) for n, m in eligible.masks.items()}
     return eligible.gather(marks)
 
 
@@ -193,7 +194,7 @@ def test_rounds_with_groups_are_monotone_and_near_the_density(vit, criterion, gr
     eligible = eligible_entries(vit)
     groups = group_entries(eligible, granularity, vit.architecture)
     scores = score_by_weights(criterion, vit, eligible, 0, groups)
-    before = torch.ones(len(eligible), dtype=torch.bool)
+    before = torch.ones(len(eligible), dtype=torch.bool, device=eligible.device)
     for iteration in refine(lambda n, k: scores, eligible, density=0.2, iterations=3, seed=0, groups=groups):
         assert not (iteration.kept & ~before).any()
         before = iteration.kept
@@ -239,7 +240,7 @@ def trained(vit):
 
 
 def same(first, second) -> bool:
-    return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+    return first.keys() == second.keys() and all(torch.equal(first[name].cpu(), second[name].cpu()) for name in first)
 
 
 def count(mask) -> int:
@@ -275,7 +276,7 @@ def test_the_papers_entries_are_softened_in_later_rounds_and_can_be_masked(train
     assert set(outside) < mask.keys()
     assert 0 < count(mask) <= round(0.5 * len(eligible_entries(trained, "paper")))
     entries = eligible_entries(trained, "paper")
-    weights = soften(trained, entries, torch.zeros(len(entries), dtype=torch.bool), 0.01)
+    weights = soften(trained, entries, torch.zeros(len(entries), dtype=torch.bool, device=entries.device), 0.01)
     for name in outside:
         torch.testing.assert_close(weights[name], 0.01 * trained.get_parameter(name).detach())
     moving = MaskedParameters(
@@ -286,7 +287,7 @@ def test_the_papers_entries_are_softened_in_later_rounds_and_can_be_masked(train
 
 def test_scores_of_holders_add_up_to_those_of_all_images(trained, held):
     eligible = eligible_entries(trained)
-    everything = torch.ones(len(eligible), dtype=torch.bool)
+    everything = torch.ones(len(eligible), dtype=torch.bool, device=eligible.device)
     apart = [Holder(number, np.arange(number, 12, 3), held) for number in range(3)]
     alone = [Sensitivity(trained, eligible, [holder])(1, everything) for holder in apart]
     together = Sensitivity(trained, eligible, apart)(1, everything)
@@ -319,7 +320,7 @@ def test_watch_sees_shares_that_add_up_to_an_iteration(trained, held):
 
     holders = [Holder(0, np.arange(7), held), Holder(1, np.arange(7, 12), held)]
     score = Sensitivity(trained, eligible, holders, batch_size=3, watch=watch)
-    score(1, torch.ones(len(eligible), dtype=torch.bool))
+    score(1, torch.ones(len(eligible), dtype=torch.bool, device=eligible.device))
     assert shares == [1 / 5] * 5
 
 
@@ -361,7 +362,10 @@ def test_controls_are_as_dense_and_keep_what_they_say(vit):
     for mask in (drawn, large, small):
         assert count(mask) == round(0.2 * len(eligible))
         assert mask.keys() == eligible.masks.keys()
-    kept = {name: eligible.gather(mask) for name, mask in (("large", large), ("small", small))}
+    kept = {
+        kind: eligible.gather({name: tensor.to(eligible.device) for name, tensor in mask.items()})
+        for kind, mask in (("large", large), ("small", small))
+    }
     assert magnitude[kept["large"]].min() >= magnitude[~kept["large"]].max()
     assert magnitude[kept["small"]].max() <= magnitude[~kept["small"]].min()
     assert same(drawn, random_mask(vit, 0.2))
@@ -381,7 +385,8 @@ def assert_near(found: int, expected: float):
 
 @pytest.mark.parametrize("rule", ["blocks", "qk"])
 def test_a_random_mask_like_another_is_as_dense_over_eligible_entries_only(vit, rule):
-    mask, eligible = magnitude_mask(vit, 0.6, eligible=rule), eligible_entries(vit, rule).masks
+    mask = magnitude_mask(vit, 0.6, eligible=rule)
+    eligible = {name: tensor.cpu() for name, tensor in eligible_entries(vit, rule).masks.items()}
     per_tensor, anywhere = (random_like(mask, rule, scope=scope) for scope in ("tensor", "global"))
     for drawn in (per_tensor, anywhere):
         assert not any(bool((drawn[name] & ~eligible[name]).any()) for name in drawn)
@@ -403,6 +408,6 @@ def test_a_seed_fixes_the_random_mask_like_another(vit, scope):
 
 
 def test_a_mask_of_other_than_eligible_entries_is_like_none(vit):
-    mask = {name: ~tensor for name, tensor in eligible_entries(vit).masks.items()}
+    mask = {name: ~tensor.cpu() for name, tensor in eligible_entries(vit).masks.items()}
     with pytest.raises(InputError, match=r"mask: lets entries of blocks.0.attn.qkv.bias move that are not eligible"):
         random_like(mask)

@@ -106,7 +106,7 @@ def test_softened_weights_are_used_and_the_model_is_not_touched(vit, images, lab
     eligible = eligible_entries(vit)
     before = {name: p.detach().clone() for name, p in vit.named_parameters()}
     flags = [p.requires_grad for p in vit.parameters()]
-    kept = torch.from_numpy(generator(0, "kept").random(len(eligible)) < 0.3)
+    kept = torch.from_numpy(generator(0, "kept").random(len(eligible)) < 0.3).to(eligible.device)
     weights = soften(vit, eligible, kept, 0.01)
     scores = fisher_scores(vit, [(images, labels, uniforms)], eligible.masks, weights)
     assert_close(scores, loop_scores(vit, images, labels, uniforms, list(eligible.masks), weights))
@@ -119,7 +119,7 @@ def test_softened_weights_are_used_and_the_model_is_not_touched(vit, images, lab
 
 def test_the_papers_entries_outside_the_blocks_are_scored_as_the_loop_does(vit, images, labels, uniforms):
     paper = eligible_entries(vit, "paper")
-    weights = soften(vit, paper, torch.arange(len(paper)) % 3 > 0, 0.01)
+    weights = soften(vit, paper, torch.arange(len(paper), device=paper.device) % 3 > 0, 0.01)
     scores = fisher_scores(vit, [(images, labels, uniforms)], paper.masks, weights, chunk=5)
     expected = loop_scores(vit, images, labels, uniforms, paper.masks, weights)
     assert_close(
@@ -215,7 +215,7 @@ def test_scores_that_are_not_finite_are_an_error(vit, images, labels, uniforms):
 
 
 def test_activation_bytes_grow_with_the_images(vit):
-    images = torch.randn(6, 3, 8, 8, generator=torch_generator(0, "more"))
+    images = torch.randn(6, 3, 8, 8, generator=torch_generator(0, "more")).to(vit.pos_embed.device)
     one, six = (activation_bytes(vit, images[:n]) for n in (1, 6))
     assert six == pytest.approx(6 * one, rel=0.02)
     assert one > 6 * 17 * 4 * 96 * 4  # at least what each block's fc1 gives: tokens, outputs, bytes

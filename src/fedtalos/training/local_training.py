@@ -8,9 +8,12 @@ from dataclasses import dataclass, replace
 from typing import Self
 
 import numpy as np
+import torch
+from torch import Tensor
 from torch.optim import Optimizer
 
 from fedtalos.data.batches import steps_per_epoch, training_batches
+from fedtalos.data.class_groups import Groups, group_of
 from fedtalos.data.images import LabelledImages
 from fedtalos.data.sampling import Ids
 from fedtalos.data.view import Augmentation
@@ -38,7 +41,8 @@ class LocalTraining:
 
     ``steps`` is J; ``epochs``, passes over the holder's images, replaces it where given. ``learning_rate`` is a number,
     or a Schedule over rounds or epochs. ``weight_decay`` is decoupled for adamw and L2 for sgd; ``clip_norm`` bounds
-    the 2-norm of the gradient of what moves. A holder begins with a fresh optimiser: it keeps no momentum.
+    the 2-norm of the gradient of what moves. A holder begins with a fresh optimiser: it keeps no momentum. ``groups``
+    are groups of classes, such as tasks: of an image, the logits of its label's group alone count (of none: all).
 
     Raises InputError for values outside their limits.
 
@@ -56,6 +60,7 @@ class LocalTraining:
     clip_norm: float | None = 1.0
     augmentation: Augmentation = "none"
     precision: Precision = "fp32"
+    groups: Groups = ()
 
     def __post_init__(self) -> None:
         for name in ("steps", "epochs", "batch_size"):
@@ -85,6 +90,13 @@ class LocalTraining:
             momentum=self.momentum,
             weight_decay=self.weight_decay,
         )
+
+    def allowed(self, moving: MaskedParameters) -> Tensor | None:
+        """Logits that count for a label, (C, C) bool; None: all of them."""
+        if not self.groups:
+            return None
+        group = torch.from_numpy(group_of(self.groups, moving.model.architecture.num_classes)).to(moving.device)
+        return (group.unsqueeze(1) == group) | (group.unsqueeze(1) < 0)
 
     def but(self, **changes: object) -> Self:
         """The same training with other values."""
@@ -136,4 +148,5 @@ class LocalTraining:
             precision=self.precision,
             forward=source.forward,
             adjust=adjust,
+            allowed=self.allowed(moving),
         )

@@ -47,20 +47,30 @@ def density_table(mask: Mask, eligible_in: Eligible = "blocks") -> list[DensityR
     """
     eligible = eligible_masks({name: tensor.shape for name, tensor in mask.items()}, eligible_in)
     totals: dict[tuple[int, str], list[int]] = {}
-    units: dict[str, int] = {}
-    for name, tensor in mask.items():
-        ours = name.startswith("blocks.")
-        if ours:
-            block = int(name.split(".")[1])
-        else:
-            block = units.setdefault(_unit(name), len(units)) if name.startswith("net.") else OUTSIDE
-        kind = _kind(name) if ours else _library_kind(name, mask)
-        for part, chosen in parts(name, tensor).items():
+    for name, (block, kind) in places(mask).items():
+        for part, chosen in parts(name, mask[name]).items():
             row = totals.setdefault((block, kind if kind in ("norms", "biases") else part or kind), [0, 0])
             row[0] += int(chosen.sum())
             row[1] += int(parts(name, eligible[name])[part].sum())
     ordered = sorted(totals, key=lambda key: (key[0], KINDS.index(key[1])))
     return [DensityRow(block, kind, *totals[block, kind]) for block, kind in ordered if totals[block, kind][1]]
+
+
+def places(mask: Mask) -> dict[str, tuple[int, str]]:
+    """Number of the block, from 0, and kind of each tensor; OUTSIDE for what lies in no block.
+
+    >>> places({"blocks.3.mlp.fc1.weight": mask})
+    {'blocks.3.mlp.fc1.weight': (3, 'fc1')}
+    """
+    found: dict[str, tuple[int, str]] = {}
+    units: dict[str, int] = {}
+    for name in mask:
+        if name.startswith("blocks."):
+            found[name] = int(name.split(".")[1]), _kind(name)
+        else:
+            block = units.setdefault(_unit(name), len(units)) if name.startswith("net.") else OUTSIDE
+            found[name] = block, _library_kind(name, mask)
+    return found
 
 
 def _kind(name: str) -> str:

@@ -19,6 +19,7 @@ from fedtalos.errors import InputError
 from fedtalos.models.backbone import Backbone
 from fedtalos.randomness import generator
 from fedtalos.training.editing.fisher import FisherMode, Scored, activation_bytes, fisher_scores, scored_batches
+from fedtalos.training.engine.capture import Compile
 from fedtalos.training.entries import Entries, named_tensors
 from fedtalos.training.feature_cache import view_of
 
@@ -94,6 +95,7 @@ class Sensitivity:
     chunk: int = 16
     batch_size: int = 250
     precision: Precision = "fp32"
+    compile: Compile = "off"
     seed: int = 0
     watch: Watch = lambda batches, _share: batches
 
@@ -128,6 +130,7 @@ class Sensitivity:
                 mode=self.fisher,
                 chunk=self.chunk,
                 precision=self.precision,
+                compile=self.compile,
             )
             total += self.eligible.gather(scores)
         return -total if self.rule == "most_sensitive" else total

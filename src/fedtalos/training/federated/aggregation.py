@@ -20,7 +20,7 @@ RobustRule = Callable[[Tensor, int], Tensor]
 COLUMNS_AT_ONCE = 2**20  # sorting takes several times the memory of what it sorts
 
 
-class TooFewError(ValueError):
+class TooFewError(TrainingError):
     """A rule cannot withstand so many attackers among so few clients."""
 
 
@@ -36,7 +36,10 @@ class Aggregation(Protocol):
         """Take one client's values, in theta's parts and good for this call only, and how much it counts."""
 
     def write(self, number: int, /) -> None:
-        """Put what round ``number`` comes to into the model, which holds what it began with, and start anew."""
+        """Put what round ``number`` comes to into the model, which holds what it began with, and start anew.
+
+        Raises TooFewError, with the model as it was, where nothing can be made of so few clients.
+        """
 
 
 class WeightedMean:
@@ -81,15 +84,14 @@ class Robust:
         self._finite.append(bool(vector.isfinite().all()))
 
     def write(self, number: int) -> None:
-        """Raises TrainingError where the rule has too few clients left."""
+        """Raises TooFewError where the rule has too few clients left."""
         kept, sent = sum(self._finite), len(self._finite)
         self._finite.clear()
         try:
             result = self._rule(self._received[:kept], max(0, self._byzantine - (sent - kept)))
         except TooFewError as error:
-            raise TrainingError(
-                f"round {number}: {sent - kept} of {sent} clients sent no finite numbers; {error}"
-            ) from error
+            bad = f"{sent - kept} of {sent} clients sent no finite numbers; " if sent > kept else ""
+            raise TooFewError(f"round {number}: {bad}{error}") from error
         self._moving.write(result)
 
 

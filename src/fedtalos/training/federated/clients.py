@@ -52,6 +52,11 @@ class Clients:
     def __iter__(self) -> Iterator[Ids]:
         return map(self.__getitem__, range(len(self)))
 
+    def only(self, first: int, end: int) -> "Clients":
+        """Give clients first to end - 1 by themselves, numbered from 0; their ids are those of the same images."""
+        ids = self.ids[self.offsets[first] : self.offsets[end]]
+        return Clients(self.images, ids, self.offsets[first : end + 1] - self.offsets[first])
+
     @property
     def sizes(self) -> Integers:
         """Number of images of each client, (K,)."""
@@ -59,7 +64,7 @@ class Clients:
 
     @property
     def owner(self) -> Integers:
-        """Client of each image, (N,), in the smallest unsigned type."""
+        """Client of each image, (N,), in the smallest unsigned type; of all images' clients only."""
         owner = np.empty(len(self.ids), np.min_scalar_type(len(self) - 1))
         owner[self.ids] = np.repeat(np.arange(len(self), dtype=owner.dtype), self.sizes)
         return owner

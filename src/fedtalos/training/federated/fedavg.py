@@ -17,7 +17,7 @@ from fedtalos.metrics import Metrics
 from fedtalos.models.backbone import Backbone
 from fedtalos.randomness import generator
 from fedtalos.training.entries import Values, all_finite
-from fedtalos.training.federated.aggregation import Aggregation, WeightedMean
+from fedtalos.training.federated.aggregation import Aggregation, TooFewError, WeightedMean
 from fedtalos.training.federated.client_sampling import Sampling, clients_per_round, sample_clients
 from fedtalos.training.federated.clients import Clients, Integers
 from fedtalos.training.local_training import LocalTraining, Watch, unwatched
@@ -62,6 +62,8 @@ class Round:
     clients: tuple[int, ...] = ()
     train: Metrics = field(default_factory=Metrics)
     lost: Mapping[int, Lost] = field(default_factory=dict)
+    too_few: str = ""
+    """Why nothing came of the clients that were not lost, where they were too few; theta stayed as it was."""
 
 
 class Trained(Protocol):
@@ -179,10 +181,11 @@ def one_by_one(
     return updates
 
 
-def checked(update: Update | Lost, theta: Values, *, finite: bool) -> Update | Lost:
+def checked(update: Update | Lost, theta: Values, *, finite: bool, entries: int | None = None) -> Update | Lost:
     """Count an update as lost where its values are not shaped as theta's, or not ``finite`` where they have to be.
 
-    Values that are too few would be spread over all.
+    Values that are too few would be spread over all. A reply, which an algorithm keeps, is one finite number for each
+    of the ``entries`` that move (None: of any).
     """
     if isinstance(update, Lost):
         return update
@@ -195,6 +198,8 @@ def checked(update: Update | Lost, theta: Values, *, finite: bool) -> Update | L
         )
     if finite and not all_finite(update.values):
         return Lost("the update is not finite; nothing of it was kept; try a lower learning_rate", sent=True)
+    if (reply := update.reply) is not None and not (len(reply) == (entries or len(reply)) and all_finite([reply])):
+        return Lost("the reply beside the update is cut, or not finite; nothing of it was kept", sent=True)
     return update
 
 
@@ -221,7 +226,7 @@ def fedavg(
     them, or with ``sampling`` poisson each with that probability; where none comes, theta stays, but for noise.
     ``through`` are transforms of updates, the first nearest to the client. A client whose training diverges, or whose
     update cannot be used, raises BadUpdateError and leaves theta in place; with ``on_bad_client`` "skip" the round goes
-    on without it.
+    on without it. So does TooFewError, of clients that are too few for a robust rule; then "skip" skips the round.
 
     >>> for round in fedavg(model, clients, mask, local=LocalTraining(steps=4, learning_rate=1e-3), rounds=100):
     ...     print(round.number, round.train.accuracy)
@@ -246,7 +251,7 @@ def fedavg(
         replies, lost = dict[int, Tensor | None](), dict[int, Lost]()
         try:
             for client, answer in updates(number, chosen, theta):
-                update = checked(answer, theta, finite=mean.needs_finite)
+                update = checked(answer, theta, finite=mean.needs_finite, entries=len(moving))
                 if isinstance(update, Lost):
                     if update.sent and on_bad_client == "stop":
                         raise BadUpdateError(f"round {number}, client {client}: {update.why}")
@@ -257,8 +262,15 @@ def fedavg(
                 replies[client] = update.reply
         finally:
             moving.load(theta)
+        too_few = ""
         if replies or mean.writes_alone:
-            mean.write(number)
-            moving.note_training()
-            algorithm.server_side(moving, theta, replies)
-        yield Round(number, chosen, metrics, lost)
+            try:
+                mean.write(number)
+            except TooFewError as error:
+                if on_bad_client == "stop":
+                    raise TooFewError(f"{error}; on_bad_client skip passes over such a round") from error
+                metrics, too_few = Metrics(), str(error)
+            else:
+                moving.note_training()
+                algorithm.server_side(moving, theta, replies)
+        yield Round(number, chosen, metrics, lost, too_few)

@@ -16,7 +16,7 @@ from fedtalos.errors import InputError
 from fedtalos.randomness import generator
 from fedtalos.training.federated.clients import Clients, Integers
 
-Scheme = Literal["iid", "label_skew", "dirichlet", "quantity"]
+Scheme = Literal["iid", "label_skew", "dirichlet", "quantity", "given"]
 
 MAX_ALPHA = 1e6  # beyond it the shares are even to a thousandth, and far beyond it numpy's draws overflow
 
@@ -34,12 +34,15 @@ def split_clients(
     """Share images among K clients: every image has one owner, and no client is without any.
 
     ``classes_per_client`` (Nc) counts for label_skew alone; ``alpha``, the concentration of the draw, and
-    ``min_client_size`` count for dirichlet and quantity.
+    ``min_client_size`` count for dirichlet and quantity. The scheme given takes the clients that the data name
+    (``given_clients``), and only the images count.
 
     Raises InputError where no such split exists.
 
     >>> clients = split_clients(data.train, 100, "label_skew", classes_per_client=5)
     """
+    if scheme == "given":
+        return given_clients(images)
     labels = images.labels.cpu().numpy()
     if not 1 <= num_clients <= len(labels):
         raise InputError(
@@ -62,6 +65,21 @@ def split_clients(
         case _:
             raise InputError(f"scheme {scheme!r}: expected {', '.join(get_args(Scheme))}")
     return Clients.of(images, owner, num_clients)
+
+
+def given_clients(images: LabelledImages) -> Clients:
+    """Give each image to the client that the data name for it; clients without any are left out, so K is theirs.
+
+    Raises InputError where the data name no clients.
+
+    >>> clients = given_clients(load_dataset("csv", "hospitals/labels.csv").train)
+    """
+    if images.owners is None:
+        raise InputError(
+            "partition given: the data name no clients; give a CSV file with a client column, or draw a split"
+        )
+    present, owner = np.unique(images.owners.cpu().numpy(), return_inverse=True)
+    return Clients.of(images, owner, len(present))
 
 
 def iid(num_examples: int, num_clients: int, rng: np.random.Generator) -> Ids:

@@ -5,12 +5,13 @@ Shapes: K clients, N training images, C classes.
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from fedtalos.data.images import LabelledImages
 from fedtalos.data.sampling import Ids
@@ -27,12 +28,18 @@ Accuracies = NDArray[np.float64]
 
 
 def personalised(
-    moving: MaskedParameters, clients: Clients, chosen: Sequence[int], local: LocalTraining, seed: int
+    moving: MaskedParameters,
+    clients: Clients,
+    chosen: Sequence[int],
+    local: LocalTraining,
+    seed: int,
+    alpha: float = 1.0,
 ) -> Iterator[int]:
     """Fine-tune the model for each of the ``chosen`` clients in turn; yields the client that it is tuned for now.
 
-    Every client starts from the model as it is, and the model is as it was in the end. Raises BadUpdateError where
-    training diverges.
+    Every client starts from the model as it is, and the model is as it was in the end. ``alpha`` is the share of the
+    client's own vector, what fine-tuning changed, that its model has: 0 is the global model, 1 the fine-tuned one.
+    Raises BadUpdateError where training diverges.
 
     >>> for client in personalised(moving, clients, [0, 7], LocalTraining(steps=20), seed=0):
     ...     print(client, evaluate(model, own_test_images[client]).accuracy)
@@ -45,6 +52,27 @@ def personalised(
                 local.run(moving, clients.images, clients[client], generator(seed, "personal batches", client))
             except BadUpdateError as error:
                 raise BadUpdateError(f"personalising for client {client}: {error}") from error
+            if alpha != 1:
+                tuned = moving.vector()
+                moving.load(theta)
+                moving.write(torch.lerp(moving.vector(), tuned, alpha))
+            yield client
+    finally:
+        moving.load(theta)
+
+
+def with_own_vectors(moving: MaskedParameters, vectors: Mapping[int, Tensor], alpha: float = 1.0) -> Iterator[int]:
+    """Add ``alpha`` times each client's own vector (A,) to the model in turn; yields the client that it is for now.
+
+    The vectors are those that ``train_apart`` left, say. The model is as it was in the end.
+
+    >>> for client in with_own_vectors(moving, vectors, alpha=0.5):
+    ...     print(client, evaluate(model, own_test_images[client]).accuracy)
+    """
+    theta, start = moving.copy(), moving.vector()
+    try:
+        for client, vector in vectors.items():
+            moving.write(start + alpha * vector.to(start.device))
             yield client
     finally:
         moving.load(theta)

@@ -1,0 +1,429 @@
+"""Tasks that train apart and are merged once, on real CIFAR-100: what adds, what interferes, what is forgotten.
+
+    python benchmarks/tasks.py --weights FILE [--data_dir DIR] [--image_size 64] [--tasks 5] [--seeds 0 1 2]
+
+One row of a Markdown table as soon as it is there, then mean and sample deviation over seeds, and milliseconds by
+part. A seed draws groups of classes (order random), masks and batches; rows of one seed are paired. The head is the
+ridge head of all clients' sums, and stays while tasks train. Rates, by the sum of the vectors, and alpha are chosen on
+validation.
+Small enough for a look: --limit 2000 --image_size 32 --seeds 0 --epochs 1 --rates 1e-3 --masks random.
+"""
+
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal, get_args
+
+import numpy as np
+import torch
+import tyro
+from edges import write
+from task_masks import Rule, masks_of, task_scores
+from task_rows import Clock, Rows
+from torch import Tensor
+
+import fedtalos as ft
+from fedtalos.data.class_groups import GroupOrder, class_groups
+from fedtalos.data.dataset_loader import Dataset
+from fedtalos.data.images import LabelledImages
+from fedtalos.data.sampling import Ids
+from fedtalos.devices import Precision
+from fedtalos.models.backbone import Backbone
+from fedtalos.models.heads import Head, best_head, head_sums, set_head
+from fedtalos.notes import noted
+from fedtalos.randomness import generator
+from fedtalos.training.editing.alpha_search import best_alpha
+from fedtalos.training.editing.disentanglement import disentanglement_of_all, normalised_accuracy
+from fedtalos.training.editing.forgetting import forgetting_factor
+from fedtalos.training.editing.merging import Method, merge
+from fedtalos.training.editing.merging_by_data import input_moments
+from fedtalos.training.editing.task_vectors import TaskVector, union, weighted_sum
+from fedtalos.training.editing.vector_facts import facts_of
+from fedtalos.training.entries import Mask, named_tensors
+from fedtalos.training.evaluation import evaluate
+from fedtalos.training.feature_cache import FeatureStore
+from fedtalos.training.masked_parameters import MaskedParameters
+from fedtalos.training.task_accuracy import TaskAccuracy, accuracy_of_head, probe_accuracy
+
+REFIT_ALPHAS = (0.1, 0.2, 0.3, 0.4, 0.6, 0.8)
+
+
+@dataclass(frozen=True)
+class Study:
+    weights: str
+    """weights file, or another source that load_model takes"""
+    data_dir: Path = Path("data")
+    """folder that holds cifar-100-python/"""
+    image_size: int = 64
+    seeds: tuple[int, ...] = (0, 1, 2)
+    device: str = "auto"
+    precision: Precision = "fp32"
+    """of training and of features; scores of masks stay float32"""
+    tasks: int = 5
+    order: GroupOrder = "random"
+    masks: tuple[Rule, ...] = ("dense", "random", "talos", "most_sensitive", "disjoint")
+    density: float = 0.1
+    rates: tuple[float, ...] = (1e-4, 3e-4, 1e-3, 3e-3)
+    """peak learning rates to choose from; a cosine over the task's steps"""
+    epochs: int = 2
+    batch_size: int = 128
+    local_classes: Literal["task", "all"] = "task"
+    rules: tuple[Method, ...] = get_args(Method)
+    refit: Literal["sum", "all", "none"] = "all"
+    """rules whose merged model gets its head fitted anew"""
+    joint: bool = True
+    """train on all images together too, as many of them: the upper bound"""
+    negate: int = 1
+    """tasks to forget, each by itself"""
+    retrain: bool = False
+    """train on the images of all other tasks together too, for each task to forget"""
+    interference: int = 100
+    """validation images of each task for the disentanglement error; 0: leave it out"""
+    scored_images: int = 640
+    """images that masks, and Fisher-weighted merging, are scored on"""
+    val_images: int = 2500
+    """first N validation images choose alpha and the rate; heads are fitted with all of them"""
+    limit: int | None = None
+    """first N training images, and a quarter of it for validation and for the test; None: all"""
+
+    def run(self) -> None:
+        data = ft.load_dataset("cifar100", self.data_dir, image_size=self.image_size)
+        if self.limit is not None:
+            few = self.limit // 4
+            data = replace(
+                data,
+                train=data.train.slice(0, self.limit),
+                val=data.val.slice(0, few),
+                test=data.test.slice(0, few),
+            )
+        model = ft.load_model(self.weights, data.classes, image_size=self.image_size, device=self.device)
+        data = data.to(next(model.parameters()).device)
+        table, clock = Rows(), Clock()
+        for seed in self.seeds:
+            trial = Trial(self, data, model, seed, table, clock)
+            trial.base()
+            for rule in self.masks:
+                trial.mask(rule)
+        table.means()
+        clock.show()
+
+
+class Trial:
+    """One seed: groups of classes, the first head, and every mask's rows."""
+
+    def __init__(self, study: Study, data: Dataset, model: Backbone, seed: int, table: Rows, clock: Clock) -> None:
+        self.study, self.data, self.model, self.seed, self.table, self.clock = study, data, model, seed, table, clock
+        self.groups = class_groups(data.classes, study.tasks, study.order, seed)
+        labels = data.train.labels.cpu().numpy()
+        self.ids: list[Ids] = [np.flatnonzero(np.isin(labels, group)) for group in self.groups]
+        each = max(1, study.scored_images // study.tasks)
+        chosen = [generator(seed, "scored", task).permutation(len(ids))[:each] for task, ids in enumerate(self.ids)]
+        self.scored = [(data.train, np.sort(ids[few])) for ids, few in zip(self.ids, chosen, strict=True)]
+        self.to_choose_by = data.val.slice(0, study.val_images)
+        self.store = FeatureStore(2e9, batch_size=500, precision=study.precision)
+        self.theta = {name: tensor.clone() for name, tensor in named_tensors(model).items()}
+        self.head: Head = (model.head.weight.detach(), model.head.bias.detach())
+
+    def base(self) -> None:
+        """Fit the ridge head of all clients' sums, and measure the start."""
+        self.set_backbone({})
+        with self.clock.part("head", len(self.data.train)):
+            self.head = self.fitted()
+        set_head(self.model, *self.head, source="ridge")
+        self.theta |= {"head.weight": self.head[0].to(self.device), "head.bias": self.head[1].to(self.device)}
+        found = self.accuracy()
+        self.table.add(self.seed, "base", unknown=_mean(found.unknown), known=_mean(found.known))
+
+    def mask(self, rule: Rule) -> None:
+        """All rows of one rule for masks."""
+        start = time.perf_counter()
+        with self.clock.part(f"mask {rule}", self.study.scored_images):
+            masks = masks_of(
+                rule,
+                self.model,
+                self.data.calibration,
+                self.scored,
+                density=self.study.density,
+                seed=self.seed,
+                images=self.study.scored_images,
+            )
+        rate, vectors = self.best_rate(masks)
+        singles = [self.with_vector(vector, 1.0) for vector in vectors]
+        known = [float(found.known[task]) for task, found in enumerate(singles)]
+        unknown = [float(found.unknown[task]) for task, found in enumerate(singles)]
+        seconds = time.perf_counter() - start
+        self.table.add(self.seed, f"{rule}: single", rate=rate, unknown=_mean(unknown), known=_mean(known), s=seconds)
+        alpha = self.merged(rule, vectors, known)
+        if self.study.interference:
+            self.interfering(rule, vectors, alpha)
+        if self.study.joint:
+            everything = np.arange(len(self.data.train))
+            self.joint(f"{rule}: joint", union(vectors), everything, rate)
+        for task in range(min(self.study.negate, self.study.tasks)):
+            self.forgotten(rule, vectors, task, alpha, rate)
+        self.set_backbone({})
+
+    # Training
+
+    def best_rate(self, masks: Sequence[Mask]) -> tuple[float, list[TaskVector]]:
+        """Train all tasks with each rate; the rate whose sum is best on validation, and its vectors."""
+        best, found = (-1.0, 0.0), list[TaskVector]()
+        for rate in self.study.rates:
+            vectors = [
+                self.trained(mask, ids, rate, task)
+                for task, (mask, ids) in enumerate(zip(masks, self.ids, strict=True))
+            ]
+            value = 0.0
+            if len(self.study.rates) > 1:
+                self.set_backbone({})
+                value = best_alpha(self.model, merge(vectors), self.val_accuracy, refinements=0).value
+            if value > best[0]:
+                best, found = (value, rate), vectors
+        return best[1], found
+
+    def trained(self, mask: Mask, ids: Ids, rate: float, task: int, *, all_classes: bool = False) -> TaskVector:
+        """The vector of one training on the images at ``ids``, from the start."""
+        study, own = self.study, () if all_classes or self.study.local_classes == "all" else self.groups
+        self.set_backbone({})
+        moving = MaskedParameters(self.model, mask)
+        start = moving.vector()
+        local = ft.LocalTraining(
+            epochs=study.epochs,
+            batch_size=study.batch_size,
+            learning_rate=rate,
+            weight_decay=0.0,
+            augmentation="crop_flip",
+            precision=study.precision,
+            groups=own,
+        )
+        steps = local.steps_for(len(ids))
+        with self.clock.part("training", study.epochs * len(ids)):
+            local.run(
+                moving,
+                self.data.train,
+                ids,
+                generator(self.seed, "batches", task),
+                learning_rate=lambda step: rate * 0.5 * (1 + math.cos(math.pi * step / steps)),
+            )
+        facts = facts_of(self.model, self.head, classes=self.data.classes)
+        return TaskVector(moving.entries.masks, moving.vector() - start, facts)
+
+    # Rows
+
+    def merged(self, mask: Rule, vectors: Sequence[TaskVector], single: Sequence[float]) -> float:
+        """A row for each merging rule; returns the alpha of the sum."""
+        study, of_sum = self.study, 0.0
+        for rule in study.rules:
+            start = time.perf_counter()
+            try:
+                with self.clock.part(f"merge {rule}", 0):
+                    merged = self.by_rule(rule, vectors)
+            except ft.InputError as error:
+                write(f"<!-- {mask}: {rule}: {error} -->")
+                continue
+            self.set_backbone({})
+            with self.clock.part("alpha", 11 * len(self.to_choose_by)):
+                alpha = best_alpha(self.model, merged, self.val_accuracy).alpha
+            found = self.with_vector(merged, alpha)
+            of_sum = alpha if rule == "sum" else of_sum
+            refitted = math.nan
+            if study.refit == "all" or study.refit == rule:
+                refitted = self.refitted()
+            self.table.add(
+                self.seed,
+                f"{mask}: {rule}",
+                alpha=alpha,
+                unknown=_mean(found.unknown),
+                known=_mean(found.known),
+                normalised=normalised_accuracy(found.known.tolist(), single),
+                refitted=refitted,
+                s=time.perf_counter() - start,
+            )
+        if study.refit != "none" and "sum" in study.rules:
+            self.by_refitted_head(mask, self.by_rule("sum", vectors))
+        noted()
+        return of_sum
+
+    def by_rule(self, rule: Method, vectors: Sequence[TaskVector]) -> TaskVector:
+        """Merge, with what the rule asks for of the images."""
+
+        def own(task: int) -> Backbone:
+            self.set_backbone(_deltas(vectors[task], 1.0))
+            return self.model
+
+        if rule == "fisher":
+            masks = {name: mask.to(self.device) for name, mask in union(vectors).items()}
+            return merge(vectors, rule, scores=task_scores(own, self.scored, masks, self.seed))
+        if rule == "regmean":
+            moments = [input_moments(own(task), images.subset(ids)) for task, (images, ids) in enumerate(self.scored)]
+            return merge(vectors, rule, moments=moments)
+        weights = [float(len(ids)) for ids in self.ids] if rule == "mean" else None
+        return merge(vectors, rule, weights=weights, seed=self.seed)
+
+    def by_refitted_head(self, mask: Rule, merged: TaskVector) -> None:
+        """The sum, its alpha chosen by the validation accuracy of the head that is fitted anew."""
+        start, best = time.perf_counter(), (-1.0, 0.0, 0.0)
+        for alpha in REFIT_ALPHAS:
+            self.set_backbone(_deltas(merged, alpha))
+            head = self.fitted()
+            val = _mean(self.accuracy(head, self.data.val).unknown)
+            best = max(best, (val, -alpha, _mean(self.accuracy(head).unknown)))
+        self.table.add(
+            self.seed,
+            f"{mask}: sum, alpha by the refitted head",
+            alpha=-best[1],
+            refitted=best[2],
+            s=time.perf_counter() - start,
+        )
+
+    def joint(self, name: str, mask: Mask, ids: Ids, rate: float) -> TaskVector:
+        """Train on all these images together, among all classes."""
+        start = time.perf_counter()
+        vector = self.trained(mask, ids, rate, self.study.tasks, all_classes=True)
+        found = self.with_vector(vector, 1.0)
+        refitted = math.nan if self.study.refit == "none" else self.refitted()
+        self.table.add(
+            self.seed,
+            name,
+            rate=rate,
+            unknown=_mean(found.unknown),
+            known=_mean(found.known),
+            refitted=refitted,
+            s=time.perf_counter() - start,
+        )
+        return vector
+
+    def interfering(self, mask: Rule, vectors: Sequence[TaskVector], alpha: float) -> None:
+        """The disentanglement error of all pairs at the sum's alpha, the task known."""
+        start = time.perf_counter()
+        self.set_backbone({})
+        few = [_of_classes(self.data.val, group).slice(0, self.study.interference) for group in self.groups]
+        with self.clock.part("interference", sum(map(len, few))):
+            error, _ = disentanglement_of_all(
+                self.model, vectors, few, alpha, classes=self.groups, seed=self.seed, precision=self.study.precision
+            )
+        self.table.add(
+            self.seed,
+            f"{mask}: interference",
+            alpha=alpha,
+            xi=error.mean,
+            xi_low=error.low,
+            xi_high=error.high,
+            s=time.perf_counter() - start,
+        )
+
+    def forgotten(self, mask: Rule, vectors: Sequence[TaskVector], task: int, alpha: float, rate: float) -> None:
+        """Rows of forgetting a task: negation from the start, leaving out of the sum, retraining without it."""
+        group = self.groups[task]
+        rest = [label for label in range(len(self.data.classes)) if label not in group]
+        val, test = ((_of_classes(part, group), _of_classes(part, rest)) for part in (self.data.val, self.data.test))
+        probe = (_of_classes(self.data.train, group), test[0])
+        others = [vector for number, vector in enumerate(vectors) if number != task]
+
+        def row(name: str, before: float, factor: float = math.nan) -> float:
+            control = evaluate(self.model, test[1], precision=self.study.precision).accuracy
+            self.table.add(
+                self.seed,
+                f"{mask}: {name}",
+                alpha=factor,
+                target=evaluate(self.model, test[0], precision=self.study.precision).accuracy,
+                control=control,
+                of_before=control / before if before else math.nan,
+                probe=probe_accuracy(self.model, *probe, self.store),
+            )
+            return control
+
+        def measured(edited: Backbone) -> tuple[float, float]:
+            target, control = (evaluate(edited, part, precision=self.study.precision).accuracy for part in val)
+            return target, control
+
+        self.set_backbone({})
+        before = row("forget, base", 0.0)
+        factor = forgetting_factor(self.model, vectors[task], measured, measured(self.model)[1])
+        self.set_backbone(_deltas(vectors[task], -factor))
+        row("forget, base - alpha tau", before, factor)
+        total = merge(vectors)
+        self.set_backbone(_deltas(total, alpha))
+        before = row("forget, sum", 0.0, alpha)
+        control_before = measured(self.model)[1]
+        without = weighted_sum(others, [alpha] * len(others), "sum") if others else total * 0.0
+        self.set_backbone(_deltas(without, 1.0))
+        row("forget, left out of the sum", before, alpha)
+        factor = forgetting_factor(self.model, vectors[task], measured, control_before)
+        further = weighted_sum([without, vectors[task]], [1.0, -factor], "sum")
+        self.set_backbone(_deltas(further, 1.0))
+        row("forget, left out and subtracted", before, factor)
+        self.set_backbone(_deltas(without, 1.0))
+        kept = np.concatenate([ids for number, ids in enumerate(self.ids) if number != task])
+        set_head(self.model, *self.fitted(kept), source="ridge")
+        row("forget, left out, head of the others", before, alpha)
+        if self.study.retrain:
+            vector = self.trained(union(vectors), kept, rate, self.study.tasks + 1 + task, all_classes=True)
+            self.set_backbone(_deltas(vector, 1.0))
+            row("forget, retrained without", before)
+            set_head(self.model, *self.fitted(kept), source="ridge")
+            row("forget, retrained without, head of the others", before)
+        self.set_backbone({})
+        noted()
+
+    # Measuring
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.model.parameters()).device
+
+    def set_backbone(self, deltas: dict[str, Tensor]) -> None:
+        """Give the model the start's values and head, plus these changes by name."""
+        for name, tensor in named_tensors(self.model).items():
+            tensor.copy_(self.theta[name])
+            if name in deltas:
+                tensor.add_(deltas[name].to(tensor.device))
+
+    def with_vector(self, vector: TaskVector, alpha: float) -> TaskAccuracy:
+        """Test accuracy by task of the start plus alpha times a vector, which the model holds then."""
+        self.set_backbone(_deltas(vector, alpha))
+        return self.accuracy()
+
+    def accuracy(self, head: Head | None = None, images: LabelledImages | None = None) -> TaskAccuracy:
+        """Accuracy by task of the model, with another head if one is given, on the test images or others."""
+        images = self.data.test if images is None else images
+        with self.clock.part("features", len(images)):
+            features = self.store.features(self.model, images)
+        return accuracy_of_head(head or self.head, *features, self.groups)
+
+    def val_accuracy(self, edited: Backbone) -> float:
+        """Accuracy on validation images, the task unknown."""
+        return evaluate(edited, self.to_choose_by, precision=self.study.precision).accuracy
+
+    def fitted(self, ids: Ids | None = None) -> Head:
+        """The ridge head of the sums over the model's features of the training images at ``ids`` (None: all)."""
+        with self.clock.part("features", len(self.data.train) + len(self.data.val)):
+            train, val = (
+                self.store.features(self.model, self.data.train, ids),
+                self.store.features(self.model, self.data.val),
+            )
+        sums = head_sums("ridge", *train, len(self.data.classes))
+        return best_head("ridge", sums, *val)
+
+    def refitted(self) -> float:
+        """Test accuracy, the task unknown, with the head fitted to sums over the model's features."""
+        return _mean(self.accuracy(self.fitted()).unknown)
+
+
+def _deltas(vector: TaskVector, alpha: float) -> dict[str, Tensor]:
+    return {name: alpha * tensor for name, tensor in vector.tensors().items()}
+
+
+def _of_classes(images: LabelledImages, classes: Sequence[int]) -> LabelledImages:
+    own = torch.isin(images.labels, torch.tensor(classes, device=images.labels.device))
+    return images.subset(own.nonzero().squeeze(1))
+
+
+def _mean(values: "Sequence[float] | np.ndarray") -> float:
+    return float(np.nanmean(np.asarray(values)))
+
+
+if __name__ == "__main__":
+    tyro.cli(Study, description=__doc__, use_underscores=True).run()

@@ -1,0 +1,49 @@
+"""Options that vectors which train apart leave without effect, or that contradict them."""
+
+import math
+
+from fedtalos.app.config.apart import ApartOptions
+from fedtalos.app.config.schema import AggregationOptions, ContinualConfig, FederatedConfig
+from fedtalos.errors import InputError
+
+
+def check_apart(config: FederatedConfig) -> None:
+    """Refuse what --tasks and --one_shot cannot be given with, with an InputError that says what to do."""
+    options, usual = config.apart, ApartOptions()
+    if isinstance(config, ContinualConfig):
+        _check_continual(options)
+    if not options.asked:
+        for name in ("merge", "merge_alpha", "refit_head", "leave_out"):
+            if (value := getattr(options, name)) != getattr(usual, name):
+                shown = " ".join(map(str, value)) if isinstance(value, tuple) else value
+                flag = "--no_refit_head" if name == "refit_head" else f"--{name} {shown}"
+                raise InputError(f"{flag}: nothing is merged without --tasks or --one_shot; give one, or leave it out")
+        return
+    asked = "--one_shot" if options.one_shot else "--tasks"
+    if options.tasks is not None and config.split.partition == "given":
+        raise InputError(
+            f"--tasks {options.tasks}: a task has clients of its own, which --partition given does not draw; drop one"
+        )
+    if options.tasks is not None and options.tasks > config.split.num_clients:
+        raise InputError(
+            f"--tasks {options.tasks}: every task needs a client, and there are {config.split.num_clients}; "
+            "lower it, or raise --num_clients"
+        )
+    if isinstance(options.merge_alpha, float) and not math.isfinite(options.merge_alpha):
+        raise InputError(f"--merge_alpha {options.merge_alpha}: expected a finite number, or auto")
+    if config.federation.workers > 1:
+        raise InputError(f"--workers {config.federation.workers}: of {asked} one process trains all; leave it out")
+    if config.aggregation.aggregation != AggregationOptions().aggregation:
+        raise InputError(
+            f"--aggregation {config.aggregation.aggregation}: {asked} joins vectors by --merge; leave one of them out"
+        )
+    if config.aggregation.attack != "none":
+        raise InputError(f"--attack {config.aggregation.attack}: is of rounds that all clients share, not of {asked}")
+    if config.aggregation.dp_noise is not None:
+        raise InputError(f"--dp_noise {config.aggregation.dp_noise:g}: {asked} sends vectors without noise; drop one")
+
+
+def _check_continual(options: ApartOptions) -> None:
+    for name, off in (("one_shot", False), ("merge", "sum"), ("leave_out", ())):
+        if getattr(options, name) != off:
+            raise InputError(f"--{name}: is of federated; continual trains every task, and merges by sum and magmax")

@@ -1,0 +1,206 @@
+"""Runs whose tasks, or clients, train apart from one start: --tasks, --one_shot, and continual's.
+
+A run that was stopped goes on after its last whole round; what a unit left is kept as soon as it has trained.
+"""
+
+from collections.abc import Iterator
+from functools import partial, reduce
+from operator import add
+from typing import Any
+
+from torch import Tensor
+
+from fedtalos.app.config.schema import FederatedConfig
+from fedtalos.app.federation import algorithm_of, engine_of, local_training, transforms_of
+from fedtalos.app.load import Loaded
+from fedtalos.app.merging import factor, merged_by
+from fedtalos.app.run.first_head import HeadRounds, fit_first_head
+from fedtalos.app.run.kept import Kept, Unit, groups_of, ids_of, units_of
+from fedtalos.app.run.session import Session
+from fedtalos.app.run.task_table import write_task_table
+from fedtalos.errors import InputError
+from fedtalos.models.heads import ClosedForm, Head, closed_form
+from fedtalos.training.editing.task_vectors import TaskVector, scaled
+from fedtalos.training.federated.apart import train_apart, unit_seed
+from fedtalos.training.federated.client_sampling import sample_clients
+from fedtalos.training.federated.clients import Clients
+from fedtalos.training.federated.fedavg import FedAvg, Round
+from fedtalos.training.federated.traffic import Traffic
+from fedtalos.training.head_fitting import fit_to_sums, holder_sums
+from fedtalos.training.masked_parameters import MaskedParameters
+
+APART = "apart/"
+"""Prefix, in checkpoints, of what every unit starts from: the values that move, and the head."""
+ALGORITHM = "algorithm/"
+AFTER = "after-"
+"""Prefix of the names of vectors that lead from the common start over all units so far."""
+
+
+class Apart:
+    """Units that train apart, from their first round to the merged model.
+
+    apart = Apart(loaded, clients, moving, session)
+    apart.begin(head_rounds)
+    for round in session.shown(apart.rounds()):
+        session.record(round, *traffic.count(round))
+    figures = apart.merge()
+    """
+
+    def __init__(
+        self, loaded: Loaded[FederatedConfig], clients: Clients, moving: MaskedParameters, session: Session
+    ) -> None:
+        self.loaded, self.clients, self.moving, self.session = loaded, clients, moving, session
+        self.config = loaded.config
+        self.groups = groups_of(self.config, loaded.data)
+        self.units = units_of(self.config, clients, self.groups)
+        self.each = rounds_of_a_unit(self.config)
+        self.kept = Kept(session.paths)
+        self.kind: ClosedForm = closed_form(self.config.model.head) or "ridge"
+        self.algorithm = FedAvg()
+        self.start, self.head = moving.vector(), head_of(moving)
+        self._underway = bool(session.done % self.each)
+
+    def begin(self, head_rounds: HeadRounds) -> None:
+        """Fit the first head and keep the units' sums, or take up a run that was stopped."""
+        session, loaded = self.session, self.loaded
+        session.state = self._state
+        if not session.fresh:
+            saved = session.restored(APART)
+            if saved.keys() != {"start", "head.weight", "head.bias"} or saved["start"].shape != self.start.shape:
+                raise InputError("the checkpoint's start is not of this run; start a run of another name")
+            self.start, self.head = saved["start"], (saved["head.weight"], saved["head.bias"])
+            return
+        holders = ids_of(self.clients, self.units)
+        if closed_form(self.config.model.head):
+            found = holder_sums(loaded.model, loaded.data.train, holders, self.kind, loaded.features)
+            for unit in self.units:
+                self.kept.write_sums(unit.name, reduce(add, [next(found) for _ in unit.members]))
+        fit_first_head(session, self.moving, holders, head_rounds)
+        self.start, self.head = self.moving.vector(), head_of(self.moving)
+
+    def rounds(self, *, onward: bool = False, first: int = 0) -> Iterator[Round]:
+        """Train the units one after another; every one's vector is kept when it is there.
+
+        With ``onward`` each starts where the one before it ended, and its vector's name begins with AFTER. ``first``
+        rounds of the run come before these.
+        """
+        config, total, prefix = self.config, self.each * len(self.units), AFTER if onward else ""
+        done = min(max(self.session.done - first, 0), total)
+        last = done // self.each - 1
+        if done % self.each == 0 < done and not self.kept.vector(prefix + self.units[last].name).exists():
+            self._keep(prefix, last, self.moving.vector() - self.start)  # the run was stopped before it was kept
+        if done == total:
+            return  # what the model holds belongs to rounds after these
+        rounds = train_apart(
+            self.moving,
+            self.clients,
+            local=local_training(config).but(groups=self.groups if config.apart.local_classes == "task" else ()),
+            units=[unit.members for unit in self.units],
+            rounds=self.each,
+            fraction=self._fraction,
+            sampling=config.federation.client_sampling,
+            seed=config.run.seed,
+            keep=partial(self._keep, prefix),
+            start=self.start,
+            onward=onward,
+            algorithm=self._new_algorithm,
+            through=partial(transforms_of, config, local=local_training(config)),
+            engine=engine_of(config, self.session.watch),
+            on_bad_client=config.failures.on_bad_client,
+            done=done,
+        )
+        for round_ in rounds:
+            yield Round(first + round_.number, round_.clients, round_.train, round_.lost)
+
+    def skip(self, traffic: Traffic) -> None:
+        """Note whom the rounds that are done have met, for a run that goes on."""
+        total = self.each * len(self.units)
+        for number in range(min(self.session.done, total)):  # a second pass over the units meets nobody new
+            unit, round_ = self.units[number // self.each], number % self.each + 1
+            seed, sampling = unit_seed(self.config.run.seed, unit.members), self.config.federation.client_sampling
+            chosen = sample_clients(len(unit.members), self._fraction, seed, round_, sampling)
+            traffic.count(Round(round_, tuple(unit.members[client] for client in chosen)))
+
+    def vectors(self, prefix: str = "") -> list[TaskVector]:
+        """Vectors of the units, read from their files."""
+        return [self.kept.read(prefix + unit.name) for unit in self.units]
+
+    def own_vectors(self) -> dict[int, Tensor]:
+        """Vectors (A,) of clients that trained by themselves; none where tasks did."""
+        if self.groups:
+            return {}
+        return {unit.members[0]: self.kept.read(unit.name).values for unit in self.units}
+
+    def merge(self) -> dict[str, Any]:
+        """Merge the vectors into the model, fit the head on that, and say what came of it."""
+        options, session, vectors = self.config.apart, self.session, self.vectors()
+        images = [sum(len(self.clients[client]) for client in unit.members) for unit in self.units]
+        merged = merged_by(options.merge, vectors, images, self.config.run.seed)
+        self.moving.write(self.start)
+        alpha = factor(self.loaded, merged)
+        theta = self.start + scaled(merged.values, alpha).to(self.start.device)
+        self.moving.write(theta)
+        if options.refit_head:
+            asked, sent = self.refit(self.units)
+            if session.progress.validated != session.done:  # else they were counted before the run was stopped
+                session.progress.bytes_down += self.moving.nbytes * asked  # the merged vector
+                session.progress.bytes_up += sent
+        table = {}
+        if self.groups:
+            table = write_task_table(
+                self.loaded,
+                self.moving,
+                self.units,
+                self.start,
+                self.head,
+                theta,
+                vectors,
+                session.paths.results,
+                session.console,
+            )
+        names = [unit.name for unit in self.units]
+        refit = self.kind if options.refit_head else "none"
+        return {"merged": {"rule": options.merge, "alpha": round(alpha, 6), "refit": refit, "units": names}, **table}
+
+    def refit(self, units: list[Unit]) -> tuple[int, int]:
+        """Fit the head to these units' sums over the model's features; returns clients asked and bytes sent."""
+        loaded, holders = self.loaded, ids_of(self.clients, units)
+        sums = reduce(add, holder_sums(loaded.model, loaded.data.train, holders, self.kind, loaded.features))
+        fit_to_sums(loaded.model, sums, loaded.limited("val"), self.kind, loaded.features)
+        return len(holders), len(holders) * sums.wire_bytes
+
+    @property
+    def _fraction(self) -> float:
+        """Share of a unit's clients that train in a round."""
+        return 1.0 if self.config.apart.one_shot else self.config.federation.client_fraction
+
+    def _new_algorithm(self) -> FedAvg:
+        """A fresh algorithm for the next unit; for the one that a stopped run was at, with its state."""
+        self.algorithm = algorithm_of(self.config)
+        if self._underway:
+            self.algorithm.state |= self.session.restored(ALGORITHM, len(self.moving))
+            self._underway = False
+        return self.algorithm
+
+    def _keep(self, prefix: str, number: int, values: Tensor) -> None:
+        unit = self.units[number]
+        self.kept.write(unit, values, self.moving, self.head, self.loaded.data.classes, prefix)
+        self.session.save()
+
+    def _state(self) -> dict[str, Tensor]:
+        """Tensors of a checkpoint beside the model's."""
+        start = {"start": self.start, "head.weight": self.head[0], "head.bias": self.head[1]}
+        return {f"{APART}{name}": tensor for name, tensor in start.items()} | {
+            f"{ALGORITHM}{name}": tensor for name, tensor in self.algorithm.state.items()
+        }
+
+
+def rounds_of_a_unit(config: FederatedConfig) -> int:
+    """Rounds that every unit trains."""
+    return 1 if config.apart.one_shot else config.federation.num_rounds
+
+
+def head_of(moving: MaskedParameters) -> Head:
+    """A copy of the model's head."""
+    weight, bias = (parameter.detach().clone() for parameter in moving.model.head.parameters())
+    return weight, bias

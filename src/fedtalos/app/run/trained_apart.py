@@ -1,0 +1,122 @@
+"""A finished run whose tasks, or clients, trained apart: its data, its model, and what it kept of each."""
+
+from dataclasses import dataclass
+from functools import reduce
+from operator import add
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from fedtalos.app.config.files import override, read_yaml
+from fedtalos.app.config.schema import FederatedConfig
+from fedtalos.app.federation import clients_of
+from fedtalos.app.load import Loaded, load
+from fedtalos.app.merging import merged_by
+from fedtalos.app.moving import moving_parameters
+from fedtalos.app.run.apart import APART
+from fedtalos.app.run.kept import Kept, Unit, groups_of, ids_of, units_of
+from fedtalos.app.run.paths import RunPaths, plain_name
+from fedtalos.app.run.resume import from_here, working_folder
+from fedtalos.checkpoint import Checkpoint, find_checkpoint, load_checkpoint
+from fedtalos.errors import InputError
+from fedtalos.models.heads import ClosedForm, best_head, closed_form, set_head
+from fedtalos.training.editing.task_vectors import TaskVector, scaled
+from fedtalos.training.entries import named_tensors
+from fedtalos.training.federated.clients import Clients
+from fedtalos.training.head_fitting import fit_to_sums, holder_sums
+from fedtalos.training.masked_parameters import MaskedParameters
+
+
+@dataclass(frozen=True)
+class TrainedApart:
+    """The run, its last model in memory, and its units with their vectors, in one order."""
+
+    loaded: Loaded[FederatedConfig]
+    checkpoint: Checkpoint
+    clients: Clients
+    moving: MaskedParameters
+    units: list[Unit]
+    vectors: list[TaskVector]
+    kept: Kept
+    alpha: float
+    refit: ClosedForm | None
+    """Kind of the head that was fitted on the merged model; None where the first head stayed."""
+
+    @property
+    def start(self) -> Tensor:
+        """Values that every unit started from, (A,)."""
+        return self.checkpoint.tensors[f"{APART}start"].to(self.moving.device)
+
+    def without(self, out: list[int]) -> Tensor:
+        """The values (A,) that the run would have been merged to from the other units' vectors."""
+        rest = [number for number in range(len(self.units)) if number not in out]
+        images = [sum(len(self.clients[client]) for client in self.units[number].members) for number in rest]
+        config = self.loaded.config
+        merged = merged_by(config.apart.merge, [self.vectors[n] for n in rest], images, config.run.seed)
+        return self.start + scaled(merged.values, self.alpha).to(self.start.device)
+
+    def fit_head_without(self, out: list[int]) -> str:
+        """Give the model the head that the other units' sums fix; returns how, in words."""
+        loaded, rest = self.loaded, [unit for number, unit in enumerate(self.units) if number not in out]
+        model, val = loaded.model, loaded.limited("val")
+        if self.refit is not None:
+            sums = holder_sums(model, loaded.data.train, ids_of(self.clients, rest), self.refit, loaded.features)
+            fit_to_sums(model, reduce(add, sums), val, self.refit, loaded.features)
+            return "fitted anew to the others' sums over this model's features: exact, but they had to send again"
+        if (kind := closed_form(loaded.config.model.head)) is None:
+            return "as it was: it is not fitted to sums, so nothing can be taken out of it"
+        total = reduce(add, (self.kept.read_sums(unit.name) for unit in rest))
+        now = self.moving.vector()
+        self.moving.write(self.start)  # the sums are over the start's features
+        set_head(model, *best_head(kind, total, *loaded.features.features(model, val)), source=kind)
+        self.moving.write(now)
+        return "the others' sums over the start's features, the forgotten ones taken off: exact, nobody sends again"
+
+
+def read_trained_apart(name: str, root: Path, changes: dict[str, Any]) -> TrainedApart:
+    """Read a run with what it kept; ``changes`` are options to read it with, such as the device.
+
+    Raises InputError where there is no such run, or it is not finished, or kept no vectors.
+    """
+    paths = RunPaths(root, plain_name("run", name))
+    if not paths.started:
+        raise InputError(f"run {name}: there is none in {root / 'results'}; give the name of a finished run")
+    summary = read_yaml(paths.results / "summary.yaml") if paths.finished else {}
+    merged = summary.get("merged")
+    if not paths.finished or not isinstance(merged, dict):
+        why = "kept no vectors" if paths.finished else "is not finished"
+        raise InputError(f"run {name}: {why}; give a finished run of `federated` with --tasks or --one_shot")
+    path = find_checkpoint(Path(name), root / "checkpoints", "last")
+    checkpoint = load_checkpoint(path)
+    try:
+        options, alpha, names = checkpoint.facts["options"], float(merged["alpha"]), list(merged["units"])
+        refit = closed_form(str(merged["refit"]))
+        assert f"{APART}start" in checkpoint.tensors
+    except (KeyError, TypeError, ValueError, AssertionError) as error:
+        raise InputError(f"run {name}: its summary or checkpoint is of another version; make it anew") from error
+    options = from_here(options, "federated", working_folder(paths)) | changes
+    loaded = load(override(FederatedConfig(), {**options, "output_dir": str(root)}, str(path)))
+    config = loaded.config
+    groups = groups_of(config, loaded.data)
+    clients = clients_of(loaded.data.train, config.split, config.run.seed, groups)
+    units, kept = units_of(config, clients, groups), Kept(paths)
+    if [unit.name for unit in units] != names:
+        raise InputError(f"run {name}: its summary names other tasks or clients than its options; make it anew")
+    restore(loaded, checkpoint, name)
+    moving = moving_parameters(loaded)
+    vectors = [kept.read(unit.name) for unit in units]
+    if any(len(vector) != len(moving) for vector in vectors):
+        raise InputError(f"run {name}: its vectors are of another mask than its options; make it anew")
+    return TrainedApart(loaded, checkpoint, clients, moving, units, vectors, kept, alpha, refit)
+
+
+def restore(loaded: Loaded[FederatedConfig], checkpoint: Checkpoint, name: str) -> None:
+    """Load a run's last model into the one that is loaded; InputError where it is another."""
+    if list(map(str, checkpoint.facts.get("classes", ()))) != list(loaded.data.classes):
+        raise InputError(f"run {name}: has other classes; give one of the same data set")
+    for tensor_name, tensor in named_tensors(loaded.model).items():
+        saved = checkpoint.tensors.get(tensor_name)
+        if saved is None or saved.shape != tensor.shape:
+            raise InputError(f"run {name}: its {tensor_name} is not this model's; give one of the same model")
+        tensor.copy_(saved)

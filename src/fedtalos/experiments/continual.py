@@ -1,0 +1,49 @@
+"""Train federatedly on one task after another, and compare with tasks that train apart and are merged."""
+
+from functools import partial
+from itertools import chain
+
+from rich.console import Console
+
+from fedtalos.app.config.schema import ContinualConfig
+from fedtalos.app.federation import local_training
+from fedtalos.app.run.apart import Apart, rounds_of_a_unit
+from fedtalos.app.run.courses import courses, write_courses
+from fedtalos.app.run.evaluation import evaluate_split
+from fedtalos.app.run.folders import begun
+from fedtalos.app.run.kept import Kept
+from fedtalos.app.run.session import Session
+from fedtalos.app.run.split_file import write_split
+from fedtalos.errors import InputError
+from fedtalos.experiments.federated import begin, figures, first_contact_bytes, rounds_of_the_head
+from fedtalos.training.federated.traffic import Traffic
+
+
+def run(config: ContinualConfig, console: Console) -> None:
+    """Train T tasks one after another, then each by itself from the start; measure all courses, and write the table."""
+    if config.apart.tasks is None:
+        raise InputError("continual: expected --tasks T, the number of groups of classes that come one after another")
+    with begun(config, console) as paths:
+        if not paths.started:
+            Kept(paths).check_free()
+        loaded, clients, moving, algorithm = begin(config)
+        each, rate = rounds_of_a_unit(loaded.config), local_training(loaded.config).rate
+        once = each * config.apart.tasks
+        with Session(
+            loaded, paths, console, unit="round", total=2 * once, rate=lambda done: rate(done % each)
+        ) as session:
+            session.introduce(moving, clients)
+            write_split(paths.results, clients, loaded.data.classes)
+            apart = Apart(loaded, clients, moving, session)
+            apart.begin(partial(rounds_of_the_head, loaded, clients))
+            evaluate = partial(evaluate_split, loaded, moving, watch=session.evaluating)
+            if session.done == 0 and session.due(0):
+                session.validate(evaluate)
+            traffic = Traffic(moving, algorithm, len(clients), first_contact=first_contact_bytes(loaded, moving))
+            apart.skip(traffic)
+            for round_ in session.shown(chain(apart.rounds(onward=True), apart.rounds(first=once))):
+                session.record(round_, *traffic.count(round_))
+            summary = write_courses(courses(apart), apart, console)
+            if session.due(session.done):  # else a run that goes on has done so
+                session.validate(evaluate)
+            session.finish(evaluate, {**figures(session, moving), **summary})

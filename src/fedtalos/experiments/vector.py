@@ -1,0 +1,147 @@
+"""The vector command: make task vectors of runs, show, apply, negate or merge them."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+from rich.console import Console
+
+from fedtalos.app.config.vector import (
+    VectorApplyConfig,
+    VectorConfig,
+    VectorMakeConfig,
+    VectorMergeConfig,
+    VectorNegateConfig,
+    VectorShowConfig,
+)
+from fedtalos.app.run.display import say, say_facts
+from fedtalos.app.run.paths import RunPaths, plain_name
+from fedtalos.app.vectors.base import base_of, save_edited
+from fedtalos.app.vectors.made import made_of
+from fedtalos.app.vectors.tables import norm_report, pairs_report
+from fedtalos.app.vectors.validated import validated_alpha
+from fedtalos.errors import InputError
+from fedtalos.notes import noted
+from fedtalos.training.editing.describe_vectors import described, norm_table
+from fedtalos.training.editing.merging import merge
+from fedtalos.training.editing.task_vectors import TaskVector, apply, changed, check_together, scaled
+from fedtalos.training.editing.vector_file import load_vector, save_vector
+
+OF_METHOD = {"share": "ties", "drop": "dare", "seed": "dare", "votes": "consensus", "selectivity": "consensus"}
+OF_METHOD |= {"first": "lines", "last": "lines"}
+OF_AUTO = ("base", "dataset", "data_dir", "eval_limit")
+
+
+def run(config: VectorConfig, console: Console) -> None:
+    """Do what the command line asks for, and print the files written."""
+    noted()
+    match config.tool:
+        case VectorMakeConfig() as tool:
+            written = make(tool)
+        case VectorShowConfig() as tool:
+            written = show(tool, console)
+        case VectorApplyConfig() as tool:
+            written = apply_to_base(tool)
+        case VectorNegateConfig() as tool:
+            written = negate(tool)
+        case VectorMergeConfig() as tool:
+            written = merged(tool, console)
+    for what, sentence in noted().items():
+        say(console, f"{what}: {sentence}")
+    for path in written:
+        say(console, str(path))
+
+
+def make(config: VectorMakeConfig) -> list[Path]:
+    """Write the vector of a run or checkpoint.
+
+    Raises InputError where there is none, its start cannot be had, or the new file exists.
+    """
+    return _written(config.name or config.run.stem, config.output_dir, lambda: made_of(config))
+
+
+def show(config: VectorShowConfig, console: Console) -> list[Path]:
+    """Print facts and norms of each vector, and cosines and overlaps of several; draw norms and cosines."""
+    from fedtalos.app.figures import vectors as figures  # slow to import
+    from fedtalos.app.figures.draw import mask_names, name_together
+
+    vectors = _load(config.vectors)
+    check_together(vectors)
+    names = mask_names(config.vectors)
+    if len(set(names)) < len(names):
+        raise InputError("vectors: expected each with its own name; rename or choose")
+    folder = name_together(names) if config.name is None else plain_name("--name", config.name)
+    drawn = figures.plot_vectors(dict(zip(names, vectors, strict=True)), config.output_dir / "plots" / folder)
+    for path, vector in zip(config.vectors, vectors, strict=True):
+        say_facts(console, {"vector": str(path), **described(vector)})
+        console.print(norm_report(norm_table(vector)))
+    if len(vectors) > 1:
+        console.print(pairs_report(vectors), highlight=False)
+    return drawn
+
+
+def apply_to_base(config: VectorApplyConfig) -> list[Path]:
+    """Write the checkpoint of a base with vectors added.
+
+    Raises InputError for vectors of other bases, a base that is not theirs, and a name that is taken.
+    """
+    folder = RunPaths(config.output_dir, plain_name("--name", config.name)).checkpoints
+    if folder.exists():
+        raise InputError(f"{folder} exists: move it away, or choose another --name")
+    vectors = _load(config.vectors)
+    base = base_of(config.base, vectors, config.output_dir)
+    edited = apply(base.model, *vectors, alpha=config.alpha)
+    said = {"base": config.base, "alpha": config.alpha, "vectors": [vector.fingerprint for vector in vectors]}
+    return [save_edited(base, edited, folder, said)]
+
+
+def negate(config: VectorNegateConfig) -> list[Path]:
+    """Write the negative of a vector; InputError for a file that exists."""
+    return _written(config.name, config.output_dir, lambda: -load_vector(config.vector))
+
+
+def merged(config: VectorMergeConfig, console: Console) -> list[Path]:
+    """Write one vector of several, scaled by alpha.
+
+    Raises InputError for vectors of other bases, options that are of another method, and a file that exists.
+    """
+    for name, method in OF_METHOD.items():
+        value = getattr(config, name)
+        if value != VectorMergeConfig.model_fields[name].default and config.method != method:
+            raise InputError(f"--{name} {value}: is of --method {method}, not of {config.method}; leave it out")
+    for name in OF_AUTO if config.alpha != "auto" else ():
+        if getattr(config, name) is not None:
+            raise InputError(f"--{name} {getattr(config, name)}: is of --alpha auto; give that, or leave it out")
+
+    def of_all() -> TaskVector:
+        found = merge(
+            _load(config.vectors),
+            config.method,
+            share=config.share,
+            drop=config.drop,
+            seed=config.seed,
+            votes=config.votes,
+            selectivity=config.selectivity,
+            first=config.first,
+            last=config.last,
+        )
+        alpha = validated_alpha(config, found, console) if config.alpha == "auto" else config.alpha
+        return (
+            found if alpha == 1 else changed(found, scaled(found.values, alpha), f"{alpha:g} x {found.facts.command}")
+        )
+
+    return _written(config.name, config.output_dir, of_all)
+
+
+def _load(paths: tuple[Path, ...]) -> list[TaskVector]:
+    if not paths:
+        raise InputError("vectors: expected one or more vector files, got none; runs with --save_vector write them")
+    return [load_vector(path) for path in paths]
+
+
+def _written(name: str, output_dir: Path, vector: Callable[[], TaskVector]) -> list[Path]:
+    """Write a vector under a new name, which is looked at before anything is computed."""
+    path = RunPaths(output_dir, plain_name("--name", name)).vector
+    if path.exists():
+        raise InputError(f"{path} exists: move it away, or choose another --name")
+    save_vector(path, vector())
+    return [path]

@@ -1,0 +1,96 @@
+"""Training apart: clients, or the clients of a task, train from one start, and each leaves its own task vector.
+
+Letters: K clients, U units (a client, or a task's clients), A entries that move. A vector is theta_after minus start.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
+
+from torch import Tensor
+
+from fedtalos.models.backbone import Backbone
+from fedtalos.randomness import generator
+from fedtalos.training.federated.client_sampling import Sampling
+from fedtalos.training.federated.clients import Clients
+from fedtalos.training.federated.fedavg import Engine, FedAvg, OnBadClient, Round, Transform, fedavg, one_by_one
+from fedtalos.training.local_training import LocalTraining
+from fedtalos.training.masked_parameters import MaskedParameters
+
+Keep = Callable[[int, Tensor], None]
+"""Takes the number of a unit that has trained, and its vector (A,)."""
+
+
+def train_apart(
+    model: Backbone | MaskedParameters,
+    clients: Clients,
+    mask: Mapping[str, Tensor] | None = None,
+    *,
+    local: LocalTraining,
+    units: Sequence[Sequence[int]] | None = None,
+    rounds: int = 1,
+    fraction: float = 1.0,
+    sampling: Sampling = "uniform",
+    seed: int = 0,
+    keep: Keep,
+    start: Tensor | None = None,
+    onward: bool = False,
+    algorithm: Callable[[], FedAvg] = FedAvg,
+    through: Callable[[Clients], Sequence[Transform]] = lambda _clients: (),
+    engine: Engine = one_by_one,
+    on_bad_client: OnBadClient = "stop",
+    done: int = 0,
+) -> Iterator[Round]:
+    """Train every unit by ``rounds`` rounds of federated averaging among its clients alone, all from one start.
+
+    ``units`` are runs of neighbouring clients, such as ``clients_of_tasks`` gives (None: every client by itself).
+    Yields their rounds one after another, numbered through; after a unit's last one ``keep`` is given its vector. In
+    the end the model is as it was.
+
+    ``start`` (A,) is what every unit starts from, where that is not what the model holds: after ``done`` rounds the
+    model holds what the unit underway has reached. With ``onward`` every unit starts where the one before it ended, as
+    in continual learning, and its vector leads from the common start to its end. A unit's draws depend on its clients
+    and the seed alone, so they are the same whichever units train.
+
+    >>> vectors = {}
+    >>> for round in train_apart(model, clients, mask, local=LocalTraining(epochs=2), keep=vectors.__setitem__):
+    ...     print(round.number, round.train.accuracy)
+    """
+    moving = MaskedParameters.of(model, mask)
+    start = moving.vector() if start is None else start
+    units = [range(client, client + 1) for client in range(len(clients))] if units is None else units
+    for unit, members in enumerate(units[done // rounds :], done // rounds):
+        first = max(done - unit * rounds, 0)
+        if not first and not (onward and unit):
+            moving.write(start)
+        own = clients.only(members[0], members[-1] + 1)
+        for round_ in fedavg(
+            moving,
+            own,
+            local=local,
+            rounds=rounds,
+            fraction=fraction,
+            sampling=sampling,
+            seed=unit_seed(seed, members),
+            algorithm=algorithm(),
+            through=through(own),
+            engine=engine,
+            on_bad_client=on_bad_client,
+            done=first,
+        ):
+            yield replace(
+                round_,
+                number=unit * rounds + round_.number,
+                clients=tuple(members[client] for client in round_.clients),
+                lost={members[client]: lost for client, lost in round_.lost.items()},
+            )
+        keep(unit, moving.vector() - start)
+    moving.write(start)
+
+
+def unit_seed(seed: int, members: Sequence[int]) -> int:
+    """Draw the seed of a unit's rounds and batches, from its first client.
+
+    >>> unit_seed(0, [3]) == unit_seed(0, range(3, 4))
+    True
+    """
+    return int(generator(seed, "apart", members[0]).integers(2**31))

@@ -1,0 +1,189 @@
+"""Runs of tasks and of one round, and what forgetting takes out of them again."""
+
+import shlex
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from commands import SMALL, interrupt_after, refused
+from safetensors.torch import load_file
+
+from fedtalos.cli import main
+
+RUN = [*SMALL, "--num_clients", "4", "--local_steps", "2", "--batch_size", "8", "--threads", "1"]
+TASKS = ["federated", *RUN, "--tasks", "2", "--num_rounds", "2", "--client_fraction", "0.5"]
+ONE_SHOT = ["federated", *RUN, "--one_shot", "--merge_alpha", "0.5"]
+
+pytestmark = pytest.mark.usefixtures("without_figures")
+
+
+def run(command: list[str], more: str = "") -> None:
+    main([*command, *shlex.split(more)])
+
+
+def summary(name: str) -> dict:
+    return yaml.safe_load(Path("results", name, "summary.yaml").read_text())
+
+
+def model(name: str) -> dict[str, torch.Tensor]:
+    """A run's last model, without what lies beside it."""
+    file = next(Path("checkpoints", name).glob("last-*.safetensors"))
+    return {name: tensor for name, tensor in load_file(file).items() if "/" not in name}
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory) -> Path:
+    """A folder with a run of two tasks, and one of one round; to be read only."""
+    folder = tmp_path_factory.mktemp("runs")
+    with pytest.MonkeyPatch.context() as patched:
+        from fedtalos.app.figures import draw
+
+        patched.setattr(draw, "plot_run", lambda *_: [])
+        patched.chdir(folder)
+        torch.set_num_threads(1)
+        run(TASKS, "--run_name two --merge_alpha 0.5")
+        run(ONE_SHOT, "--run_name once --client_evaluation --partition dirichlet --min_client_size 5")
+    return folder
+
+
+@pytest.fixture
+def inside(runs, tmp_path, monkeypatch) -> Path:
+    """The runs, as links in a folder of the test's own."""
+    for kind in ("results", "checkpoints", "vectors"):
+        (tmp_path / kind).mkdir()
+        for folder in (runs / kind).iterdir():
+            (tmp_path / kind / folder.name).symlink_to(folder)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_every_task_leaves_its_vector_and_the_table_says_what_came_of_it(inside):
+    said = summary("two")
+    assert said["merged"] == {"rule": "sum", "alpha": 0.5, "refit": "ridge", "units": ["task0", "task1"]}
+    assert said["rounds"] == 4
+    assert set(said["task_accuracy"]) >= {"base", "single_known", "merged", "refitted", "normalised"}
+    assert sorted(path.name for path in Path("vectors").glob("two.*")) == [
+        "two.task0.safetensors",
+        "two.task1.safetensors",
+    ]
+    lines = Path("results/two/tasks.csv").read_text().splitlines()
+    assert len(lines) == 3
+    assert lines[1].startswith("task0,5,")
+
+
+def test_vectors_of_an_earlier_run_are_never_overwritten(inside, capsys):
+    Path("results/two").unlink()
+    Path("checkpoints/two").unlink()
+    assert "exists, of an earlier run" in refused([*TASKS, "--run_name", "two"], capsys)
+    assert not Path("results/two").exists()
+
+
+def test_one_round_has_a_round_a_client_and_counts_vectors_and_sums(inside):
+    said = summary("once")
+    vector = 4 * said["moving_parameters"]
+    width, classes = 96, 10
+    sums = 8 * ((width + 1) * (width + 2) // 2 + (width + 1) * classes)
+    assert said["rounds"] == 4
+    assert said["merged"]["units"] == [f"client{client}" for client in range(4)]
+    assert round(1e6 * said["megabytes_sent"]["up"], -3) == round(4 * (vector + 2 * sums), -3)
+    assert "own_vector_accuracy" in Path("results/once/client_accuracy.csv").read_text()
+    assert 0 <= said["own_vector_test_accuracy"]["mean"] <= 1
+
+
+@pytest.mark.parametrize("calls", [1, 2, 3])
+def test_a_run_that_was_stopped_ends_as_one_that_was_not(inside, monkeypatch, calls):
+    with monkeypatch.context() as patched:
+        interrupt_after(patched, calls)
+        with pytest.raises(SystemExit):
+            run(TASKS, "--run_name stopped --merge_alpha 0.5")
+    run(["federated"], "--resume --run_name stopped")
+    whole, found = summary("two"), summary("stopped")
+    for figures in (whole, found):
+        del figures["seconds"], figures["evaluation_share"]
+    assert found == whole
+    for name, tensor in model("two").items():
+        assert tensor.equal(model("stopped")[name])
+
+
+def test_a_forgotten_task_is_one_that_never_came(inside, capsys):
+    """Left out of the merger, it is as in a run in which it trained as well, but was not merged."""
+    run(["forget", "two", "--classes", "0", "1", "2", "3", "4", "--alpha", "0", "--device", "cpu"])
+    said = capsys.readouterr().out
+    assert [words in said for words in ("exact", "probe", "left out")] == [True] * 3
+    found = summary("two-without-task0")
+    assert found["accuracy"]["left out"]["target"] == 0  # the head has no sums of these classes
+    assert found["forgot"] == "task0"
+    vector = load_file("vectors/two.task1.safetensors")["values"]
+    start = load_file(next(Path("checkpoints/two").glob("last-*.safetensors")))["apart/start"]
+    after = torch.cat([t.flatten() for n, t in model("two-without-task0").items() if not n.startswith("head.")])
+    assert len(after) == len(start)
+    torch.testing.assert_close(after.sort().values, (start + 0.5 * vector).sort().values)
+    run(["evaluate", "two-without-task0"])
+    assert "accuracy" in capsys.readouterr().out
+
+
+def test_a_client_is_forgotten_and_compared_with_retraining(inside, capsys):
+    run(ONE_SHOT, "--run_name fewer --partition dirichlet --min_client_size 5 --leave_out 2")
+    assert summary("fewer")["merged"]["units"] == ["client0", "client1", "client3"]
+    run(["forget", "once", "--client", "2", "--retrained", "fewer", "--keep_head", "--name", "gone"])
+    rows = summary("gone")["accuracy"]
+    assert set(rows) >= {"before", "retrained", "left out"}
+    assert "its own training images" in capsys.readouterr().out
+    assert Path("results/gone/forgetting.csv").read_text().startswith("model,target,control,probe,control_share")
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        ("two", "expected one of --classes, --task and --client"),
+        ("two --task 0 --client 1", "expected one of"),
+        ("two --classes 0 1", "task0 is of 0 1 2 3 4"),
+        ("two --classes cat", "no such class"),
+        ("two --task 2", "it has those of task0, task1"),
+        ("two --client 1", "kept no vector of it"),
+        ("once --client 9", "kept no vector of it"),
+        ("two --classes 0 1 2 3 4 5 6 7 8 9", "nothing would be left"),
+        ("nobody --task 0", "there is none"),
+        ("../two --task 0", "plain folder name"),
+        ("two --task 0 --name two", "exists"),
+        ("two --task 0 --retrained nobody", "nobody"),
+        ("two --task 0 --alpha nan", "alpha"),
+    ],
+)
+def test_what_cannot_be_forgotten_is_refused_and_nothing_is_written(inside, capsys, words, says):
+    before = {path.name for path in Path("results").iterdir()}
+    assert says in refused(["forget", *words.split(), "--device", "cpu"], capsys)
+    assert {path.name for path in Path("results").iterdir()} == before
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        ("--tasks 5", "every task needs a client"),
+        ("--tasks 2 --task_order superclass", "superclass"),
+        ("--tasks 11 --num_clients 20", "11 groups of 10 classes"),
+        ("--merge ties", "nothing is merged without --tasks or --one_shot"),
+        ("--leave_out 1", "nothing is merged without"),
+        ("--task_order random", "--tasks"),
+        ("--one_shot --merge best", "merge"),
+        ("--one_shot --leave_out 4", "the clients are 0 to 3"),
+        ("--one_shot --leave_out 0 1 2 3", "nobody would be left"),
+        ("--one_shot --workers 2", "leave it out"),
+        ("--one_shot --aggregation median", "leave one of them out"),
+        ("--one_shot --merge_alpha inf", "merge_alpha"),
+    ],
+)
+def test_tasks_that_cannot_be_are_refused(tmp_path, monkeypatch, capsys, words, says):
+    monkeypatch.chdir(tmp_path)
+    command = ["federated", *SMALL, "--num_clients", "4", *words.split()]
+    if "--num_clients 20" in words:
+        command = ["federated", *SMALL, *words.split()]
+    assert says in refused(command, capsys)
+    assert not Path("checkpoints").exists()
+    assert not list(Path().glob("results/*/config.yaml"))
+
+
+def test_a_run_without_kept_vectors_forgets_nothing(inside, capsys):
+    run(["federated", *RUN], "--num_rounds 1 --run_name plain")
+    assert "kept no vectors" in refused(["forget", "plain", "--task", "0"], capsys)

@@ -1,0 +1,166 @@
+"""Units that train apart from one start, and one round: vectors merged, the head fitted from clients' sums."""
+
+import numpy as np
+import pytest
+import torch
+
+from fedtalos.data.images import LabelledImages
+from fedtalos.training.evaluation import evaluate
+from fedtalos.training.federated.apart import train_apart, unit_seed
+from fedtalos.training.federated.continual import Course
+from fedtalos.training.federated.fedavg import fedavg
+from fedtalos.training.federated.one_shot import one_shot
+from fedtalos.training.federated.partition import split_clients
+from fedtalos.training.federated.personal import personalised, with_own_vectors
+from fedtalos.training.federated.tasks import clients_of_tasks, split_by_task
+from fedtalos.training.head_fitting import fit_head
+from fedtalos.training.local_training import LocalTraining
+from fedtalos.training.masked_parameters import MaskedParameters, head_mask
+from fedtalos.training.task_accuracy import accuracy_of_head, probe_accuracy
+
+LOCAL = LocalTraining(steps=2, batch_size=4, learning_rate=1e-3)
+
+
+@pytest.fixture
+def pictures() -> LabelledImages:
+    """Images whose class can be seen: a bright row each."""
+    pixels = torch.randint(90, (60, 3, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    labels = torch.arange(60) % 5
+    pixels[torch.arange(60), :, labels] += 120
+    return LabelledImages(pixels, labels)
+
+
+@pytest.fixture
+def moving(vit) -> MaskedParameters:
+    """A tenth of the blocks moves."""
+    generator = torch.Generator().manual_seed(1)
+    named = {name: p for name, p in vit.named_parameters() if name.startswith("blocks.")}
+    return MaskedParameters(vit, {name: torch.rand(p.shape, generator=generator) < 0.1 for name, p in named.items()})
+
+
+def apart(moving, clients, **how) -> tuple[list, dict[int, torch.Tensor]]:
+    vectors: dict[int, torch.Tensor] = {}
+    rounds = list(train_apart(moving, clients, local=LOCAL, keep=vectors.__setitem__, **how))
+    return rounds, vectors
+
+
+def test_units_start_alike_and_leave_the_model_as_it_was(moving, pictures):
+    clients, before = split_clients(pictures, 3), moving.vector()
+    rounds, vectors = apart(moving, clients)
+    assert moving.vector().equal(before)
+    assert [(r.number, r.clients) for r in rounds] == [(1, (0,)), (2, (1,)), (3, (2,))]
+    for client, vector in vectors.items():
+        seed = unit_seed(0, [client])
+        list(fedavg(moving, clients.only(client, client + 1), local=LOCAL, rounds=1, seed=seed))
+        assert vector.equal(moving.vector() - before)
+        moving.write(before)
+
+
+def test_a_units_vector_does_not_depend_on_the_others(moving, pictures):
+    clients = split_by_task(pictures, 4, ((0, 1, 4), (2, 3)))
+    units = clients_of_tasks(4, 2)
+    _, every = apart(moving, clients, units=units, rounds=2, seed=5)
+    _, alone = apart(moving, clients, units=units[1:], rounds=2, seed=5)
+    assert every[1].equal(alone[0])
+    assert not every[0].equal(every[1])
+
+
+@pytest.mark.parametrize("onward", [False, True])
+@pytest.mark.parametrize("stop", [1, 2, 3])
+def test_training_apart_goes_on_where_it_was_stopped(moving, pictures, stop, onward):
+    clients, units, start = split_clients(pictures, 4), clients_of_tasks(4, 2), moving.vector()
+    _, whole = apart(moving, clients, units=units, rounds=2, onward=onward)
+    first, second = {}, {}
+    rounds = train_apart(moving, clients, local=LOCAL, units=units, rounds=2, onward=onward, keep=first.__setitem__)
+    for round_ in rounds:
+        if round_.number == stop:
+            break
+    reached = moving.vector()
+    rounds.close()
+    if stop == 2:
+        first[0] = reached - start
+    moving.write(reached)
+    list(
+        train_apart(
+            moving,
+            clients,
+            local=LOCAL,
+            units=units,
+            rounds=2,
+            onward=onward,
+            start=start,
+            done=stop,
+            keep=second.__setitem__,
+        )
+    )
+    together = first | second
+    assert all(together[unit].equal(whole[unit]) for unit in (0, 1))
+    assert moving.vector().equal(start)
+
+
+def test_one_round_of_the_mean_is_a_round_of_fedavg(moving, pictures):
+    """Of clients of one size, the mean of their vectors is what FedAvg's round moves, given the same draws."""
+    clients, start = split_clients(pictures, 3), moving.vector()
+    found = one_shot(moving, clients, local=LOCAL, val=pictures, merge=lambda v: v.mean(0), alphas=(1.0,), head=None)
+    after = moving.vector()
+    assert after.equal(start + found.merged)
+    torch.testing.assert_close(found.merged, found.vectors.mean(0))
+    assert found.bytes_up == found.bytes_down == 3 * moving.nbytes
+
+
+def test_one_shot_repeats_to_the_bit_fits_the_head_and_is_never_worse_than_its_start(moving, pictures):
+    clients, start = split_by_task(pictures, 2, ((0, 1, 4), (2, 3))), moving.vector()
+    fit_head(moving.model, pictures, holders=clients, val=pictures)
+    base = evaluate(moving, pictures).accuracy
+    found = one_shot(moving, clients, local=LOCAL, val=pictures, head=None, seed=3)
+    assert evaluate(moving, pictures).accuracy >= base
+    moving.write(start)
+    again = one_shot(moving, clients, local=LOCAL, val=pictures, seed=3)
+    assert again.vectors.equal(found.vectors)
+    assert again.alpha == found.alpha
+    assert again.bytes_up > found.bytes_up
+    refit = moving.model.head.weight.detach().clone()
+    fit_head(moving.model, pictures, holders=clients, val=pictures)  # over the merged model's features: the same again
+    assert refit.equal(moving.model.head.weight)
+
+
+def test_a_clients_own_vector_makes_its_model(moving, pictures):
+    clients, start = split_clients(pictures, 3), moving.vector()
+    _, vectors = apart(moving, clients)
+    for client in with_own_vectors(moving, vectors, alpha=0.5):
+        assert moving.vector().equal(start + 0.5 * vectors[client])
+    assert moving.vector().equal(start)
+    tuned = {client: moving.vector() for client in personalised(moving, clients, [0, 1], LOCAL, seed=0)}
+    for client in personalised(moving, clients, [0, 1], LOCAL, seed=0, alpha=0.5):
+        torch.testing.assert_close(moving.vector(), (start + tuned[client]) / 2)
+    for _ in personalised(moving, clients, [0], LOCAL, seed=0, alpha=0.0):
+        assert moving.vector().equal(start)
+
+
+def test_accuracy_with_the_task_known_chooses_among_its_classes():
+    weight, bias = torch.eye(4), torch.zeros(4)
+    features = torch.tensor([[3.0, 0, 2, 0], [0, 1, 0, 2], [0, 0, 1, 3], [5, 0, 0, 1]])
+    labels = torch.tensor([0, 1, 2, 3])
+    found = accuracy_of_head((weight, bias), features, labels, ((0, 1), (2, 3)))
+    assert found.unknown.tolist() == [0.5, 0.0]
+    assert found.known.tolist() == [1.0, 0.5]
+    assert np.isnan(accuracy_of_head((weight, bias), features[:2], labels[:2], ((0, 1), (2, 3))).known[1])
+
+
+def test_a_probe_reads_what_features_tell(vit, pictures):
+    few = pictures.subset(torch.arange(0, 60, 5))
+    assert probe_accuracy(vit, pictures, pictures, penalty=1e-4) > 0.9
+    assert probe_accuracy(vit, few, few) == 1.0  # of one class
+
+
+def test_average_accuracy_and_backward_transfer():
+    course = Course(np.array([[0.9, 0.1, 0.0], [0.7, 0.8, 0.0], [0.6, 0.9, 0.5]]))
+    assert course.average_accuracy == pytest.approx((0.6 + 0.9 + 0.5) / 3)
+    assert course.backward_transfer == pytest.approx(((0.6 - 0.9) + (0.9 - 0.8)) / 2)
+    assert np.isnan(Course(np.array([[0.9]])).backward_transfer)
+
+
+def test_only_what_moves_is_sent(vit, pictures):
+    moving = MaskedParameters(vit, head_mask(vit))
+    found = one_shot(moving, split_clients(pictures, 2), local=LOCAL, val=pictures, alphas=(0.0, 1.0), head=None)
+    assert found.vectors.shape == (2, len(moving))
