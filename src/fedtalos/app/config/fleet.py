@@ -1,0 +1,122 @@
+"""Every option of the fleet commands: set a fleet up, and start its server, nodes and runs (docs/fleet.md)."""
+
+from pathlib import Path
+from typing import Annotated, ClassVar, Literal
+
+import tyro
+from pydantic import Field, SkipValidation
+
+from fedtalos.app.config.dataset import Dataset
+from fedtalos.app.config.options import Options, unset
+
+Work = Literal["train", "evaluate", "head"]
+"""What a server may ask of a node."""
+Wire = Literal["float32", "float16", "bfloat16", "int8"]
+Folder = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="DIR")]
+PORT = 8000
+
+
+class FleetInitConfig(Options):
+    """Write a fleet's folder: an app, a config, certificates, keys and a page of instructions."""
+
+    command: ClassVar[str] = "init"
+
+    folder: Folder = Field(description="folder to make")
+    config: Annotated[Path, tyro.conf.arg(metavar="FILE")] = Field(
+        description="YAML file with the options of federated; num_clients is the number of nodes"
+    )
+    host: str = Field("127.0.0.1", description="name or address of the server's machine, as the nodes see it")
+    port: int = Field(PORT, ge=1, le=65535, description="port of the server")
+    tls: bool = Field(True, description="encrypt, with certificates of its own CA; without it anybody can listen in")
+    server_certificate: Annotated[Path | None, unset("FILE", "made, with a CA of its own")] = Field(
+        None, description="certificate of the server's machine, in PEM; its key and its CA are given beside it"
+    )
+    server_key: Annotated[Path | None, unset("FILE", "made")] = Field(None, description="the certificate's private key")
+    ca: Annotated[Path | None, unset("FILE", "made")] = Field(None, description="certificate of the CA that signed it")
+
+
+class FleetServerConfig(Options):
+    """Start Flower's SuperLink on this machine, admit the fleet's nodes, and serve until Ctrl-C."""
+
+    command: ClassVar[str] = "server"
+
+    folder: Folder = Field(description="the fleet's folder, made by init")
+    listen: str = Field("0.0.0.0", description="address to listen at")
+
+
+class FleetNodeConfig(Options):
+    """Start a node: it keeps its images, and trains one client where the server asks for it."""
+
+    command: ClassVar[str] = "node"
+
+    folder: Folder = Field(description="the fleet's folder, or a copy of its ca.crt, fleet.yaml and this node's key")
+    client: int = Field(ge=0, description="number of the client that this node is, from 0")
+    dataset: Dataset = Field(description="data set that the node admits: cifar100, cifar10, digits or folder")
+    data_dir: Path = Field(Path("data"), description="where its images are")
+    holds: Literal["all", "part"] = Field(
+        "all",
+        description="images that are this client's: all training images in data_dir, or the part of them that a "
+        "simulation gives to it (part), to try out",
+    )
+    admit: tuple[Work, ...] = Field(
+        ("train", "evaluate", "head"), description="work that the node does; it refuses what is left out"
+    )
+    server: Annotated[str | None, unset("HOST:PORT", "that of fleet.yaml")] = Field(
+        None, description="address of the server"
+    )
+    state_dir: Annotated[Path | None, unset("DIR", "DIR/state/client_K")] = Field(
+        None, description="where the node keeps the frozen weights, masks and its own vectors between rounds"
+    )
+    device: Literal["auto", "mps", "cuda", "cpu"] = Field(
+        "auto", description="where to compute; auto takes the first of mps, cuda and cpu that is there"
+    )
+    threads: Annotated[int | None, unset("N", "all cores")] = Field(
+        None, ge=1, le=1024, description="CPU threads; the bytes of a simulation need its number of threads"
+    )
+
+
+class FleetRunConfig(Options):
+    """Submit a run to the server, show its rounds, and say where its results are."""
+
+    command: ClassVar[str] = "run"
+
+    folder: Folder = Field(description="the fleet's folder, made by init")
+    run_name: Annotated[str | None, unset("NAME", "fleet and time")] = Field(
+        None, description="name of the run, and of its folders"
+    )
+    resume: bool = Field(False, description="continue the run called --run_name, or else the newest unfinished one")
+    output_dir: Annotated[Path | None, unset("DIR", "DIR/runs")] = Field(
+        None, description="folder on the server's machine for results/, checkpoints/ and plots/"
+    )
+    deadline: float = Field(600.0, gt=0, le=86400, description="seconds until a node's answer counts as lost")
+    patience: float = Field(120.0, ge=0, le=86400, description="seconds to wait for all nodes before the first round")
+    min_nodes: int = Field(1, ge=1, description="fewest nodes to begin with once the patience is over")
+    wire: Wire = Field(
+        "float32", description="numbers that updates travel as; fewer bits keep what is lost for the next round"
+    )
+
+
+class FleetDemoConfig(Options):
+    """Start a server and three nodes on this machine, train ten rounds with a mask on digits, and stop them."""
+
+    command: ClassVar[str] = "demo"
+
+    output_dir: Path = Field(Path(), description="folder for results/, checkpoints/, masks/ and plots/")
+    run_name: Annotated[str | None, unset("NAME", "fleet and time")] = Field(None, description="name of the run")
+    num_rounds: int = Field(10, ge=1, description="number of rounds")
+    seed: int = Field(0, ge=0, description="seed of the random draws")
+    wire: Wire = Field("float32", description="numbers that updates travel as")
+
+
+FleetTool = FleetInitConfig | FleetServerConfig | FleetNodeConfig | FleetRunConfig | FleetDemoConfig
+FLEET_TOOLS: dict[str, type[FleetTool]] = {
+    t.command: t for t in (FleetInitConfig, FleetServerConfig, FleetNodeConfig, FleetRunConfig, FleetDemoConfig)
+}
+
+
+class FleetConfig(Options):
+    """Train over machines that keep their images, by Flower: set up, serve, join and run (docs/fleet.md)."""
+
+    command: ClassVar[str] = "fleet"
+
+    tool: SkipValidation[FleetTool]

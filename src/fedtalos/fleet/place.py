@@ -1,0 +1,193 @@
+"""A fleet's folder: what ``fleet init`` writes, and server, nodes and runs read.
+
+DIR/fleet.yaml            address of the server, number of clients, whether it is encrypted
+DIR/certificates/         ca.crt for everybody; server.crt and server.key for the server alone
+DIR/keys/                 client_K for node K alone; client_K.pub for the server
+DIR/app/                  the app that runs are submitted as: pyproject.toml, two modules, config.yaml
+DIR/README.md             what to do with it
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from fedtalos.app.config.files import flatten, from_file, override, read_yaml
+from fedtalos.app.config.fleet import FleetInitConfig
+from fedtalos.app.config.schema import FederatedConfig
+from fedtalos.app.run.recorder import write_yaml
+from fedtalos.errors import InputError
+from fedtalos.files import write_atomic
+
+PYPROJECT = """[build-system]
+requires = ["hatchling"]
+build-backend = "hatchling.build"
+
+[project]
+name = "fedtalos-fleet"
+version = "1.0.0"
+description = "Federated rounds of fedtalos over Flower"
+license = { file = "LICENSE" }
+dependencies = ["flwr>=1.41,<1.43"]
+
+[tool.hatch.build.targets.wheel]
+packages = ["."]
+
+[tool.flwr.app]
+publisher = "fedtalos"
+fab-format-version = 1
+flwr-version-target = "1.42.0"
+
+[tool.flwr.app.components]
+serverapp = "server_app:app"
+clientapp = "client_app:app"
+
+[tool.flwr.app.config]
+run-name = ""
+resume = false
+output-dir = "."
+deadline = 600.0
+patience = 120.0
+min-nodes = 1
+wire = "float32"
+"""
+SERVER_APP = '''"""The server's side of a run."""
+
+from pathlib import Path
+
+from fedtalos.fleet.app import server_app
+
+app = server_app(Path(__file__).parent)
+'''
+CLIENT_APP = '''"""A node's side of a run."""
+
+from fedtalos.fleet.app import client_app as app
+
+__all__ = ["app"]
+'''
+README = """# A fleet of {clients} nodes
+
+The server is {host}:{port}. On its machine, in this folder:
+
+    fedtalos fleet server {folder}
+    fedtalos fleet run {folder}
+
+On the machine of each node K, from 0 to {last}, after copying `fleet.yaml`, `certificates/ca.crt` and `keys/client_K`
+of this folder there, into a folder of the same shape:
+
+    fedtalos fleet node {folder} --client K --dataset {dataset} --data_dir FOLDER
+
+Keep `certificates/server.key` on the server's machine, and each `keys/client_K` on its node's. Whoever has a node's key
+can be that node. What the nodes send, and what this keeps from whom, is in docs/fleet.md.
+"""
+
+
+@dataclass(frozen=True)
+class Place:
+    """A fleet's folder, and what its fleet.yaml says.
+
+    >>> Place.read(Path("fleet")).address
+    '192.168.1.20:8000'
+    """
+
+    folder: Path
+    host: str
+    port: int
+    clients: int
+    tls: bool
+
+    @classmethod
+    def read(cls, folder: Path) -> "Place":
+        """Read fleet.yaml; InputError where it is missing or does not say what it has to."""
+        path = folder / "fleet.yaml"
+        if not path.is_file():
+            raise InputError(
+                f"{folder}: is no fleet's folder, for it has no fleet.yaml; `fedtalos fleet init` makes one"
+            )
+        says = read_yaml(path)
+        kinds = {"host": str, "port": int, "clients": int, "tls": bool}
+        if says.keys() != kinds.keys() or any(type(says[name]) is not kind for name, kind in kinds.items()):
+            raise InputError(f"{path}: expected {', '.join(kinds)}, and nothing else; make the fleet anew")
+        return cls(folder, **says)
+
+    @property
+    def address(self) -> str:
+        """Host and port of the server, as nodes see it."""
+        return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
+
+    @property
+    def ca(self) -> Path:
+        return self.folder / "certificates" / "ca.crt"
+
+    @property
+    def certificate(self) -> Path:
+        return self.folder / "certificates" / "server.crt"
+
+    @property
+    def server_key(self) -> Path:
+        return self.folder / "certificates" / "server.key"
+
+    def node_key(self, client: int) -> Path:
+        """The private key of a node."""
+        return self.folder / "keys" / f"client_{client}"
+
+    @property
+    def app(self) -> Path:
+        return self.folder / "app"
+
+
+def make_place(options: FleetInitConfig) -> Place:
+    """Write a fleet's folder: an app, its config, certificates, keys and a page of instructions.
+
+    Raises InputError where the folder is there already, or the config is not one of ``federated``.
+    """
+    folder = options.folder
+    if folder.exists() and any(folder.iterdir()):
+        raise InputError(f"{folder} exists: move it away, or choose another")
+    values = from_file(options.config, "federated")
+    if values.get("num_clients") is None:
+        raise InputError(f"{options.config}: expected num_clients, the number of nodes")
+    config = override(FederatedConfig(), values, str(options.config))
+    theirs = (options.server_certificate, options.server_key, options.ca)
+    if any(theirs) and (not all(theirs) or not options.tls):
+        raise InputError("server_certificate, server_key and ca belong together, with tls; give all three, or none")
+    for given in theirs:
+        if given is not None and not given.is_file():
+            raise InputError(f"{given}: no such file; give a certificate and its key in PEM, and that of their CA")
+    place = Place(folder, options.host, options.port, config.split.num_clients, options.tls)
+    if options.tls:
+        from fedtalos.fleet.certificates import make_certificates, make_node_key, write_secret  # needs cryptography
+    if options.tls and not any(theirs):
+        make_certificates(folder / "certificates", options.host)
+    elif options.tls:
+        for mine, path in zip((place.certificate, place.server_key, place.ca), theirs, strict=True):
+            assert path is not None
+            write_secret(mine, path.read_bytes())
+    if options.tls:
+        for client in range(place.clients):
+            make_node_key(folder / "keys", client)
+    _write_app(place, {"on_bad_client": "skip", **absolute(values)})
+    about = {"host": place.host, "port": place.port, "clients": place.clients, "tls": place.tls}
+    write_yaml(folder / "fleet.yaml", about)
+    page = {**about, "last": place.clients - 1, "folder": folder, "dataset": config.data.dataset}
+    write_atomic(folder / "README.md", README.format(**page))
+    return place
+
+
+def absolute(values: dict[str, object]) -> dict[str, object]:
+    """Options with the paths that are there written in full: a run is led from another folder."""
+    found = dict(values)
+    for option in ("data_dir", "mask", "weights", "head", "cache_dir"):
+        value = values.get(option)
+        if isinstance(value, str) and (option == "data_dir" or Path(value).expanduser().exists()):
+            found[option] = str(Path(value).expanduser().resolve())
+    known = flatten(FederatedConfig())
+    if "data_dir" not in values:
+        found["data_dir"] = str(Path(known["data_dir"]).resolve())
+    return found
+
+
+def _write_app(place: Place, values: dict[str, object]) -> None:
+    write_atomic(place.app / "pyproject.toml", PYPROJECT)
+    write_atomic(place.app / "server_app.py", SERVER_APP)
+    write_atomic(place.app / "client_app.py", CLIENT_APP)
+    write_atomic(place.app / "LICENSE", "Apache-2.0\n")
+    write_yaml(place.app / "config.yaml", values)

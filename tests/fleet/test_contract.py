@@ -1,0 +1,86 @@
+"""A fleet gives the bytes of a simulation: same masks, sums, states and records."""
+
+import csv
+import shlex
+from pathlib import Path
+
+import pytest
+import torch
+from local_post import LocalPost
+from rich.console import Console
+
+from fedtalos.app.config.fleet import FleetNodeConfig
+from fedtalos.app.config.schema import FederatedConfig
+from fedtalos.checkpoint import load_checkpoint
+from fedtalos.cli import main, parse
+from fedtalos.fleet.node import Node
+from fedtalos.fleet.rounds import Terms, run_rounds
+
+FEDERATED = shlex.split(
+    "federated --dataset digits --model_size micro --image_size 8 --patch_size 4 --eval_limit 40 --eval_batch_size 16 "
+    "--weights none --train_limit 300 --num_clients 4 --client_fraction 0.5 --num_rounds 3 --local_steps 2 "
+    "--batch_size 16 --eval_every 2 --threads 1 --device cpu --precision fp32"
+)
+MASK = shlex.split(
+    "editing --dataset digits --model_size micro --image_size 8 --patch_size 4 --weights none --head random "
+    "--criterion random --device cpu --run_name m"
+)
+
+pytestmark = pytest.mark.usefixtures("in_a_folder_of_its_own", "without_figures")
+
+
+def nodes(count: int = 4, **options: object) -> list[Node]:
+    return [
+        Node(
+            FleetNodeConfig(
+                folder=Path(), client=client, dataset="digits", holds="part", device="cpu", threads=1, **options
+            ),
+            Path("state", str(client)),
+        )
+        for client in range(count)
+    ]
+
+
+def in_a_fleet(words: str = "", terms: Terms | None = None, post: LocalPost | None = None) -> LocalPost:
+    config = parse([*FEDERATED, "--run_name", "fleet", *shlex.split(words)])
+    assert isinstance(config, FederatedConfig)
+    post = post or LocalPost(nodes())
+    run_rounds(config, post, terms or Terms(patience=60), Console(quiet=True))
+    return post
+
+
+def rows(run: str) -> list[list[str]]:
+    """Rows of a run but for its bytes and seconds: a fleet counts what is really sent."""
+    with Path("results", run, "metrics.csv").open() as lines:
+        return [row[:-3] for row in csv.reader(lines)]
+
+
+def assert_same(first: str, second: str) -> None:
+    assert rows(first) == rows(second)
+    tensors = [load_checkpoint(Path("checkpoints", run, "last.json")).tensors for run in (first, second)]
+    assert tensors[0].keys() == tensors[1].keys()
+    assert all(torch.equal(tensor, tensors[1][name]) for name, tensor in tensors[0].items())
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        "",
+        "--mask masks/m.safetensors",
+        "--algorithm fedprox --mask masks/m.safetensors --freeze_head",
+        "--algorithm scaffold --optimizer sgd --mask masks/m.safetensors",
+        "--algorithm scaffold --optimizer sgd --dropout_rate 0.3",
+        "--head ridge --trainable blocks --freeze_head --client_evaluation",
+        "--head ncm --client_evaluation",
+        "--algorithm fedadam --trainable blocks --partition dirichlet --client_fraction 1",
+    ],
+)
+def test_a_fleet_gives_the_bytes_of_a_simulation(options):
+    if "--mask" in options:
+        main(MASK)
+    main([*FEDERATED, "--run_name", "alone", *shlex.split(options)])
+    in_a_fleet(options)
+    assert_same("alone", "fleet")
+    if "--client_evaluation" in options:
+        by_client = [Path("results", run, "client_accuracy.csv").read_text() for run in ("alone", "fleet")]
+        assert by_client[0] == by_client[1]

@@ -1,0 +1,194 @@
+"""Nodes that fail, lie or come back: the rounds go on without them, and what is lost is counted."""
+
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+from local_post import LocalPost
+from rich.console import Console
+from test_contract import FEDERATED, assert_same, in_a_fleet, nodes
+
+from fedtalos.cli import main, parse
+from fedtalos.errors import BadUpdateError, InputError
+from fedtalos.fleet.letter import Letter
+from fedtalos.fleet.node import Node
+from fedtalos.fleet.post import NoAnswer
+from fedtalos.fleet.rounds import Terms, run_rounds
+
+pytestmark = pytest.mark.usefixtures("in_a_folder_of_its_own", "without_figures")
+
+EVERYBODY = "--client_fraction 1 --on_bad_client skip"
+
+
+def left_out() -> dict[str, int]:
+    return yaml.safe_load(Path("results/fleet/summary.yaml").read_text()).get("clients_left_out", {})
+
+
+class Failing(LocalPost):
+    """Node 101, which is client 1, does ``instead`` in its second round."""
+
+    def __init__(self, instead) -> None:
+        super().__init__(nodes())
+        self.instead = instead
+
+    def answer(self, number: int, letter: Letter) -> Letter | NoAnswer:
+        if number == 101 and letter.kind == "train" and letter.facts["round"] == 2:
+            return self.instead(self, letter)
+        return super().answer(number, letter)
+
+
+def changed(**arrays: np.ndarray):
+    """An honest answer, with other arrays."""
+
+    def instead(post: Failing, letter: Letter) -> Letter:
+        answer = post.by_number[101].answer(letter)
+        return replace(answer, arrays=answer.arrays | arrays)
+
+    return instead
+
+
+def said(**facts: object):
+    """An honest answer, with other facts."""
+
+    def instead(post: Failing, letter: Letter) -> Letter:
+        answer = post.by_number[101].answer(letter)
+        return replace(answer, facts=answer.facts | facts)
+
+    return instead
+
+
+@pytest.mark.parametrize(
+    ("instead", "counted"),
+    [
+        (lambda post, letter: NoAnswer("stopped"), "no answer"),
+        (lambda post, letter: Letter("refused", {"why": "no"}), "refused"),
+        (lambda post, letter: Letter("unprepared"), "refused"),
+        (lambda post, letter: Letter("nonsense"), "bad update"),
+        (changed(values=np.full(600_000, np.nan, np.float32)), "bad update"),
+        (changed(values=np.zeros((2, 3), np.float32)), "bad update"),
+        (changed(values=np.zeros(5, np.int8)), "bad update"),
+        (said(examples=-3), "bad update"),
+        (said(loss_sum="much"), "bad update"),
+        (said(loss_sum=float("nan")), "bad update"),
+    ],
+)
+def test_a_round_goes_on_without_a_node_that_fails_or_lies(instead, counted):
+    in_a_fleet(EVERYBODY, post=Failing(instead))
+    assert left_out() == {counted: 1}
+
+
+def test_values_that_are_not_finite_are_refused():
+    def instead(post, letter):
+        answer = post.by_number[101].answer(letter)
+        return replace(answer, arrays={"values": np.full_like(answer.arrays["values"], np.inf)})
+
+    in_a_fleet(EVERYBODY, post=Failing(instead))
+    assert left_out() == {"bad update": 1}
+
+
+def test_a_lost_node_is_as_a_client_that_drops_out():
+    """The sum of the others is that of a simulation in which the same client sends nothing."""
+    drops_out = "--client_fraction 1 --dropout_rate 0.3 --seed 5"
+    main([*FEDERATED, "--run_name", "alone", *drops_out.split()])
+    in_a_fleet(drops_out)
+    assert_same("alone", "fleet")
+
+
+def test_a_bad_update_stops_the_run_where_it_is_to():
+    post = Failing(changed(values=np.zeros(5, np.float32)))
+    with pytest.raises(BadUpdateError, match="round 2, client 1"):
+        in_a_fleet("--client_fraction 1", post=post)
+
+
+def test_a_node_that_was_killed_comes_back_with_what_is_on_its_disk():
+    """It goes on in the run with its number and its wire's losses; nothing is sent anew."""
+
+    def instead(post: Failing, letter: Letter) -> Letter:
+        post.by_number[101] = nodes()[1]  # a new process, the old disk
+        return post.by_number[101].answer(letter)
+
+    post = Failing(instead)
+    in_a_fleet("--client_fraction 1", post=post, terms=Terms(patience=60, wire="int8"))
+    returned = Path("checkpoints/fleet").glob("last-*.safetensors")
+    kept = next(returned).read_bytes()
+    assert left_out() == {}
+    Path("results/fleet").rename("results/kept")
+    Path("checkpoints/fleet").rename("checkpoints/kept")
+    shutil.rmtree("state")
+    in_a_fleet("--client_fraction 1", terms=Terms(patience=60, wire="int8"))
+    assert next(Path("checkpoints/fleet").glob("last-*.safetensors")).read_bytes() == kept
+
+
+def test_a_node_whose_disk_is_lost_is_made_ready_anew():
+    def instead(post: Failing, letter: Letter) -> Letter:
+        post.by_number[101] = Node(nodes()[1].options, Path("state/new"))
+        return post.by_number[101].answer(letter)
+
+    in_a_fleet(f"{EVERYBODY} --num_rounds 5", post=Failing(instead))
+    assert left_out() == {"refused": 1, "no node": 1}  # it is greeted and begins while a round goes on
+
+
+def test_a_run_waits_for_its_nodes_and_no_longer_than_its_patience():
+    with pytest.raises(InputError, match="0 of 4 nodes came within"):
+        in_a_fleet(post=LocalPost([]), terms=Terms(patience=0.2))
+
+
+def test_a_run_goes_on_without_nodes_that_never_came():
+    in_a_fleet(EVERYBODY, post=LocalPost(nodes()[:3]), terms=Terms(patience=3))
+    assert left_out() == {"no node": 3}
+
+
+def test_a_client_that_comes_late_counts_from_then_on():
+    class Late(LocalPost):
+        def answer(self, number: int, letter: Letter) -> Letter | NoAnswer:
+            if letter.kind == "train" and letter.facts["round"] == 1:
+                self.by_number[103] = late
+            return super().answer(number, letter)
+
+    *early, late = nodes()
+    post = Late(early)
+    in_a_fleet(f"{EVERYBODY} --num_rounds 6", post=post, terms=Terms(patience=3))
+    assert 1 <= left_out()["no node"] <= 3
+
+
+@pytest.mark.parametrize(
+    ("wrong", "why"),
+    [
+        ({"client": 9}, "client 9"),
+        ({"client": 0}, "which another node is"),
+        ({"version": "0.0.1"}, "install one version"),
+        ({"client": "zero"}, "expected client"),
+    ],
+)
+def test_a_node_that_does_not_belong_is_left_out(wrong, why, capsys):
+    class Strange(LocalPost):
+        def answer(self, number: int, letter: Letter) -> Letter | NoAnswer:
+            answer = super().answer(number, letter)
+            strange = number == 103 and answer.kind == "hello"
+            return replace(answer, facts=answer.facts | wrong) if strange else answer
+
+    config = parse([*FEDERATED, "--run_name", "fleet", *EVERYBODY.split()])
+    run_rounds(config, Strange(nodes()), Terms(patience=2), Console())
+    assert why in capsys.readouterr().out
+    assert left_out() == {"no node": 3}
+
+
+def test_a_run_goes_on_from_its_checkpoint_with_other_nodes():
+    """As after a server that was killed: the same bytes as without a break."""
+    main([*FEDERATED, "--run_name", "alone"])
+    with pytest.raises(RuntimeError, match="killed"):
+        in_a_fleet(post=Killed(nodes()))
+    in_a_fleet("--resume")
+    assert_same("alone", "fleet")
+
+
+class Killed(LocalPost):
+    """The server is killed in round 3."""
+
+    def send(self, letters, deadline):
+        if any(letter.facts.get("round") == 3 for letter in letters.values()):
+            raise RuntimeError("killed")
+        return super().send(letters, deadline)

@@ -1,0 +1,204 @@
+"""A real fleet on loopback, over Flower with TLS and node keys: minutes, so marked slow, and only where Flower is.
+
+pip install -c fleet-constraints.txt -e '.[fleet]' pytest hypothesis && pytest -m slow tests/fleet
+"""
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+import psutil
+import pytest
+import yaml
+from rich.console import Console
+from test_contract import assert_same
+
+from fedtalos.app.config.fleet import FleetRunConfig
+from fedtalos.cli import main
+from fedtalos.errors import TrainingError
+
+pytest.importorskip("cryptography")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not (Path(sys.executable).parent / "flwr").exists(), reason="Flower is not installed here"),
+    pytest.mark.usefixtures("in_a_folder_of_its_own"),
+    pytest.mark.filterwarnings("ignore"),
+]
+
+OPTIONS = {
+    "dataset": "digits",
+    "model_size": "micro",
+    "image_size": 8,
+    "patch_size": 4,
+    "weights": "none",
+    "head": "random",
+    "train_limit": 300,
+    "eval_limit": 40,
+    "num_clients": 3,
+    "client_fraction": 1.0,
+    "num_rounds": 3,
+    "local_steps": 2,
+    "batch_size": 16,
+    "eval_every": 2,
+    "threads": 1,
+    "device": "cpu",
+}
+QUIET = Console(quiet=True)
+
+
+def words(options: dict) -> list[str]:
+    return [word for name, value in options.items() for word in (f"--{name}", str(value))]
+
+
+@contextmanager
+def nothing_left():
+    """Whatever was started inside has ended when the block is left."""
+    before = {process.pid for process in psutil.process_iter()}
+    yield
+    time.sleep(1)
+    ours = ("fedtalos", "flower", "flwr")
+    for process in psutil.process_iter(["cmdline", "status"]):
+        line = " ".join(process.info["cmdline"] or [])
+        left = process.pid not in before and any(word in line for word in ours) and str(Path.cwd()) in line
+        assert not left, line
+
+
+def run(place, name="fleet", **options) -> None:
+    from fedtalos.fleet.commands import submit
+
+    submit(FleetRunConfig(folder=place.folder, run_name=name, output_dir=Path(), **options), QUIET)
+
+
+def summary(name="fleet") -> dict:
+    return yaml.safe_load(Path("results", name, "summary.yaml").read_text())
+
+
+@pytest.mark.parametrize(
+    "more", [{}, {"mask": "masks/m.safetensors", "algorithm": "scaffold", "optimizer": "sgd", "dropout_rate": 0.3}]
+)
+def test_a_fleet_on_loopback_gives_the_bytes_of_a_simulation(more):
+    from fedtalos.fleet.demo import fleet, make_random_mask
+
+    make_random_mask(Path("masks/m.safetensors"), seed=0)
+    options = OPTIONS | more
+    main(["federated", "--run_name", "alone", "--on_bad_client", "skip", *words(options)])
+    with nothing_left(), fleet(Path("place"), options, QUIET) as place:
+        run(place)
+    assert_same("alone", "fleet")
+
+
+def test_nodes_are_killed_at_random_and_the_run_ends():
+    """30 kills of nodes that come back; no round hangs longer than its deadline."""
+    from fedtalos.fleet import demo
+    from fedtalos.fleet.processes import Child
+
+    rounds, kills, rng = 40, 30, random.Random(0)
+    options = OPTIONS | {"num_rounds": rounds, "eval_every": rounds}
+    with nothing_left(), demo.fleet(Path("place"), options, QUIET) as place, ExitStack() as stack:
+        more = ["--dataset", "digits", "--holds", "part"]
+        command = [sys.executable, "-m", "fedtalos", "fleet", "run", str(place.folder), "--run_name", "fleet"]
+        leading = stack.enter_context(
+            Child([*command, "--output_dir", str(Path.cwd()), "--deadline", "40"], os.environ, Path("run.log"))
+        )
+        killed = 0
+        while leading.running and killed < kills:
+            time.sleep(rng.uniform(5, 25))
+            client = rng.randrange(place.clients)
+            for process in psutil.process_iter(["cmdline"]):
+                if (
+                    process.info["cmdline"]
+                    and process.info["cmdline"][-10:] == demo.node_command(place, client, more)[-10:]
+                ):
+                    process.send_signal(signal.SIGKILL)
+                    killed += 1
+            stack.enter_context(
+                Child(demo.node_command(place, client, more), demo.child_environment(), Path(f"again_{killed}.log"))
+            )
+        assert leading.wait() == 0, leading.tail(20)
+    said = summary()
+    assert said["rounds"] == rounds
+    assert sum(said.get("clients_left_out", {}).values()) <= 3 * rounds
+
+
+def test_a_run_goes_on_after_its_server_was_killed():
+    from fedtalos.fleet import demo
+    from fedtalos.fleet.commands import server
+    from fedtalos.fleet.processes import Child
+
+    options = OPTIONS | {"num_rounds": 6}
+    main(["federated", "--run_name", "alone", "--on_bad_client", "skip", *words(options)])
+    with nothing_left(), ExitStack() as stack:
+        place = stack.enter_context(demo.fleet(Path("place"), options, QUIET))
+        command = [sys.executable, "-m", "fedtalos", "fleet", "run", str(place.folder), "--run_name", "fleet"]
+        leading = stack.enter_context(Child([*command, "--output_dir", str(Path.cwd())], os.environ, Path("run.log")))
+        while (
+            not Path("checkpoints/fleet/last.json").exists()
+            or "\n2," not in Path("results/fleet/metrics.csv").read_text()
+        ):
+            assert leading.running, leading.tail(20)
+            time.sleep(0.2)
+        for process in psutil.process_iter(["cmdline"]):
+            line = process.info["cmdline"] or []
+            if "fedtalos.fleet.programs" in line and "superlink" in line and str(place.port) in line:
+                process.send_signal(signal.SIGKILL)
+        assert leading.wait() == 1
+        stack.enter_context(server(place, QUIET, log=Path("again.log")))
+        run(place, resume=True)
+    assert_same("alone", "fleet")
+
+
+def test_a_node_that_is_not_registered_is_refused():
+    from fedtalos.fleet import demo
+    from fedtalos.fleet.certificates import make_node_key
+    from fedtalos.fleet.commands import server
+
+    with nothing_left(), ExitStack() as stack:
+        place = demo.set_up(Path("place"), OPTIONS)
+        stack.enter_context(server(place, QUIET, log=Path("server.log")))
+        make_node_key(place.folder / "keys", 0)  # another key than the one that the server was told of
+        command = demo.node_command(place, 0, ["--dataset", "digits", "--holds", "part"])
+        done = subprocess.run(command, env=demo.child_environment(), capture_output=True, text=True, timeout=120)
+    assert done.returncode == 1
+    assert "ended by itself" in done.stderr
+
+
+def test_code_that_a_server_sends_is_not_run():
+    """An app that would write a file leads its run by our code, and nodes answer by theirs."""
+    from fedtalos.fleet.demo import fleet
+
+    with nothing_left(), fleet(Path("place"), OPTIONS | {"num_rounds": 1}, QUIET) as place:
+        for module in ("client_app.py", "server_app.py"):
+            (place.app / module).write_text(f"open({str(Path('pwned').resolve())!r}, 'w')\napp = None\n")
+        run(place)
+    assert summary()["rounds"] == 1
+    assert not Path("pwned").exists()
+
+
+def test_a_demo_that_is_stopped_leaves_nothing_running():
+    command = [sys.executable, "-m", "fedtalos", "fleet", "demo", "--num_rounds", "50", "--run_name", "demo"]
+    with nothing_left():
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True)
+        while not Path("results/demo/metrics.csv").exists():
+            assert process.poll() is None
+            time.sleep(0.2)
+        process.send_signal(signal.SIGINT)
+        assert process.wait(60) == 130
+    assert not [
+        left for left in psutil.process_iter(["cmdline"]) if "fedtalos-fleet-" in " ".join(left.info["cmdline"] or [])
+    ]
+
+
+def test_a_run_that_fails_says_so():
+    from fedtalos.fleet.demo import fleet
+
+    with (
+        nothing_left(),
+        fleet(Path("place"), OPTIONS | {"head": "linear"}, QUIET) as place,
+        pytest.raises(TrainingError),
+    ):
+        run(place)
