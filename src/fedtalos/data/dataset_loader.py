@@ -13,7 +13,9 @@ import torch
 
 from fedtalos.data.cifar import CIFAR, Download, read_cifar
 from fedtalos.data.downloads import fetch_archive
+from fedtalos.data.hub_dataset import HUB, read_hub_dataset
 from fedtalos.data.image_folder import read_image_folder
+from fedtalos.data.image_table import read_image_table
 from fedtalos.data.images import LabelledImages, Published
 from fedtalos.data.sampling import stratified_sample
 from fedtalos.errors import InputError, shown
@@ -21,7 +23,8 @@ from fedtalos.notes import note
 from fedtalos.progress import Bar, silent
 from fedtalos.randomness import generator
 
-DatasetName = Literal["cifar100", "cifar10", "digits", "folder"]
+DatasetName = Literal["cifar100", "cifar10", "digits", "folder", "csv"]
+"""Data sets by name; besides, hf:OWNER/NAME is one of the Hugging Face hub."""
 
 TEST_SHARE = 0.2
 """Share of the images that a data set without a test set gives up for one."""
@@ -75,6 +78,9 @@ def load_dataset(
     - digits: scikit-learn's, 8 x 8 pixels; needs no files.
     - folder: ``data_dir``/CLASS, or ``data_dir``/train/CLASS beside test and val folders, decoded to squares of
       ``image_size`` pixels a side, which are kept under ``cache_dir`` (docs/images.md).
+    - csv: the images that the table ``data_dir`` names, decoded likewise: columns path, label, and client and split
+      where they are there.
+    - hf:OWNER/NAME: of the Hugging Face hub, or hf:FOLDER that the library datasets saved; needs it.
 
     Validation is a stratified sample of round(val_fraction N) training images, drawn from ``seed``, unless the data set
     has its own. Calibration is a sample of the rest, and may be empty. Where no test set is published, a stratified
@@ -103,22 +109,24 @@ def load_dataset(
             raise InputError(
                 f"val_fraction {val_fraction}: its share of {count} images is none, take more or add images"
             )
-    if name == "folder":
-        _note_splits(published, len(val), len(test), val_fraction)
+    if name in ("folder", "csv") or name.startswith(HUB):
+        _note_splits(published, name, len(val), len(test), val_fraction)
     rng = generator(seed, "calibration")
     purpose = f"calibration_fraction {calibration_fraction}"
     train, calibration = _stratified_split(train, calibration_fraction, classes, purpose, rng)
     return Dataset(name, classes, train, calibration, val, test, _fingerprint(classes, train, calibration, val, test))
 
 
-def _note_splits(published: Published, val: int, test: int, val_fraction: float) -> None:
-    """Say which images of a folder became the validation and the test set."""
+def _note_splits(published: Published, name: str, val: int, test: int, val_fraction: float) -> None:
+    """Say which images of somebody's own became the validation and the test set."""
     if published.test is None:
-        note("test images", f"{test}, drawn from the training images: a folder called test would be taken as it is")
+        taken = "a folder called test" if name == "folder" else "a split called test"
+        note("test images", f"{test}, drawn from the training images: {taken} would be taken as it is")
     if published.val is None:
         note("validation images", f"{val}, drawn from the training images (val_fraction {val_fraction:g})")
     else:
-        note("validation images", f"the folder's own {val}; val_fraction is not used")
+        whose = "folder" if name == "folder" else "data"
+        note("validation images", f"the {whose}'s own {val}; val_fraction is not used")
 
 
 def _read(
@@ -131,8 +139,13 @@ def _read(
             return _read_digits()
         case "folder":
             return read_image_folder(data_dir, image_size, bar, cache_dir=cache_dir)
+        case "csv":
+            return read_image_table(data_dir, image_size, bar, cache_dir=cache_dir)
+        case _ if name.startswith(HUB):
+            return read_hub_dataset(name, image_size, bar, cache_dir=cache_dir)
         case _:
-            raise InputError(f"name {shown(name)}: expected one of {', '.join(get_args(DatasetName))}")
+            known = ", ".join(get_args(DatasetName))
+            raise InputError(f"name {shown(name)}: expected one of {known}, or {HUB}OWNER/NAME")
 
 
 def _fingerprint(classes: tuple[str, ...], *splits: LabelledImages) -> str:
@@ -141,6 +154,8 @@ def _fingerprint(classes: tuple[str, ...], *splits: LabelledImages) -> str:
         digest.update(repr(tuple(split.pixels.shape)).encode())
         digest.update(split.pixels.contiguous().numpy().data)
         digest.update(split.labels.numpy().data)
+        if split.owners is not None:
+            digest.update(split.owners.numpy().data)
     return digest.hexdigest()
 
 

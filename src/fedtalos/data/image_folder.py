@@ -4,6 +4,7 @@ Letters: N images, S pixels a side.
 """
 
 import hashlib
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
@@ -37,18 +38,35 @@ def read_image_folder(folder: Path, image_size: int, bar: Bar = silent, *, cache
     >>> photos.classes, len(photos.train)
     (('cat', 'dog'), 140)
     """
+    return read_layout(find_layout(folder), image_size, bar, cache_dir=cache_dir)
+
+
+def read_layout(layout: Layout, image_size: int, bar: Bar = silent, *, cache_dir: Path | None = None) -> Published:
+    """Read the images that a layout lists, as ``read_image_folder`` does.
+
+    >>> photos = read_layout(find_layout(Path("photos")), image_size=224)
+    """
     if image_size < 1:
         raise InputError(f"image_size {image_size}: expected at least 1 pixel")
-    layout = find_layout(folder)
     entry = _entry(layout, image_size, cache_folder(cache_dir))
+    return kept_or_decoded(entry, image_size, lambda: decode_folder(layout, image_size, bar), layout.said, bar)
+
+
+def kept_or_decoded(
+    entry: Entry, image_size: int, decode: Callable[[], DecodedFolder], said: Mapping[str, str], bar: Bar = silent
+) -> Published:
+    """Take images from their entry in the cache, or else decode and keep them; ``said`` and more becomes notes.
+
+    >>> photos = kept_or_decoded(entry, 224, lambda: decode_folder(layout, 224), layout.said)
+    """
     if (decoded := _from_cache(entry, image_size)) is None:
         with entry.alone(bar):
             decoded = _from_cache(entry, image_size)  # by a run that was waited for
             if decoded is None:
-                decoded = decode_folder(layout, image_size, bar)
+                decoded = decode()
                 _keep(decoded, entry)
     splits = decoded.splits
-    for what, sentence in (layout.said | decoded.said).items():
+    for what, sentence in {**said, **decoded.said}.items():
         note(what, sentence)
     counts = (_counts(name, splits[name], decoded.classes) for name in ("train", "val", "test") if name in splits)
     note("images", "; ".join(counts))
@@ -57,7 +75,7 @@ def read_image_folder(folder: Path, image_size: int, bar: Bar = silent, *, cache
 
 def _entry(layout: Layout, image_size: int, cache: Path) -> Entry:
     """Find the place of these files, as they are now, in the cache."""
-    root = layout.root.resolve()
+    root = layout.source.resolve()
     source = hashlib.blake2b(repr((str(root), image_size)).encode(errors="surrogateescape"), digest_size=4)
     digest = hashlib.blake2b(repr((RECIPE, can_read(".heic"), can_read(".avif"))).encode(), digest_size=8)
     for split, classes in layout.splits.items():
@@ -65,8 +83,10 @@ def _entry(layout: Layout, image_size: int, cache: Path) -> Entry:
             digest.update(repr((split, name)).encode())
             for file in files:
                 stat = file.stat() if file.exists() else file.lstat()
-                seen = (str(file.relative_to(layout.root)), stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns)
+                seen = (layout.short(file), stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns)
                 digest.update(repr(seen).encode(errors="surrogateescape"))
+                if layout.owners is not None and split == "train":
+                    digest.update(b"%d" % layout.owners[file])
     return Entry(cache, source_name(root, image_size, source.hexdigest()), digest.hexdigest())
 
 
@@ -75,6 +95,8 @@ def _keep(decoded: DecodedFolder, entry: Entry) -> None:
     tensors: dict[str, Tensor] = {}
     for name, images in decoded.splits.items():
         tensors |= {f"{name}_pixels": images.pixels, f"{name}_labels": images.labels}
+        if images.owners is not None:
+            tensors[f"{name}_owners"] = images.owners
     why = entry.save(tensors, {"classes": decoded.classes, "splits": list(decoded.splits), "said": decoded.said})
     if why is None:
         note("image cache", f"decoded images are kept in {entry.folder}, {LIMIT / 1e9:g} GB of them at most")
@@ -95,8 +117,10 @@ def _from_cache(entry: Entry, image_size: int) -> DecodedFolder | None:
         classes, said = tuple(map(str, facts["classes"])), {str(what): str(s) for what, s in facts["said"].items()}
         splits = {}
         for name in map(str, facts["splits"]):
-            images = LabelledImages(tensors[f"{name}_pixels"], tensors[f"{name}_labels"])
-            fits = images.pixels.dtype == torch.uint8 and images.labels.dtype == torch.int64
+            owners = tensors.get(f"{name}_owners")
+            images = LabelledImages(tensors[f"{name}_pixels"], tensors[f"{name}_labels"], owners)
+            fits = owners is None or (owners.dtype == torch.int64 and owners.shape == images.labels.shape)
+            fits &= images.pixels.dtype == torch.uint8 and images.labels.dtype == torch.int64
             fits &= images.pixels.shape == (len(images), 3, image_size, image_size) and len(images) > 0
             if not (fits and images.labels.min() >= 0 and images.labels.max() < len(classes)):
                 return None

@@ -10,7 +10,7 @@ from torch import Tensor
 
 @dataclass(frozen=True, eq=False)
 class LabelledImages:
-    """uint8 pixels (N, 3, H, W) and int64 labels (N,), on one device.
+    """uint8 pixels (N, 3, H, W) and int64 labels (N,), on one device; and whose they are, where the data say so.
 
     >>> images = LabelledImages(torch.zeros(2, 3, 8, 8, dtype=torch.uint8), torch.tensor([0, 1]))
     >>> images
@@ -19,6 +19,8 @@ class LabelledImages:
 
     pixels: Tensor
     labels: Tensor
+    owners: Tensor | None = None
+    """Client of each image as the data have it, int64 (N,), numbered from 0; None: the data know no clients."""
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -29,16 +31,18 @@ class LabelledImages:
     def subset(self, indices: Tensor | NDArray[np.int64]) -> "LabelledImages":
         """Copy the images at ``indices`` (n,), in that order."""
         at = torch.as_tensor(indices, device=self.labels.device)
-        return LabelledImages(self.pixels[at], self.labels[at])
+        return LabelledImages(self.pixels[at], self.labels[at], None if self.owners is None else self.owners[at])
 
     def slice(self, start: int, count: int | None) -> "LabelledImages":
         """View ``count`` images (None: all) from number ``start`` on; nothing is copied."""
         end = None if count is None else start + count
-        return LabelledImages(self.pixels[start:end], self.labels[start:end])
+        owners = None if self.owners is None else self.owners[start:end]
+        return LabelledImages(self.pixels[start:end], self.labels[start:end], owners)
 
     def to(self, device: torch.device | str) -> "LabelledImages":
         """Put pixels and labels on a device."""
-        return LabelledImages(self.pixels.to(device), self.labels.to(device))
+        owners = None if self.owners is None else self.owners.to(device)
+        return LabelledImages(self.pixels.to(device), self.labels.to(device), owners)
 
 
 @dataclass(frozen=True, eq=False)

@@ -1,0 +1,69 @@
+"""A starter file of options: the everyday ones of configs/default_config.yaml, with their comments."""
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, ClassVar
+
+import tyro
+from pydantic import Field
+
+from fedtalos.app.config.options import Everyday, Options
+from fedtalos.app.config.schema import RUN_CONFIGS
+
+HEADER = """\
+# Everyday options, at their defaults: change what you need, and pass this file with --config FILE.
+# It may serve centralized, federated and editing: each takes its own options and passes over the others'.
+# A flag beats --preset, --preset beats --config, and --config beats the defaults.
+# null: worked out, as the comment says.
+# There are more options, which can stand here too: fedtalos COMMAND --help_all lists them.
+"""
+
+
+class InitConfig(Options):
+    """Write a starter file of options, with comments, to change and pass with --config."""
+
+    command: ClassVar[str] = "init"
+
+    file: Annotated[Path, tyro.conf.Positional] = Field(
+        Path("fedtalos.yaml"), description="new file to write; one that is there is left as it is"
+    )
+
+
+def everyday() -> set[str]:
+    """Names of the options that the short help of a training command shows.
+
+    >>> "num_rounds" in everyday(), "step_gamma" in everyday()
+    (True, False)
+    """
+    found = set()
+    for config in RUN_CONFIGS.values():
+        groups = [type(field.default) for field in config.model_fields.values() if isinstance(field.default, Options)]
+        for options in (config, *groups):
+            fields = options.model_fields.items()
+            found |= {name for name, field in fields if any(isinstance(mark, Everyday) for mark in field.metadata)}
+    return found
+
+
+def starter(every: str, names: set[str]) -> str:
+    """Keep the options called ``names`` of a commented file of ``every`` option, and the headings of what is kept.
+
+    >>> starter("# --- run: where\\nseed: 0  # of the draws\\nthreads: null\\n", {"seed"}).splitlines()[-2:]
+    ['# --- run: where', 'seed: 0  # of the draws']
+    """
+    kept = []
+    for block in re.split(r"^(?=# --- )", every, flags=re.MULTILINE)[1:]:
+        heading, *lines = block.splitlines()
+        if own := list(_of(lines, names)):
+            kept.append("\n".join([heading, *own]) + "\n")
+    return "\n".join([HEADER, *kept])
+
+
+def _of(lines: list[str], names: set[str]) -> Iterator[str]:
+    """Give the lines of the options called ``names``, those that go on with a comment included."""
+    wanted = False
+    for line in lines:
+        if option := re.match(r"(\w+):", line):
+            wanted = option[1] in names
+        if wanted and line.strip():
+            yield line

@@ -1,0 +1,158 @@
+"""Data sets of the Hugging Face hub; the library itself is played by a stand-in where it is not installed."""
+
+import io
+import sys
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+from pictures import BLUE, RED
+from PIL import Image as Picture
+
+from fedtalos import notes
+from fedtalos.data.dataset_loader import load_dataset
+from fedtalos.data.hub_dataset import read_hub_dataset
+from fedtalos.errors import InputError
+
+
+class Image:
+    """The stand-in's type of an image column."""
+
+    def __init__(self, decode: bool = True) -> None:
+        self.decode = decode
+
+
+class Value:
+    """The stand-in's type of a column of numbers or text."""
+
+
+class ClassLabel:
+    """The stand-in's type of a column of classes."""
+
+    def __init__(self, names: list[str]) -> None:
+        self.names = names
+
+
+class Rows:
+    """The stand-in's table: columns by name, as a data set has them."""
+
+    def __init__(self, columns: dict[str, list[Any]], features: dict[str, Any]) -> None:
+        self.columns, self.features = columns, features
+        self._fingerprint = str(hash(repr(columns)))
+
+    def __len__(self) -> int:
+        return len(next(iter(self.columns.values())))
+
+    def __getitem__(self, column: str) -> list[Any]:
+        return self.columns[column]
+
+    def __iter__(self):
+        return iter([{name: column[i] for name, column in self.columns.items()} for i in range(len(self))])
+
+    def select_columns(self, names: list[str]) -> "Rows":
+        return Rows({name: self.columns[name] for name in names}, {name: self.features[name] for name in names})
+
+    def cast_column(self, name: str, feature: Image) -> "Rows":
+        assert not feature.decode
+        return self
+
+
+def encoded(colour) -> dict[str, Any]:
+    content = io.BytesIO()
+    Picture.new("RGB", (12, 9), colour).save(content, "PNG")
+    return {"bytes": content.getvalue(), "path": None}
+
+
+def rows(count: int, label="label", **more) -> Rows:
+    columns = {"img": [encoded((RED, BLUE)[i % 2]) for i in range(count)], label: [i % 2 for i in range(count)]}
+    features: dict[str, Any] = {"img": Image(), label: ClassLabel(["red", "blue"]), **dict.fromkeys(more, Value())}
+    return Rows(columns | more, features)
+
+
+@pytest.fixture
+def hub(monkeypatch) -> dict[str, Any]:
+    """What the stand-in's hub holds, by name."""
+    held: dict[str, Any] = {}
+
+    def load(name: str, config: str | None = None) -> Any:
+        if name not in held:
+            raise FileNotFoundError(f"Dataset '{name}' doesn't exist on the Hub\nor cannot be accessed")
+        return held[name]
+
+    module = SimpleNamespace(Image=Image, load_dataset=load, load_from_disk=load)
+    monkeypatch.setitem(sys.modules, "datasets", module)
+    notes.noted()
+    return held
+
+
+def test_splits_classes_and_clients_are_found(hub):
+    writers = [f"w{i % 3}" for i in range(20)]
+    hub["me/pets"] = {"train": rows(20, writer_id=writers), "validation": rows(4), "test": rows(6), "extra": rows(2)}
+    for _ in range(2):  # decoded, then from the cache
+        data = load_dataset("hf:me/pets", image_size=8, calibration_fraction=0)
+        assert data.classes == ("blue", "red")
+        assert [len(data.train), len(data.val), len(data.test)] == [20, 4, 6]
+        assert (data.train.pixels[:, 0, 0, 0] == np.array([BLUE[0], RED[0]])[data.train.labels]).all()
+        assert data.train.owners is not None
+        assert data.train.owners.bincount().tolist() == [7, 7, 6]
+    said = notes.noted()
+    assert said["columns"] == "images are in img, classes in label, clients in writer_id"
+    assert said["splits left out"] == "extra (2 images) of train, validation, test and 1 more"
+
+
+def test_of_several_columns_of_classes_the_usual_one_is_taken(hub):
+    both = rows(8, "fine_label")
+    both.columns["coarse_label"], both.features["coarse_label"] = [0] * 8, ClassLabel(["all"])
+    hub["me/cifar"] = both
+    assert len(read_hub_dataset("hf:me/cifar", 8).train) == 8
+    assert notes.noted()["columns"] == "images are in img, classes in fine_label; coarse_label are not read"
+
+
+def test_labels_may_be_text_and_test_sets_may_have_none(hub):
+    text, test = rows(8), rows(4)
+    text.columns["label"], text.features["label"] = ["cat", "dog"] * 4, Value()
+    test.columns["label"] = [-1] * 4
+    hub["me/pets"] = {"train": text, "test": test}
+    found = read_hub_dataset("hf:me/pets", 8)
+    assert found.classes == ("cat", "dog")
+    assert found.test is None
+    assert notes.noted()["test left out"] == "row 0 of test has no label"
+
+
+def test_what_cannot_be_read_is_refused_in_one_sentence(hub):
+    hub["me/none"] = {"train": Rows({"text": ["a"]}, {"text": Value()})}
+    hub["me/test"] = {"test": rows(4)}
+    broken = rows(4)
+    broken.columns["img"][2] = {"bytes": b"x", "path": "deep/down.jpg"}
+    hub["me/broken"] = broken
+    for name, says in {
+        "hf:me/away": "cannot be read .Dataset 'me/away' doesn't exist on the Hub.; check its name",
+        "hf:me/none": "found no column of images among text .Value.; rename one to image",
+        "hf:me/test": "expected a split called train, got test",
+        "hf:me/broken": r"^dataset hf:me/broken: train/2\.jpg is not a readable image .* move it out of hf:me/broken$",
+        "hf:pets": "expected hf:OWNER/NAME, or a folder",
+    }.items():
+        with pytest.raises(InputError, match=says) as error:
+            read_hub_dataset(name, 8)
+        assert "\n" not in str(error.value)
+
+
+def test_without_the_library_the_extra_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(InputError, match=r"datasets cannot be imported .*\[datasets\]"):
+        read_hub_dataset("hf:me/pets", 8)
+
+
+def test_a_saved_folder_is_read_by_the_library_itself(tmp_path):
+    datasets = pytest.importorskip("datasets")
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=["red", "blue"])})
+    images = [Picture.new("RGB", (9, 9), (RED, BLUE)[i % 2]) for i in range(10)]
+    one = datasets.Dataset.from_dict({"image": images, "label": [i % 2 for i in range(10)]}, features=features)
+    datasets.DatasetDict({"train": one, "test": one}).save_to_disk(str(tmp_path / "saved"))
+    found = read_hub_dataset(f"hf:{tmp_path / 'saved'}", 8)
+    assert found.classes == ("blue", "red")
+    assert found.test is not None
+    assert len(found.train) == len(found.test) == 10
+    with pytest.raises(InputError, match="cannot be read"):
+        read_hub_dataset(f"hf:{tmp_path}", 8)
