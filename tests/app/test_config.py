@@ -162,7 +162,13 @@ def test_every_command_is_a_module_that_main_calls_directly(command, monkeypatch
     module = import_module(f"fedtalos.experiments.{command}")
     assert list(inspect.signature(module.run).parameters) == ["config", "console"]
     monkeypatch.setattr(module, "run", lambda *given: called.append((given[0], inspect.stack()[1].function)))
-    needs = {"evaluate": ["done"], "sweep": ["digits"], "mask": ["show", "masks/m.safetensors"]}
+    needs = {
+        "evaluate": ["done"],
+        "sweep": ["digits"],
+        "forget": ["done", "--task", "0"],
+        "mask": ["show", "masks/m.safetensors"],
+        "vector": ["show", "vectors/v.safetensors"],
+    }
     main([command, *needs.get(command, [])])
     ((config, caller),) = called
     assert config.command == command

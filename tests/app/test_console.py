@@ -14,7 +14,7 @@ from PIL import Image
 from rich.console import Console
 
 from fedtalos.app.run.bars import bar
-from fedtalos.app.run.display import Display
+from fedtalos.app.run.display import Display, say_facts
 from fedtalos.cli import main
 from fedtalos.metrics import Metrics
 
@@ -223,3 +223,35 @@ def test_elsewhere_every_round_is_a_plain_line():
     lines = console.file.getvalue().splitlines()
     assert [line.partition(":")[0] for line in lines] == ["round 1/3", "round 2/3", "round 3/3"]
     assert all("images/s; ETA" in line for line in lines)
+
+
+def test_a_dumb_terminal_gets_plain_lines(monkeypatch):
+    monkeypatch.setenv("TERM", "dumb")
+    console = terminal(80)
+    with Display(console, "round", 2) as display:
+        for number in (1, 2):
+            display.finished(number, figures(number), None)
+    assert [line.partition(":")[0] for line in console.file.getvalue().splitlines()] == ["round 1/2", "round 2/2"]
+
+
+def test_steps_within_a_round_are_shown_in_the_line():
+    console = terminal(80)
+    with Display(console, "round", 3) as display:
+        display.finished(1, figures(1), None)
+        with display.step("validating", 200) as advance:
+            advance(50)
+            display._progress.refresh()
+            assert "validating, 25 %" in screen_of(console)[-1]
+        display._progress.refresh()
+        assert "validating" not in screen_of(console)[-1]
+        assert "loss" in screen_of(console)[-1]
+
+
+def test_facts_keep_to_the_width_and_break_no_path():
+    console = terminal(60)
+    say_facts(console, {"model": f"from {'a-long-folder/' * 6}weights.safetensors", "device": "cpu, " * 20})
+    lines = screen_of(console)
+    assert lines[0] == "model   from"
+    assert "".join(line.strip() for line in lines[1:3]).startswith("a-long-folder/")
+    assert all(len(line) <= 60 for line in lines[3:])
+    assert all(line.startswith(("device", " " * 8)) for line in lines[3:])

@@ -18,6 +18,9 @@ OTHERS = {  # values that are not the default
     "force_mask": True,
     "mask_mode": "prune",
     "partition": "dirichlet",
+    "save_vector": True,
+    "task_order": "random",
+    "local_classes": "all",
     "fisher": "exact",
     "final_rate": 0.5,
     "server_momentum": 0.5,
@@ -25,12 +28,13 @@ OTHERS = {  # values that are not the default
 }
 EVERY = {name: config for config in RUN_CONFIGS.values() for name in flatten(config())}
 ALWAYS_USED = """
-    config preset run_name resume resume_or_start output_dir seed device precision threads tracker
+    config preset run_name resume resume_or_start output_dir seed device precision compile threads tracker
     dataset data_dir val_fraction split_seed calibration_fraction train_skip train_limit eval_limit eval_batch_size
     cache_gb model_size image_size patch_size normalisation head
     mask trainable freeze_head optimizer learning_rate weight_decay batch_size augmentation clip_norm schedule warmup
-    eval_every num_epochs num_rounds client_fraction local_epochs clients_at_once workers algorithm
+    eval_every early_stop num_epochs num_rounds client_fraction local_epochs clients_at_once workers algorithm
     aggregation max_update_norm attack attackers dp_noise on_bad_client dropout_rate deadline
+    tasks one_shot merge merge_alpha refit_head leave_out
     client_evaluation personalise_steps checkpoint target_sparsity num_iterations criterion eligible granularity
     calibration train_head resize client_sampling cache_dir
 """
@@ -64,7 +68,7 @@ def unusual(option: str) -> object:
 
 def fulfilling(command: str, option: str) -> dict[str, object]:
     """Options by which ``option`` is used."""
-    made_up = {"mask": "m.safetensors", "deadline": 50.0, "dp_noise": 1.0, "personalise_steps": 1}
+    made_up = {"mask": "m.safetensors", "deadline": 50.0, "dp_noise": 1.0, "personalise_steps": 1, "tasks": 2}
     found: dict[str, object] = {}
     for other, wanted in USED_WHEN[option]:
         if other in flatten(RUN_CONFIGS[command]()):
@@ -74,9 +78,12 @@ def fulfilling(command: str, option: str) -> dict[str, object]:
 
 def hindering(command: str, option: str) -> dict[str, object]:
     """Options by which ``option`` is not used; most defaults are."""
-    return {"weights": {"checkpoint": "a"}, "local_steps": {"local_epochs": 1}, "final_rate": {"schedule": "step"}}.get(
-        option, {"criterion": "random"} if ("criterion", USED_WHEN[option][0][1]) == USED_WHEN[option][0] else {}
-    )
+    return {
+        "save_vector": {"tasks": 2},
+        "weights": {"checkpoint": "a"},
+        "local_steps": {"local_epochs": 1},
+        "final_rate": {"schedule": "step"},
+    }.get(option, {"criterion": "random"} if ("criterion", USED_WHEN[option][0][1]) == USED_WHEN[option][0] else {})
 
 
 CASES = [(command, option) for option in USED_WHEN for command in commands_of(option)]

@@ -12,6 +12,7 @@ import yaml
 from conftest import mask_header
 
 from fedtalos.app.figures import runs as figures
+from fedtalos.app.figures import sweeps
 from fedtalos.app.figures.draw import plot_all, plot_comparison, plot_iterations, plot_masks, plot_run, plot_split
 from fedtalos.app.figures.records import History, Row
 from fedtalos.errors import InputError
@@ -31,11 +32,11 @@ def npz(**arrays: object) -> bytes:
 def make_run(folder: Path, step: str = "round", sent: int = 1_000_000, partition: str = "label_skew") -> Path:
     folder.mkdir(parents=True)
     lines = [f"{step},{HEADER}"]
-    for at in range(1, 4):
+    for at in range(1, 5):
         total = at * sent
         lines.append(f"{at},train,{3 / at},{0.2 * at},64,0.01,{total},{total},{at}\n")
         lines.append(f"{at},val,{4 / at},{0.15 * at},50,,{total},{total},{at}\n")
-    lines.append(f"3,test,1.4,0.44,50,,{3 * sent},{3 * sent},3\n")
+    lines.append(f"4,test,1.4,0.44,50,,{4 * sent},{4 * sent},4\n")
     (folder / "metrics.csv").write_text("".join(lines))
     options = {"command": "federated", "partition": partition, "classes_per_client": 2, "alpha": 0.3, "seed": 0}
     (folder / "config.yaml").write_text(yaml.safe_dump(options))
@@ -50,7 +51,7 @@ def make_mask(path: Path, active: int, width: int = 4) -> Path:
         for block in range(2)
         for layer, shape in (("attn.qkv.weight", (3 * width, width)), ("norm1.weight", (width,)))
     }
-    facts = mask_header(mask, {"size": "micro", "patch_size": 4})
+    facts = mask_header(mask, {"name": "timm:of_two_blocks"})
     write_mask_file(path, mask, facts)
     return path
 
@@ -142,7 +143,7 @@ def test_of_very_many_clients_the_first_are_drawn(tmp_path: Path, monkeypatch: p
     run = make_run(tmp_path / "run")
     (run / "split.npz").write_bytes(npz(client=np.arange(many, dtype=np.uint32), label=np.zeros(many, np.uint8)))
     drawn = []
-    monkeypatch.setattr("fedtalos.app.figures.draw.png", lambda figure: drawn.append(figure) or b"")
+    monkeypatch.setattr("fedtalos.app.figures.draw.rendered", lambda figure, _: drawn.append(figure) or b"")
     plot_split(run, tmp_path / "plots")
     (axes, _) = drawn[0].axes
     assert axes.images[0].get_array().shape == (3, figures.MOST_CLIENTS)
@@ -162,7 +163,7 @@ def test_a_split_is_called_by_its_plain_name(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, partition: str, words: str
 ) -> None:
     drawn = []
-    monkeypatch.setattr("fedtalos.app.figures.draw.png", lambda figure: drawn.append(figure) or b"")
+    monkeypatch.setattr("fedtalos.app.figures.draw.rendered", lambda figure, _: drawn.append(figure) or b"")
     plot_split(make_run(tmp_path / "run", partition=partition), tmp_path / "plots")
     assert drawn[0].axes[0].get_title().splitlines()[1] == words
 
@@ -248,7 +249,7 @@ def test_runs_masks_and_edits_together_are_drawn_all_or_not_at_all(tmp_path: Pat
     run, mask = make_run(tmp_path / "run"), make_mask(tmp_path / "a.safetensors", 2)
     paths = plot_all([run], [mask], [], tmp_path / "plots")
     assert [path.name for path in paths] == ["curves.png", "megabytes.png", "clients.png", "a_density.png"]
-    with pytest.raises(InputError, match="cannot be read as an edit's report"):
+    with pytest.raises(InputError, match=r"report.csv: cannot be read .*name a run of `fedtalos editing`"):
         plot_all([run], [mask], [tmp_path / "no_edit"], tmp_path / "none")
     assert not (tmp_path / "none").exists()
 
@@ -264,11 +265,8 @@ def test_an_edit_of_several_iterations_gets_a_figure_of_them(tmp_path):
     assert plot_iterations(report.parent, tmp_path) == []
     for broken in ("", "iteration,block\n1,2\n", "iteration,block,kind,active,entries\nx,0,q,1,2\n"):
         report.write_text(broken)
-        if broken:
-            with pytest.raises(InputError, match="cannot be read as an edit's report"):
-                plot_iterations(report.parent, tmp_path)
-        else:
-            assert plot_iterations(report.parent, tmp_path) == []
+        with pytest.raises(InputError, match=r"report.csv.*: expected .*name a run of `fedtalos editing`"):
+            plot_iterations(report.parent, tmp_path)
 
 
 def test_the_figure_of_iterations_begins_with_all_and_shows_every_kind():
@@ -276,3 +274,55 @@ def test_the_figure_of_iterations_begins_with_all_and_shows_every_kind():
     (axes,) = figures.iterations(rows, "run").axes
     lines = {line.get_label(): list(line.get_ydata()) for line in axes.lines}
     assert lines == {"q": [100, 87.5, 75], "fc1": [100, 100, 50], "all": [100, 1100 / 12, 800 / 12]}
+
+
+def test_test_points_have_their_interval_and_the_figure_says_of_how_many_images():
+    rows = [*(Row(at, "val", 1.0, 0.5, at, 50) for at in range(4)), Row(3, "test", 1.0, 0.9, 3, 100)]
+    (axes,) = figures.megabytes([History("run", "round", rows)]).axes
+    (bar,) = axes.collections
+    ((below, above),) = (segment[:, 1] for segment in bar.get_segments())
+    assert (below, above) == (pytest.approx(82.6, abs=0.1), pytest.approx(94.5, abs=0.1))
+    labels = [text.get_text() for text in axes.get_legend().get_texts()]
+    assert labels == ["validation", "test, 95 % interval of 100 images"]
+
+
+def test_density_is_white_at_zero_and_on_one_scale():
+    image = figures.density([DensityRow(0, "q", 0, 8), DensityRow(0, "k", 1, 8)], "title").axes[0].images[0]
+    assert image.get_clim() == (0, 100)
+    assert tuple(image.cmap(0.0)) == (1, 1, 1, 1)
+
+
+def test_nothing_is_drawn_where_nothing_is_to_be_seen(tmp_path):
+    run = make_run(tmp_path / "run", partition="iid")
+    (run / "split.npz").write_bytes(npz(client=np.arange(100, dtype=np.uint8), label=np.zeros(100, np.uint8)))
+    assert "clients.png" not in [path.name for path in plot_run(run, tmp_path / "plots")]
+    metrics = run / "metrics.csv"
+    lines = metrics.read_text().splitlines(keepends=True)
+    metrics.write_text("".join(line for line in lines if not line.startswith("4,")))  # three rounds
+    assert plot_run(run, tmp_path / "none") == []
+    assert plot_comparison([run, make_run(tmp_path / "long")], tmp_path / "both")
+
+
+@pytest.mark.parametrize(("form", "begins"), [("png", b"\x89PNG"), ("pdf", b"%PDF"), ("svg", b"<?xml")])
+def test_figures_come_in_three_formats_the_same_bytes_each_time(tmp_path, form, begins):
+    run = make_run(tmp_path / "run")
+    paths = plot_all([run], [], [], tmp_path / "first", form)
+    assert {path.suffix for path in paths} == {f".{form}"}
+    again = plot_all([run], [], [], tmp_path / "second", form)
+    for path, other in zip(paths, again, strict=True):
+        assert path.read_bytes().startswith(begins)
+        assert path.read_bytes() == other.read_bytes()
+
+
+def test_figures_of_sweeps_say_of_how_many_seeds_they_are():
+    histories = [history(str(seed), 1) for seed in range(3)]
+
+    def note(counts: list[int], draw=sweeps.by_step) -> str:
+        lines = [sweeps.Line("", f"m{count}", histories[:count], 90.0, 1.0, 100) for count in counts]
+        return draw(lines, "title").legends[0].get_title().get_text()
+
+    assert note([1, 1]) == "one seed"
+    assert note([3, 3]) == "mean of n = 3 seeds; band: one standard deviation"
+    assert note([2, 3]) == "mean of n = 2 to 3 seeds; band: one standard deviation"
+    assert note([1], sweeps.final) == "one seed; bars: 95 % interval by the test images"
+    assert note([2], sweeps.final) == "mean of n = 2 seeds; bars: one standard deviation"

@@ -11,7 +11,8 @@ from fedtalos.app.config.files import read_yaml
 from fedtalos.app.config.tools import SweepConfig
 from fedtalos.app.figures.records import History, Row
 from fedtalos.app.figures.sweeps import curve
-from fedtalos.app.sweep.estimate import duration, estimate
+from fedtalos.app.run.units import duration
+from fedtalos.app.sweep.estimate import estimate
 from fedtalos.app.sweep.grid import Cell, Grid, expand, read_grid, with_needs
 from fedtalos.app.sweep.plots import place, plot_grid
 from fedtalos.app.sweep.tables import COLUMNS, Result, Spread
@@ -83,7 +84,7 @@ def records(folder: str = "results") -> dict[str, list[list[str]]]:
 
 @pytest.mark.draws
 def test_a_grid_runs_whole_and_its_table_is_of_its_runs(capsys):
-    write()
+    write({**GRID, "grid": [EDIT, {**BLOCK, "options": {**BLOCK["options"], "num_rounds": 3}}]})  # enough to draw
     sweep()
     with Path("results/g/cells.csv").open() as lines:
         cells = list(csv.DictReader(lines))
@@ -140,7 +141,12 @@ def test_one_failing_run_does_not_stop_the_others_and_is_tried_again(error, monk
     said = capsys.readouterr()
     assert "1 of 9 runs failed" in said.err
     assert "g-iid-mask-s1" in said.err
-    assert str(error) in Path("results/g/g-iid-mask-s1.log").read_text()
+    log = Path("results/g/g-iid-mask-s1.log").read_text()
+    assert str(error) in log
+    assert "federated: run g-iid-mask-s1 begins" in log  # what the run said itself is there, too
+    lines = [line.split()[:2] for line in said.out.splitlines() if line.startswith("[")]
+    assert lines == [[f"[{number}/9]", run] for number, run in enumerate(["g-talos-s0", *RUNS], start=1)]
+    assert "round 1/2" not in said.out
     assert all(Path(f"results/{run}/summary.yaml").exists() == (run != "g-iid-mask-s1") for run in RUNS)
     assert "| federated | iid | mask | 1 |" in Path("results/g/table.md").read_text()
     sweep()  # resumes it from round 1
@@ -323,7 +329,7 @@ def test_where_runs_are_made_is_the_grids_unless_a_flag_says_otherwise():
 
 
 def test_the_published_grids_are_whole():
-    for name, count in (("digits", 14), ("laptop", 50), ("laptop_rules", 117), ("field", 1384)):
+    for name, count in (("digits", 14), ("laptop", 63), ("laptop_rules", 117), ("field", 1384)):
         cells = expand(name, read_grid(name), {})
         assert len(cells) == count, name
     work = {
@@ -363,9 +369,10 @@ def test_values_in_braces_and_lists_stand_for_axes():
 )
 def test_panels_that_are_splits_have_plain_names(axes, panels, monkeypatch):
     titles = []
-    monkeypatch.setattr("fedtalos.app.sweep.plots.write_figures", lambda drawn, _: [*drawn])
+    monkeypatch.setattr("fedtalos.app.sweep.plots.write_figures", lambda drawn, *_: [*drawn])
     monkeypatch.setattr(
-        "fedtalos.app.sweep.plots.read_history", lambda _: History("h", "round", [Row(1, "val", 1, 1, 1)])
+        "fedtalos.app.sweep.plots.read_history",
+        lambda _: History("h", "round", [Row(at, "val", 1, 1, at) for at in range(4)]),
     )
     monkeypatch.setattr("fedtalos.app.figures.sweeps.Axes.set_title", lambda _, title, **__: titles.append(title))
     method = {} if len(axes) == 2 else {"method": {"head": {"trainable": "head"}, "dense": {}}}

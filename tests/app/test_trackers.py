@@ -1,4 +1,4 @@
-"""wandb, in place of which a module of the same calls stands: names are shown, and each run has an id of its own."""
+"""wandb and MLflow, in place of which modules of the same calls stand: each run has an id of its own, and keeps it."""
 
 import shlex
 import sys
@@ -106,3 +106,92 @@ def test_what_wandb_refuses_is_one_sentence(wandb, capsys):
     main(["centralized", "--resume", "--run_name", "a", "--tracker", "none"])
     assert Path("results/a/summary.yaml").exists()
     assert not wandb.kept
+
+
+# mlflow
+
+
+class Mlflow(types.ModuleType):
+    """What MLflow keeps: for each id its name, options, figures and state; it takes a hundred options at once."""
+
+    class FailedError(Exception):
+        pass
+
+    def __init__(self) -> None:
+        super().__init__("mlflow")
+        self.__spec__ = ModuleSpec("mlflow", None)
+        self.runs: dict[str, dict[str, Any]] = {}
+        self.place = ""
+        self.fails: Exception | None = None
+        self.exceptions = types.SimpleNamespace(MlflowException=self.FailedError)
+        self.entities = types.ModuleType("mlflow.entities")
+        self.entities.Param = lambda name, value: (name, value)
+        self.entities.Metric = lambda name, value, timestamp, step: (name, value, step)
+
+    def MlflowClient(self, tracking_uri: str) -> "Mlflow":  # noqa: N802
+        if self.fails is not None:
+            raise self.fails
+        self.place = tracking_uri
+        return self
+
+    def get_experiment_by_name(self, name: str) -> object:
+        return types.SimpleNamespace(experiment_id="1") if self.runs else None
+
+    def create_experiment(self, name: str) -> str:
+        assert name == "fedtalos"
+        return "1"
+
+    def create_run(self, experiment: str, run_name: str) -> object:
+        run = f"id{len(self.runs)}"
+        self.runs[run] = {"name": run_name, "params": {}, "metrics": [], "status": "RUNNING"}
+        return types.SimpleNamespace(info=types.SimpleNamespace(run_id=run))
+
+    def update_run(self, run: str, status: str) -> None:
+        self.runs[run]["status"] = status
+
+    def log_batch(self, run: str, metrics: Any = (), params: Any = ()) -> None:
+        assert len(params) <= 100
+        self.runs[run]["params"] |= dict(params)
+        self.runs[run]["metrics"] += metrics
+
+    def set_terminated(self, run: str) -> None:
+        self.runs[run]["status"] = "FINISHED"
+
+
+@pytest.fixture
+def mlflow(monkeypatch) -> Mlflow:
+    service = Mlflow()
+    monkeypatch.setitem(sys.modules, "mlflow", service)
+    monkeypatch.setitem(sys.modules, "mlflow.entities", service.entities)
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    return service
+
+
+MLFLOW = [*COMMAND[:-1], "mlflow"]
+
+
+def test_mlflow_gets_options_and_figures_and_a_resumed_run_goes_on_under_its_id(mlflow, monkeypatch):
+    with monkeypatch.context() as patched:
+        patched.setattr("fedtalos.app.run.session.Session.finish", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(SystemExit, match="130"):
+            main([*MLFLOW, "--run_name", "a"])
+    main(["centralized", "--resume", "--run_name", "a"])
+    main([*MLFLOW, "--run_name", "b"])
+    assert [run["name"] for run in mlflow.runs.values()] == ["a", "b"]
+    for run in mlflow.runs.values():
+        assert run["status"] == "FINISHED"
+        assert run["params"]["num_epochs"] == "2"
+        assert [step for name, _, step in run["metrics"] if name == "val/accuracy"] == [0, 1, 2]
+        assert [step for name, _, step in run["metrics"] if name == "test/accuracy"] == [2]
+    assert mlflow.place == f"sqlite:///{Path('mlflow.db').resolve()}"
+
+
+def test_mlflow_goes_where_it_is_told_and_what_it_refuses_is_one_sentence(mlflow, monkeypatch, capsys):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://somewhere")
+    mlflow.fails = mlflow.FailedError("nobody is there\nat length")
+    with pytest.raises(SystemExit, match="2"):
+        main([*MLFLOW, "--run_name", "a"])
+    assert capsys.readouterr().err.startswith("fedtalos: --tracker mlflow: nobody is there; see to it")
+    mlflow.fails = None
+    main(["centralized", "--resume", "--run_name", "a"])
+    assert mlflow.place == "http://somewhere"

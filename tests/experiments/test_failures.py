@@ -13,12 +13,12 @@ import yaml
 from fedtalos.checkpoint import load_checkpoint
 from fedtalos.cli import main, parse
 from fedtalos.data.images import LabelledImages
-from fedtalos.errors import BadUpdateError, InputError
+from fedtalos.errors import BadUpdateError, InputError, TrainingError
 from fedtalos.experiments import federated
 from fedtalos.metrics import Metrics
 from fedtalos.models.vision_transformer import Architecture, VisionTransformer
 from fedtalos.randomness import torch_generator
-from fedtalos.training.federated.aggregation import WeightedMean, median, robust
+from fedtalos.training.federated.aggregation import WeightedMean, median, robust, trimmed_mean
 from fedtalos.training.federated.algorithms.fedopt import FedAvgM
 from fedtalos.training.federated.clients import Clients
 from fedtalos.training.federated.fedavg import FedAvg, Lost, Update, fedavg, one_by_one
@@ -162,6 +162,29 @@ def test_a_round_without_anybody_leaves_theta_and_what_the_server_keeps(why, rul
     assert federation.value != START
 
 
+def test_too_few_for_a_robust_rule_end_the_run_or_skip_the_round():
+    """One attacker among four that send is withstood by trimming one at each end, among two it is not."""
+    half_are_late = [late(lambda number, client: number == 1 and client < 2)]
+    algorithm = FedAvgM(aggregation=robust(trimmed_mean, byzantine=1))
+    federation = Federation(through=half_are_late, algorithm=algorithm)
+    with pytest.raises(
+        TrainingError, match=r"^round 1: trimmed_mean against 1 .* needs over 2 clients .* got 2; on_bad_client skip"
+    ):
+        federation.rounds()
+    assert federation.value == START
+    assert not algorithm.state
+    skipping = Federation(through=half_are_late, algorithm=algorithm, on_bad_client="skip")
+    (first,) = skipping.rounds()
+    assert skipping.value == START
+    assert not algorithm.state
+    assert first.too_few.startswith("round 1: trimmed_mean")
+    assert (first.train.examples, first.lost) == (0, dict.fromkeys(range(2), Lost("late")))
+    assert Traffic(skipping.moving, FedAvg(), 4).count(first) == (4 * 4, 2 * 4)  # the others did send
+    *_, second = Federation(through=half_are_late, algorithm=algorithm, on_bad_client="skip").rounds(2)
+    assert second.train.examples == 4
+    assert algorithm.state
+
+
 def federate(name: str, options: str = "") -> dict:
     main([*SMALL, "--run_name", name, *shlex.split(options)])
     return yaml.safe_load(Path("results", name, "summary.yaml").read_text())
@@ -252,6 +275,17 @@ def test_bad_updates_are_left_out_and_counted(capsys):
 
 
 @pytest.mark.usefixtures("in_a_folder_of_its_own", "without_figures")
+def test_drop_outs_under_a_robust_rule_are_skipped_and_counted(capsys):
+    krum = "--aggregation krum --byzantine 1 --dropout_rate 0.4 --num_rounds 3 "
+    summary = federate("skipped", krum + "--on_bad_client skip")
+    assert summary["clients_left_out"]["too few"] > 0
+    assert "krum against 1 attackers needs over 4 clients in a round" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="1"):
+        federate("ended", krum)
+    assert "--on_bad_client skip" in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("in_a_folder_of_its_own", "without_figures")
 @pytest.mark.parametrize(
     "options",
     [
@@ -283,11 +317,11 @@ def failing_from(evaluate, call):
     """``evaluate``, but that from its ``call``-th time on somebody asks twice to stop."""
     calls = []
 
-    def failing(*arguments):
+    def failing(*arguments, **options):
         calls.append(arguments)
         if len(calls) >= call:
             raise KeyboardInterrupt
-        return evaluate(*arguments)
+        return evaluate(*arguments, **options)
 
     return failing
 

@@ -204,16 +204,16 @@ def test_what_the_config_beside_calls_the_model_beats_the_files_name(tmp_path: P
         ({"preprocessor_config": PREPROCESSOR | {"resample": 3, "crop_pct": "most"}}, 1),
     ],
 )
-def test_resizing_is_read_and_followed_where_it_is_asked_for(
+def test_resizing_is_read_and_followed_unless_plain_is_asked_for(
     tmp_path: Path, state: State, beside: dict[str, object], expected: float
 ) -> None:
     said_and_read(tmp_path / "model.safetensors", state, **beside)
     weights = load_weights(tmp_path / "model.safetensors", "micro")
     assert (weights.interpolation, weights.crop) == ("bicubic", expected)
-    plain = model_with_weights(weights, CLASSES)
+    plain = model_with_weights(weights, CLASSES, resize="plain")
     assert (plain.interpolation, plain.crop) == ("bilinear", 1.0)
     assert "the weights' makers: bicubic" in noted()["resize"]
-    theirs = model_with_weights(weights, CLASSES, resize="weights")
+    theirs = model_with_weights(weights, CLASSES)
     assert (theirs.interpolation, theirs.crop) == ("bicubic", expected)
     assert noted()["resize"].startswith("images are resized bicubic")
 
@@ -221,7 +221,7 @@ def test_resizing_is_read_and_followed_where_it_is_asked_for(
 def test_resizing_is_bilinear_and_whole_where_nothing_states_it(tmp_path: Path, state: State) -> None:
     said_and_read(tmp_path / "model.safetensors", state, preprocessor_config=PREPROCESSOR | {"resample": 2})
     weights = load_weights(tmp_path / "model.safetensors", "micro")
-    model = model_with_weights(weights, CLASSES, resize="weights")
+    model = model_with_weights(weights, CLASSES)
     assert (model.interpolation, model.crop) == ("bilinear", 1.0)
     assert "resize" not in noted()
 
@@ -234,8 +234,8 @@ def test_a_run_records_the_weights_way_and_its_checkpoint_keeps_it(
     Path("vit.json").write_text(json.dumps(own))
     shared = "--dataset digits --device cpu --train_limit 40 --eval_limit 10"
     run = f"centralized {shared} --weights vit.safetensors --image_size 16 --num_epochs 1"
-    main(shlex.split(f"{run} --run_name plain"))
-    main(shlex.split(f"{run} --resize weights --run_name theirs"))
+    main(shlex.split(f"{run} --resize plain --run_name plain"))
+    main(shlex.split(f"{run} --run_name theirs"))
     plain, theirs = (
         yaml.safe_load(Path(f"results/{name}/config.yaml").read_text())["made_by"] for name in ("plain", "theirs")
     )
@@ -247,5 +247,3 @@ def test_a_run_records_the_weights_way_and_its_checkpoint_keeps_it(
         view = view_of(load(parse(shlex.split(f"centralized {shared} --weights {name}"))).model)
         assert (view.interpolation, view.crop, view.resized) == expected
     main(["evaluate", "theirs"])
-    with pytest.raises(SystemExit):
-        main(shlex.split(f"centralized {shared} --weights none --model_size micro --resize weights"))

@@ -4,26 +4,23 @@ from functools import partial
 from typing import Any, TypeVar
 
 from fedtalos.app.config.schema import CentralizedConfig, FederatedConfig, SplitOptions, TrainOptions
+from fedtalos.data.class_groups import Groups
 from fedtalos.data.images import LabelledImages
-from fedtalos.errors import InputError
-from fedtalos.models.vision_transformer import WIDTH_DEPTH_HEADS, VisionTransformer
 from fedtalos.training.federated.aggregation import RULES, WeightedMean, robust
 from fedtalos.training.federated.algorithms import ALGORITHMS
 from fedtalos.training.federated.client_sampling import clients_per_round
 from fedtalos.training.federated.clients import Clients
-from fedtalos.training.federated.fedavg import Engine, FedAvg, MakeAggregation, Transform, one_by_one
+from fedtalos.training.federated.fedavg import FedAvg, MakeAggregation, Transform, one_by_one
 from fedtalos.training.federated.partition import split_clients
 from fedtalos.training.federated.privacy import epsilon, noisy_mean
+from fedtalos.training.federated.processes import Within
 from fedtalos.training.federated.stacked import stacked
+from fedtalos.training.federated.tasks import split_by_task
 from fedtalos.training.federated.transforms import attacked, clipped, draw_attackers, dropouts, stragglers
 from fedtalos.training.local_training import LocalTraining, Watch
-from fedtalos.training.masked_parameters import MaskedParameters
 from fedtalos.training.schedule import Schedule
 
 T = TypeVar("T")
-
-ACTIVATIONS_THAT_FILL = 2_000_000
-"""Images x tokens x width of a step that keeps a large GPU busy by itself; smaller ones are stacked."""
 
 
 def local_training(config: CentralizedConfig | FederatedConfig) -> LocalTraining:
@@ -63,12 +60,13 @@ def schedule(train: TrainOptions, peak: float, total: int) -> Schedule:
     return Schedule(peak, total, train.schedule, train.warmup, train.step_every, train.step_gamma, train.final_rate)
 
 
-def clients_of(images: LabelledImages, options: SplitOptions, seed: int) -> Clients:
-    """Share the training images out as the options say."""
-    return split_clients(
+def clients_of(images: LabelledImages, options: SplitOptions, seed: int, groups: Groups = ()) -> Clients:
+    """Share the training images out as the options say; where there are ``groups``, those of each among its clients."""
+    split = partial(split_by_task, groups=groups) if groups else split_clients
+    return split(
         images,
         options.num_clients,
-        options.partition,
+        scheme=options.partition,
         seed=seed,
         classes_per_client=options.classes_per_client,
         alpha=options.alpha,
@@ -125,30 +123,19 @@ def transforms_of(config: FederatedConfig, clients: Clients, local: LocalTrainin
     return through
 
 
-def engine_of(config: FederatedConfig, watch: Watch) -> Engine:
-    """Choose how clients train: one by one, or several in one stack."""
-    size = config.federation.clients_at_once or 1
-    return partial(one_by_one, watch=watch) if size == 1 else partial(stacked, size=size, watch=watch)
+def engine_of(config: FederatedConfig, watch: Watch) -> Within:
+    """Choose how clients train: one by one, or several in one stack, whose steps can be CUDA graphs and compiled."""
+    size, way = config.federation.clients_at_once or 1, config.run.steps
+    if size == 1 and way == "off":
+        return partial(one_by_one, watch=watch)
+    return partial(stacked, size=size, compile=way, watch=watch)
 
 
-def clients_at_once(config: FederatedConfig, moving: MaskedParameters) -> int:
-    """Settle how many clients train in one stack: as asked, else 1, but on CUDA a round's where a step is small.
-
-    It depends on the sizes alone. InputError where another library's model is to be stacked.
-    """
-    asked, model = config.federation.clients_at_once, moving.model
-    ours = isinstance(model, VisionTransformer)
-    if asked is not None:
-        if asked > 1 and not ours:
-            raise InputError(f"--clients_at_once {asked}: {model.architecture} cannot be stacked; leave it out")
-        return asked
-    kept = moving.frozen_stages > 0 and config.train.augmentation == "none"  # then a step is cheap by itself
-    if not isinstance(model, VisionTransformer) or moving.device.type != "cuda" or kept:
-        return 1
-    width = WIDTH_DEPTH_HEADS[model.architecture.size][0]
-    step = config.train.batch_size * (model.patch_embed.grid**2 + 1) * width
-    per_round = clients_per_round(config.split.num_clients, config.federation.client_fraction)
-    return 1 if step > ACTIVATIONS_THAT_FILL else -(-per_round // config.federation.workers)
+def head_engine_of(config: FederatedConfig, watch: Watch) -> Within:
+    """Choose how clients train a linear head alone: on a CPU one by one; what a step is compiled to does not pay."""
+    if config.run.steps == "off":
+        return partial(one_by_one, watch=watch)
+    return partial(stacked, size=config.federation.clients_at_once or 1, compile="graph", watch=watch)
 
 
 def privacy_spent(config: FederatedConfig) -> dict[str, Any]:

@@ -8,9 +8,10 @@ import torch
 
 from fedtalos.app.config.schema import CentralizedConfig, Config, EditingConfig, FederatedConfig, ModelOptions
 from fedtalos.app.config.settle import settle
+from fedtalos.app.given_clients import count_given_clients
 from fedtalos.app.run.bars import bar
 from fedtalos.app.starting_head import choose_head, freeze_fitted_head
-from fedtalos.checkpoint import find_checkpoint, load_checkpoint
+from fedtalos.checkpoint import find_checkpoint
 from fedtalos.data.class_names import check_same_classes
 from fedtalos.data.dataset_loader import Dataset, load_dataset
 from fedtalos.data.images import LabelledImages
@@ -23,6 +24,7 @@ from fedtalos.models.library_model import LibraryArchitecture
 from fedtalos.models.load import build_model, model_with_weights, resizing_of
 from fedtalos.models.vision_transformer import Architecture
 from fedtalos.models.weights import Weights
+from fedtalos.models.weights.checkpoints import checkpoint_weights
 from fedtalos.models.weights.pixels import STATISTICS
 from fedtalos.models.weights.read import load_weights
 from fedtalos.notes import note
@@ -95,7 +97,8 @@ def load(config: ConfigT) -> Loaded[ConfigT]:
     weights = starting_weights(config)
     config = settle(config, weights, device)
     architecture = _architecture(config.model, weights)  # refuses sizes that do not fit before any image is read
-    data = _load_images(config, _stored_size(config.model, weights, architecture.image_size))
+    data = load_images(config, _stored_size(config.model, weights, architecture.image_size))
+    config = count_given_clients(config, data)
     if weights is not None and weights.classes is not None and config.model.head == "weights":
         check_same_classes(weights.classes, data.classes, weights.source)
     model = _load_model(config, weights, architecture, data.classes).to(device)
@@ -120,6 +123,8 @@ def check_files(config: Config) -> tuple[Mask, MaskFacts] | None:
 
     Raises InputError for one that is missing or broken, before weights or images are fetched.
     """
+    if config.data.dataset == "csv" and not config.data.data_dir.is_file():
+        raise InputError(f"--data_dir {config.data.data_dir}: no such file; give the CSV file of path and label")
     if config.data.dataset == "folder" and not config.data.data_dir.is_dir():
         raise InputError(f"--data_dir {config.data.data_dir}: no such folder; give the folder of class folders")
     if config.model.head not in ("auto", *HEADS) and not Path(config.model.head).is_file():
@@ -146,34 +151,6 @@ def starting_weights(config: Config) -> Weights | None:
     return load_weights(source, options.model_size or "small", normalisation=options.normalisation)
 
 
-def checkpoint_weights(path: Path) -> Weights:
-    """Read a checkpoint of ours as weights to start from."""
-    checkpoint = load_checkpoint(path)
-    facts = checkpoint.facts
-    try:
-        about = facts["model"]
-        return Weights(
-            tensors={name: tensor for name, tensor in checkpoint.tensors.items() if "/" not in name},
-            architecture=LibraryArchitecture(**about) if "name" in about else Architecture(**about),
-            mean=tuple(facts["mean"]),
-            std=tuple(facts["std"]),
-            source=str(path),
-            sha256=checkpoint.sha256,
-            classes=tuple(facts["classes"]),
-            **_resizing_in(facts),
-        )
-    except (KeyError, TypeError, ValueError) as error:
-        raise InputError(f"checkpoint {path}: holds no model, or is of another version; give another") from error
-
-
-def _resizing_in(facts: dict[str, Any]) -> dict[str, Any]:
-    """The way of resizing that a checkpoint's facts say; ValueError where it is none."""
-    found: dict[str, Any] = {key: facts[key] for key in ("interpolation", "crop") if key in facts}
-    if found.get("interpolation", "bilinear") not in ("bilinear", "bicubic") or not 0 < found.get("crop", 1.0) <= 1:
-        raise ValueError("no way of resizing")
-    return found
-
-
 def _stored_size(options: ModelOptions, weights: Weights | None, image_size: int) -> int:
     """Pixels a side to store images at: what is cut away at the sides in the end comes on top."""
     if weights is None:
@@ -182,7 +159,8 @@ def _stored_size(options: ModelOptions, weights: Weights | None, image_size: int
     return View(image_size, weights.mean, weights.std, crop=crop).resized
 
 
-def _load_images(config: Config, image_size: int) -> Dataset:
+def load_images(config: Config, image_size: int) -> Dataset:
+    """Load the data set that the options name, at ``image_size`` pixels a side, with as many training images."""
     options = config.data
     data = load_dataset(
         options.dataset,
@@ -206,8 +184,6 @@ def _architecture(options: ModelOptions, weights: Weights | None) -> Architectur
         return replace(weights.architecture, image_size=options.image_size)
     if options.head == "weights":
         raise InputError("--head weights: there are none; use random, ridge, ncm, linear or a head file")
-    if options.resize == "weights":
-        raise InputError("--resize weights: there are none; leave it out")
     assert options.model_size is not None
     assert options.patch_size is not None
     return Architecture(options.model_size, options.image_size, options.patch_size, num_classes=0)

@@ -27,7 +27,7 @@ def choose_head(config: Config, model: Backbone, mask: tuple[Mask, MaskFacts] | 
     if isinstance(config, EditingConfig):
         return "ridge"  # scores through an untrained head would mean nothing
     if mask is None or not isinstance(config, CentralizedConfig | FederatedConfig) or config.train.mask is None:
-        return "random"
+        return "ridge" if _trains_apart(config) else "random"
     made_through, path = mask[1].head, head_of_mask(config.train.mask)
     if path.is_file():
         note("head", f"the head that {config.train.mask} was made through: {path}")
@@ -46,13 +46,22 @@ def head_of_mask(mask: Path) -> Path:
     return mask.with_name(f"{mask.name.removesuffix('.safetensors')}.head.safetensors")
 
 
+def _trains_apart(config: Config) -> bool:
+    """Tell whether clients, or tasks, train apart: their vectors add up through one head."""
+    return isinstance(config, FederatedConfig) and config.apart.asked
+
+
 def freeze_fitted_head(config: ConfigT, mask: tuple[Mask, MaskFacts] | None) -> ConfigT:
     """Keep a fitted head as it is under a mask, unless --train_head: moving it loses what the fit had gained."""
-    if not isinstance(config, CentralizedConfig | FederatedConfig) or mask is None:
+    if not isinstance(config, CentralizedConfig | FederatedConfig) or (mask is None and not _trains_apart(config)):
         return config
     train = config.train
-    if train.train_head or train.freeze_head or config.model.head in ("weights", "random"):
+    moves = ("random",) if mask is None else ("weights", "random")  # vectors that train apart share every other head
+    if train.train_head or train.freeze_head or config.model.head in moves:
         return config
-    note("frozen head", "the fitted head stays as it is under the mask; --train_head lets it move")
+    if mask is None:
+        note("frozen head", "the fitted head stays as it is, for vectors that train apart to share it")
+    else:
+        note("frozen head", "the fitted head stays as it is under the mask; --train_head lets it move")
     frozen: Config = config.model_copy(update={"train": train.model_copy(update={"freeze_head": True})})
     return cast(ConfigT, frozen)

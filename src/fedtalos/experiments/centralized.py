@@ -6,6 +6,7 @@ from functools import partial
 from rich.console import Console
 
 from fedtalos.app.config.schema import CentralizedConfig
+from fedtalos.app.engine import with_engine
 from fedtalos.app.federation import head_training, local_training, settled
 from fedtalos.app.load import load
 from fedtalos.app.moving import moving_parameters
@@ -30,9 +31,12 @@ def run(config: CentralizedConfig, console: Console) -> None:
     with begun(config, console) as paths:
         loaded = load(config)
         images, moving, local = loaded.data.train, moving_parameters(loaded), local_training(loaded.config)
-        evaluate = partial(evaluate_split, loaded, moving)
+        loaded = with_engine(loaded, moving, local)
+        way = loaded.config.run.steps
         total = config.num_epochs
         with Session(loaded, paths, console, unit="epoch", total=total, rate=local.rate) as session:
+            evaluate = partial(evaluate_split, loaded, moving, watch=session.evaluating)
+            session.introduce(moving)
             optimizer = local.optimizer_for(moving)
             session.state = partial(optimizer_tensors, optimizer)
             if session.fresh:
@@ -40,13 +44,20 @@ def run(config: CentralizedConfig, console: Console) -> None:
                 def head_epochs(head: MaskedParameters, seed: int, watch: Watch) -> Iterator[tuple[Round, int, int]]:
                     rounds, training = settled(loaded.config.train.head_rounds), head_training(loaded.config)
                     for number, metrics in train_centralized(
-                        head, images, local=training, epochs=rounds, seed=seed, watch=watch
+                        head,
+                        images,
+                        local=training,
+                        epochs=rounds,
+                        seed=seed,
+                        watch=watch,
+                        compile="graph" if way == "on" else way,
                     ):
                         yield Round(number, train=metrics), 0, 0
 
                 fit_first_head(session, moving, everyone(len(images)), head_epochs)
             else:
                 restore_optimizer(optimizer, session.saved)
+            session.keep_start(moving)
 
             def watch(batches: Batches, share: float) -> Batches:
                 return session.display.watch(until_asked(batches), share)
@@ -62,6 +73,7 @@ def run(config: CentralizedConfig, console: Console) -> None:
                     done=session.done,
                     so_far=session.progress.epoch_so_far,
                     watch=watch,
+                    compile=way,
                 ):
                     if metrics.examples < len(images):  # asked to stop within the epoch
                         session.progress.epoch_so_far = metrics

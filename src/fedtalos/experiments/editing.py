@@ -5,15 +5,18 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
-import yaml
 from rich.console import Console
 
 from fedtalos._version import __version__
 from fedtalos.app.config.schema import EditingConfig
+from fedtalos.app.engine import way_of_scores
 from fedtalos.app.federation import clients_of
 from fedtalos.app.load import Loaded, load
+from fedtalos.app.run.beginning import introduction_to_edit
 from fedtalos.app.run.books import Books
-from fedtalos.app.run.display import Display, density_report, say
+from fedtalos.app.run.display import Display, density_report, say, say_facts
+from fedtalos.app.run.ending import end_of_edit
+from fedtalos.app.run.first_head import everyone, show_features
 from fedtalos.app.run.folders import begun, open_run, say_decisions
 from fedtalos.app.run.launch import check_alone
 from fedtalos.app.run.paths import RunPaths
@@ -41,6 +44,8 @@ def run(config: EditingConfig, console: Console) -> None:
     with begun(config, console) as paths:
         edit = prepare(load(config))
         open_run(edit.loaded.config, paths, edit.loaded.origin(), console)
+        scored = sum(len(holder.ids) for holder in edit.holders)
+        say_facts(console, introduction_to_edit(edit.loaded, len(edit.eligible), len(edit.holders), scored))
         if edit.clients is not None:
             write_split(paths.results, edit.clients, edit.loaded.data.classes)
         sent = fit_first_head(edit, paths, console)
@@ -120,10 +125,11 @@ def fit_first_head(edit: Edit, paths: RunPaths, console: Console) -> tuple[int, 
     kind = closed_form(loaded.config.model.head)
     if kind is None:
         return 0, 0
-    console.print(f"fitting the {kind} head", highlight=False)
     images = loaded.data.calibration if clients is None else loaded.data.train
+    holders = everyone(len(images)) if clients is None else clients
     # Labels are drawn through this head, so it is as strict as the scores.
     with strict_float32() if loaded.config.run.precision == "fp32" else nullcontext():
+        show_features(loaded, images, holders, f"fitting the {kind} head", console)
         sent = fit_head(
             loaded.model, images, kind, holders=clients, val=loaded.limited("val"), features=loaded.features
         )
@@ -148,6 +154,7 @@ def score_of(edit: Edit, watch: Watch) -> Score:
                 fisher=options.fisher,
                 fisher_samples=options.fisher_samples,
                 chunk=options.fisher_chunk or 1,
+                compile=way_of_scores(config, model, edit.loaded.device.type),
                 batch_size=config.data.eval_batch_size,
                 precision=config.run.arithmetic,
                 seed=config.run.seed,
@@ -159,7 +166,7 @@ def score_of(edit: Edit, watch: Watch) -> Score:
 
 
 def finish(edit: Edit, paths: RunPaths, books: Books, console: Console) -> None:
-    """Write the mask, its tables and the summary, draw its figures, and say where all is."""
+    """Write the mask and its tables, draw its figures, write the summary, and say where all is."""
     from fedtalos.app.figures import draw  # slow to import
 
     config = edit.loaded.config
@@ -180,10 +187,11 @@ def finish(edit: Edit, paths: RunPaths, books: Books, console: Console) -> None:
         **({} if edit.clients is None else sent),
         "seconds": last["seconds"],
     }
-    write_yaml(paths.results / "summary.yaml", summary)
     drawn = draw.plot_masks([paths.mask], paths.plots) + draw.plot_iterations(paths.results, paths.plots)
-    say(console, yaml.safe_dump(summary, sort_keys=False).rstrip())
-    for path in [paths.results, paths.checkpoints, *drawn]:
+    write_yaml(paths.results / "summary.yaml", summary)  # last: a run that has one is finished
+    say_facts(console, end_of_edit(facts.active, facts.eligible, last["seconds"], summary.get("megabytes_sent")))
+    made = [paths.mask, *([paths.head] if "head" in summary else [])]
+    for path in [*made, paths.results, paths.checkpoints, *drawn]:
         say(console, str(path))
     say(console, f"train with it: {next_command(config, paths)}")
 

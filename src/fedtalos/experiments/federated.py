@@ -1,7 +1,6 @@
 """Train with federated averaging over clients that keep their images."""
 
-from collections.abc import Iterator
-from dataclasses import replace
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
@@ -9,11 +8,12 @@ import torch
 from rich.console import Console
 
 from fedtalos.app.config.schema import FederatedConfig
+from fedtalos.app.engine import with_engine
 from fedtalos.app.federation import (
     algorithm_of,
-    clients_at_once,
     clients_of,
     engine_of,
+    head_engine_of,
     head_training,
     local_training,
     privacy_spent,
@@ -22,17 +22,20 @@ from fedtalos.app.federation import (
 )
 from fedtalos.app.load import Loaded, load
 from fedtalos.app.moving import moving_parameters
+from fedtalos.app.run.apart import Apart, rounds_of_a_unit
 from fedtalos.app.run.client_accuracy import evaluate_clients
 from fedtalos.app.run.evaluation import evaluate_part, evaluate_split
 from fedtalos.app.run.first_head import fit_first_head
 from fedtalos.app.run.folders import begun
+from fedtalos.app.run.kept import Kept, groups_of, units_of
 from fedtalos.app.run.launch import Others, others, rank
+from fedtalos.app.run.paths import RunPaths
 from fedtalos.app.run.session import Evaluate, Session
 from fedtalos.app.run.split_file import write_split
 from fedtalos.devices import choose_device
 from fedtalos.metrics import Metrics
 from fedtalos.training.federated.clients import Clients
-from fedtalos.training.federated.fedavg import Engine, FedAvg, Round, fedavg, one_by_one
+from fedtalos.training.federated.fedavg import Engine, FedAvg, Round, fedavg
 from fedtalos.training.federated.processes import (
     WorkerLostError,
     evaluate_in_processes,
@@ -42,6 +45,7 @@ from fedtalos.training.federated.processes import (
 )
 from fedtalos.training.federated.traffic import Traffic
 from fedtalos.training.local_training import Watch, unwatched
+from fedtalos.training.loop import Batches
 from fedtalos.training.masked_parameters import MaskedParameters
 
 ALGORITHM = "algorithm/"
@@ -53,17 +57,23 @@ def run(config: FederatedConfig, console: Console) -> None:
     if rank():
         follow(config)
         return
-    with begun(config, console) as paths, others(config, paths.name) as beside:
+    with begun(config, console) as paths, others(config, paths) as beside:
+        if config.apart.asked:
+            run_apart(config, paths, console)
+            return
         spent = privacy_spent(config)  # first, for it may want a library
         loaded, clients, moving, algorithm = begin(config)
         config, local, total = loaded.config, local_training(loaded.config), config.federation.num_rounds
         with Session(loaded, paths, console, unit="round", total=total, rate=local.rate) as session:
+            session.introduce(moving, clients, algorithm)
             write_split(paths.results, clients, loaded.data.classes)
-            algorithm.state |= session.restored(ALGORITHM)
+            algorithm.state |= session.restored(ALGORITHM, len(moving))
             session.state = lambda: {f"{ALGORITHM}{name}": tensor for name, tensor in algorithm.state.items()}
             if session.fresh:
                 fit_first_head(session, moving, clients, partial(rounds_of_the_head, loaded, clients))
-            engine, evaluate = shared(beside, loaded, moving, engine_of(config, session.watch))
+            session.keep_start(moving)
+            within = engine_of(config, session.watch)
+            engine, evaluate = shared(beside, loaded, moving, within, session.evaluating)
             rounds = fedavg(
                 moving,
                 clients,
@@ -91,24 +101,52 @@ def run(config: FederatedConfig, console: Console) -> None:
             session.finish(evaluate, {**figures(session, moving), **spent, **by_client})
 
 
+def run_apart(config: FederatedConfig, paths: RunPaths, console: Console) -> None:
+    """Train tasks, or clients, apart from one start, and merge them once."""
+    if not paths.started:
+        Kept(paths).check_free()
+    loaded, clients, moving, algorithm = begin(config)
+    config, each = loaded.config, rounds_of_a_unit(loaded.config)
+    total, rate = each * len(units_of(config, clients, groups_of(config, loaded.data))), local_training(config).rate
+    with Session(loaded, paths, console, unit="round", total=total, rate=lambda done: rate(done % each)) as session:
+        session.introduce(moving, clients)
+        write_split(paths.results, clients, loaded.data.classes)
+        apart = Apart(loaded, clients, moving, session)
+        evaluate = partial(evaluate_split, loaded, moving, watch=session.evaluating)
+        apart.begin(partial(rounds_of_the_head, loaded, clients))
+        if session.done == 0 and session.due(0):
+            session.validate(evaluate)
+        traffic = Traffic(moving, algorithm, len(clients), first_contact=first_contact_bytes(loaded, moving))
+        apart.skip(traffic)
+        for round_ in session.shown(apart.rounds()):
+            session.record(round_, *traffic.count(round_))
+        merged = apart.merge()
+        if session.due(session.done):  # else a run that goes on has done so
+            session.validate(evaluate)
+        own = apart.own_vectors() if config.personal.client_evaluation else None
+        by_client = evaluate_clients(loaded, paths, clients, moving, console, own)
+        session.finish(evaluate, {**figures(session, moving), **merged, **by_client})
+
+
 def begin(config: FederatedConfig) -> tuple[Loaded[FederatedConfig], Clients, MaskedParameters, FedAvg]:
-    """Load what the run needs, and settle how many clients train at once."""
+    """Load what the run needs, and settle how clients train."""
     loaded = load(config)
     config = loaded.config
-    clients = clients_of(loaded.data.train, config.split, config.run.seed)
+    clients = clients_of(loaded.data.train, config.split, config.run.seed, groups_of(config, loaded.data))
     moving, algorithm = moving_parameters(loaded), algorithm_of(config)
-    size = clients_at_once(config, moving)
-    federation = config.federation.model_copy(update={"clients_at_once": size})
-    loaded = replace(loaded, config=config.model_copy(update={"federation": federation}))
-    return loaded, clients, moving, algorithm
+    return with_engine(loaded, moving, local_training(config)), clients, moving, algorithm
 
 
 def shared(
-    beside: Others, loaded: Loaded[FederatedConfig], moving: MaskedParameters, engine: Engine
+    beside: Others,
+    loaded: Loaded[FederatedConfig],
+    moving: MaskedParameters,
+    engine: Engine,
+    watch: Callable[[Batches], Batches],
 ) -> tuple[Engine, Evaluate]:
     """Spread the engine and the evaluation of splits over the processes beside this one, where there are any."""
     if beside.size == 1:
-        return engine, partial(evaluate_split, loaded, moving)
+        return engine, partial(evaluate_split, loaded, moving, watch=watch)
     beside.meet(loaded.device)
     send_model(moving)  # with the head that was fitted, or restored
 
@@ -152,7 +190,7 @@ def rounds_of_the_head(
         fraction=federation.client_fraction,
         sampling=federation.client_sampling,
         seed=seed,
-        engine=partial(one_by_one, watch=watch),
+        engine=head_engine_of(loaded.config, watch),
     ):
         yield round_, *traffic.count(round_)
 

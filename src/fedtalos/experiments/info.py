@@ -15,7 +15,7 @@ from fedtalos._version import __version__
 from fedtalos.app.config.tools import InfoConfig
 from fedtalos.devices import AMPERE, choose_device, choose_precision
 
-LIBRARIES = ("torch", "numpy", "safetensors", "huggingface_hub", "timm", "tensorboard", "wandb")
+LIBRARIES = ("torch", "numpy", "safetensors", "huggingface_hub", "timm", "tensorboard", "wandb", "mlflow")
 DATA_SETS = {
     "cifar100": ("cifar-100-python", "cifar-100-python.tar.gz"),
     "cifar10": ("cifar-10-batches-py", "cifar-10-python.tar.gz"),

@@ -1,7 +1,7 @@
 """Run a named grid of runs, then write its table and draw its figures; stopped, it goes on with the same command."""
 
-import traceback
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from importlib import import_module
 from pathlib import Path
 from typing import Literal
@@ -11,6 +11,8 @@ from rich.console import Console
 from fedtalos.app.config.files import flatten, override, read_yaml
 from fedtalos.app.config.schema import RunConfig
 from fedtalos.app.config.tools import SweepConfig
+from fedtalos.app.report.grid import is_training, report_of_grid
+from fedtalos.app.report.page import write_report
 from fedtalos.app.run.display import say
 from fedtalos.app.run.folders import AlreadyFinished
 from fedtalos.app.run.interruption import Interrupted
@@ -18,12 +20,14 @@ from fedtalos.app.run.launch import check_alone
 from fedtalos.app.run.paths import RunPaths
 from fedtalos.app.run.recorder import write_yaml
 from fedtalos.app.run.resume import MAY_DIFFER, saved_options
-from fedtalos.app.sweep.estimate import duration, estimate
+from fedtalos.app.run.units import duration
+from fedtalos.app.sweep.estimate import estimate
 from fedtalos.app.sweep.grid import Cell, expand, read_grid, with_needs
+from fedtalos.app.sweep.growing import GrowingTable
 from fedtalos.app.sweep.plots import check_data, check_lines, plot_grid
 from fedtalos.app.sweep.tables import over_seeds, print_table, read_result, write_tables
-from fedtalos.errors import InputError, TrainingError
-from fedtalos.files import write_atomic
+from fedtalos.errors import InputError, TrainingError, shown
+from fedtalos.files import remove_leftovers
 
 State = Literal["finished", "unfinished", "to do"]
 GIVEN = ("weights", "output_dir", "data_dir", "device", "precision", "threads", "workers")
@@ -49,10 +53,12 @@ def run(config: SweepConfig, console: Console) -> None:
     if config.dry_run:
         show_plan(chosen, finished, states, console)
         return
+    for place in (folder.results, folder.plots):
+        remove_leftovers(place)
     to_do = [cell for cell in chosen if states[cell.name] != "finished"]
     say(console, f"{config.grid}: {len(chosen) - len(to_do)} of {len(chosen)} runs are finished")
     failed = run_all(to_do, states, folder.results, console, again=f"fedtalos sweep {config.grid}")
-    written = report([cell for cell in cells if cell.paths.finished], folder, console)
+    written = report([cell for cell in cells if cell.paths.finished], folder, grid.names, console)
     if failed:
         raise TrainingError(
             f"{len(failed)} of {len(chosen)} runs failed or were left out ({', '.join(failed)}); {folder.results} has "
@@ -86,7 +92,7 @@ def show_plan(cells: Sequence[Cell], finished: Sequence[Cell], states: dict[str,
         say(console, f"{total}, about {duration(sum(estimates.values()))}{but}")
 
 
-def report(finished: Sequence[Cell], folder: RunPaths, console: Console) -> list[Path]:
+def report(finished: Sequence[Cell], folder: RunPaths, names: Mapping[str, str], console: Console) -> list[Path]:
     """Write and print the table of the finished runs, and draw the figures; return the files."""
     if not finished:
         return []
@@ -94,7 +100,10 @@ def report(finished: Sequence[Cell], folder: RunPaths, console: Console) -> list
     rows = over_seeds(results)
     written = write_tables(results, rows, folder.results)
     print_table(rows, f"{folder.name}: mean ± standard deviation over seeds", console)
-    return written + plot_grid(folder.name, results, folder.plots)
+    written += plot_grid(folder.name, results, folder.plots, names)
+    if any(is_training(row.cell) for row in rows):
+        written.append(write_report(folder.plots / "report.html", report_of_grid(folder.name, results)))
+    return written
 
 
 def state(cell: Cell, folder: Path) -> State:
@@ -107,11 +116,13 @@ def state(cell: Cell, folder: Path) -> State:
     was = read_yaml(recipe)
     for name, now in cell.recipe.items():
         before = was.get(name, {})
+        if not isinstance(before, dict):
+            raise InputError(f"{recipe}: expected the options of {name}; move the run away, and make it anew")
         for key in [*now, *before]:
             if now.get(key) != before.get(key):
                 old, new = (options.get(key, "its default") for options in (before, now))
                 raise InputError(
-                    f"{cell.name} was run with {key} {old!r} of {name}, now the grid asks for {new!r}; "
+                    f"{cell.name} was run with {key} {shown(old)} of {name}, now the grid asks for {shown(new)}; "
                     "ask for what it was (flags included), take another --output_dir, or move the run away from "
                     "results, checkpoints, masks and plots"
                 )
@@ -123,30 +134,26 @@ def run_all(
 ) -> list[str]:
     """Run cells in order; return the names of those that failed, or lack a run that they need."""
     failed: list[str] = []
+    growing = GrowingTable(cells, console)
     for number, cell in enumerate(cells, start=1):
-        heading = f"[{number}/{len(cells)}] {cell.name}"
         lacking = [need.name for need in cell.needs if not need.paths.finished]
         if lacking:
-            say(console, f"{heading}: left out, for it needs {lacking[0]}, which failed")
+            growing.note(number, cell, f": left out, for it needs {lacking[0]}, which failed")
             failed.append(cell.name)
             continue
-        say(console, heading)
         write_yaml(_recipe_path(cell, folder), cell.recipe)
-        log = folder / f"{cell.name}.log"
-        log.unlink(missing_ok=True)
         try:
-            run_one(resumed(cell) if states[cell.name] == "unfinished" else cell.config, console)
-        except AlreadyFinished:  # by another process, meanwhile
-            pass
+            with growing.running(number, cell, folder / f"{cell.name}.log") as quiet, suppress(AlreadyFinished):
+                run_one(resumed(cell) if states[cell.name] == "unfinished" else cell.config, quiet)
+            growing.add(number, cell)
         except BrokenPipeError:  # nobody is left to read
             raise
         except (Interrupted, KeyboardInterrupt):
             say(console, f"{again} goes on with the grid")
             raise
         except Exception as error:
-            write_atomic(log, traceback.format_exc())
             what = str(error) if isinstance(error, InputError | TrainingError) else f"{type(error).__name__}: {error}"
-            say(console, f"{heading} failed: {what}")
+            growing.note(number, cell, f" failed: {what}")
             failed.append(cell.name)
     return failed
 

@@ -68,6 +68,8 @@ class Backbone(nn.Module, ABC):
         """Resizing of images for this model."""
         self.crop = 1.0
         """Share of each side of an image that a middle crop keeps for it, 0 to 1."""
+        self.stored_size: int | None = None
+        """Pixels a side of the images that it was trained on, before they were resized for it; None: as resized."""
         self.origin = Origin()
         self.head_source = "random"
         """Source of the head: random, weights, ridge, ncm, linear, file or trained."""

@@ -3,22 +3,31 @@
 Shapes: B images, H W pixels a side, D width of the features, C classes.
 """
 
+import re
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from importlib import import_module
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import torch
 import torch.nn.functional as F
+from annotated_types import Interval, MaxLen, Predicate
 from torch import Tensor, nn
 
 from fedtalos.errors import InputError, install
+from fedtalos.facts import MOST_CLASSES, schema
 from fedtalos.models.backbone import Backbone
 
 LIBRARIES = {"timm:": "timm", "torch:": "torchvision"}
 """First part of a model's name -> the library that makes it, and our extra that installs it."""
 
 
+def _plain(name: str) -> bool:
+    """Tell whether a name is a library's own model, not a place (hf-hub:OWNER/REPO) to take one from."""
+    return re.fullmatch(r"(timm|torch):[\w.-]+", name) is not None
+
+
+@schema
 @dataclass(frozen=True)
 class LibraryArchitecture:
     """Name and sizes that fix every parameter's shape.
@@ -27,11 +36,11 @@ class LibraryArchitecture:
     0
     """
 
-    name: str
+    name: Annotated[str, MaxLen(200), Predicate(_plain)]
     """timm:NAME or torch:NAME."""
-    image_size: int
+    image_size: Annotated[int, Interval(ge=1, le=2**12)]
     """Pixels a side."""
-    num_classes: int
+    num_classes: Annotated[int, Interval(ge=0, le=MOST_CLASSES)]
     """C; 0 for weights without a head."""
     heads: ClassVar[int] = 0
     """Attention heads are not known here."""

@@ -21,8 +21,8 @@ from fedtalos.models.weights.pixels import Interpolation
 from fedtalos.notes import note
 from fedtalos.randomness import torch_generator
 
-Resize = Literal["plain", "weights"]
-"""Resizing of images: bilinearly and whole, or as the weights' makers did where they evaluated them."""
+Resize = Literal["weights", "plain"]
+"""Resizing of images: as the weights' makers did where they evaluated them, or bilinearly and whole."""
 
 
 def build_model(architecture: Architecture | LibraryArchitecture, seed: int = 0) -> Backbone:
@@ -47,15 +47,16 @@ def model_with_weights(
     image_size: int | None = None,
     seed: int = 0,
     head: str = "auto",
-    resize: Resize = "plain",
+    resize: Resize = "weights",
 ) -> Backbone:
     """Make a model of these weights for these classes.
 
     ``image_size`` (pixels a side) is that of the weights where it is None. With ``head`` "weights" the model takes the
     weights' own head. With "auto" it does so only where the head's classes are known to be these, since a count alone
     says little. Else the head is drawn from ``seed`` and the weights' checksum, to be replaced or trained: the seed
-    alone could give the very head that the weights were trained from. With ``resize`` "weights", images are resized and
-    cropped as the weights' makers did; a checkpoint of ours keeps its own way.
+    alone could give the very head that the weights were trained from. Images are resized and
+    cropped as the weights' makers did, or with ``resize`` "plain" bilinearly and whole; a checkpoint of ours keeps its
+    own way.
 
     Raises InputError where head "weights" is asked for and does not fit.
 
@@ -81,12 +82,12 @@ def model_with_weights(
     return model
 
 
-def resizing_of(weights: Weights, resize: Resize = "plain") -> tuple[Interpolation, float]:
+def resizing_of(weights: Weights, resize: Resize = "weights") -> tuple[Interpolation, float]:
     """Tell how a model of these weights has images resized, and which share of each side it sees.
 
-    That is the weights' own way where it is asked for, and in our checkpoints, which were trained in that way.
+    That is the weights' own way, unless "plain" is asked for; our checkpoints keep the way that they were trained in.
 
-    >>> resizing_of(load_weights("pretrained", "tiny"), "weights")
+    >>> resizing_of(load_weights("pretrained", "tiny"))
     ('bicubic', 0.9)
     """
     own = resize == "weights" or weights.classes is not None

@@ -9,12 +9,14 @@ Shapes: B images, H W pixels, N patches, R registers, T = 1 + R + N tokens, D wi
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, fields
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
+from annotated_types import Interval
 from torch import Tensor, nn
 
-from fedtalos.errors import InputError
+from fedtalos.errors import InputError, shown
+from fedtalos.facts import MOST_CLASSES, Word, schema
 from fedtalos.models.backbone import Backbone
 from fedtalos.models.transformer_layers import Block, PatchEmbed
 
@@ -30,6 +32,7 @@ WIDTH_DEPTH_HEADS: dict[str, tuple[int, int, int]] = {
 """Width D, number of blocks and heads of each size."""
 
 
+@schema
 @dataclass(frozen=True)
 class Architecture:
     """Sizes and options that fix every parameter's shape.
@@ -40,15 +43,15 @@ class Architecture:
     'ViT-tiny/16'
     """
 
-    size: str
+    size: Word
     """Key of WIDTH_DEPTH_HEADS."""
-    image_size: int
+    image_size: Annotated[int, Interval(ge=1, le=2**14)]
     """Pixels a side of the image."""
-    patch_size: int
+    patch_size: Annotated[int, Interval(ge=1, le=2**14)]
     """Pixels a side of a patch."""
-    num_classes: int
+    num_classes: Annotated[int, Interval(ge=0, le=MOST_CLASSES)]
     """C; 0 for weights without a head."""
-    registers: int = 0
+    registers: Annotated[int, Interval(ge=0, le=1024)] = 0
     """R, tokens beside the class token that serve as memory."""
     layer_scale: bool = False
     class_position: bool = True
@@ -56,7 +59,7 @@ class Architecture:
 
     def __post_init__(self) -> None:
         if self.size not in WIDTH_DEPTH_HEADS:
-            raise InputError(f"size {self.size!r}: expected one of {', '.join(WIDTH_DEPTH_HEADS)}")
+            raise InputError(f"size {shown(self.size)}: expected one of {', '.join(WIDTH_DEPTH_HEADS)}")
         if self.patch_size < 1 or self.image_size < self.patch_size or self.image_size % self.patch_size:
             raise InputError(
                 f"image size {self.image_size} is not a multiple of patch size {self.patch_size}: "
@@ -149,13 +152,13 @@ class VisionTransformer(Backbone):
     def embed(self, images: Tensor) -> Tensor:
         """Turn images into tokens, class token first, then registers, then patches: (B, 3, H, W) -> (B, T, D)."""
         x = self.patch_embed(images)  # (B, N, D)
-        class_token = self.cls_token.expand(len(x), -1, -1)
+        class_token = self.cls_token.expand(x.shape[0], -1, -1)
         if self.architecture.class_position:
             x = torch.cat([class_token, x], dim=1) + self.pos_embed
         else:
             x = torch.cat([class_token, x + self.pos_embed], dim=1)
         if self.reg_token is not None:
-            x = torch.cat([x[:, :1], self.reg_token.expand(len(x), -1, -1), x[:, 1:]], dim=1)
+            x = torch.cat([x[:, :1], self.reg_token.expand(x.shape[0], -1, -1), x[:, 1:]], dim=1)
         out: Tensor = x
         return out
 

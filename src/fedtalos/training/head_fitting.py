@@ -3,7 +3,7 @@
 Shapes: N images, D width of the features, C classes.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from functools import reduce
 from operator import add
 
@@ -12,7 +12,7 @@ import numpy as np
 from fedtalos.data.images import LabelledImages
 from fedtalos.data.sampling import Ids, stratified_sample
 from fedtalos.models.backbone import Backbone
-from fedtalos.models.heads import ClosedForm, best_head, head_sums, set_head
+from fedtalos.models.heads import ClosedForm, HeadSums, best_head, head_sums, set_head
 from fedtalos.randomness import generator
 from fedtalos.training.feature_cache import FeatureStore
 
@@ -42,7 +42,25 @@ def fit_head(
     if val is None:
         out = stratified_sample(images.labels.cpu().numpy(), 0.2, generator(0, "head validation"))
         held, val = [np.setdiff1d(ids, out) for ids in held], images.subset(out)
-    classes = model.architecture.num_classes
-    total = reduce(add, (head_sums(kind, *features.features(model, images, ids), classes) for ids in held))
-    set_head(model, *best_head(kind, total, *features.features(model, val)), source=kind)
+    total = reduce(add, holder_sums(model, images, held, kind, features))
+    fit_to_sums(model, total, val, kind, features)
     return len(held) * total.wire_bytes
+
+
+def holder_sums(
+    model: Backbone, images: LabelledImages, holders: Iterable[Ids], kind: ClosedForm, features: FeatureStore
+) -> Iterator[HeadSums]:
+    """Sums of each holder over the model's features of its images; those of several add up.
+
+    >>> total = reduce(add, holder_sums(model, data.train, clients, "ridge", FeatureStore()))
+    """
+    classes = model.architecture.num_classes
+    return (head_sums(kind, *features.features(model, images, ids), classes) for ids in holders)
+
+
+def fit_to_sums(model: Backbone, sums: HeadSums, val: LabelledImages, kind: ClosedForm, features: FeatureStore) -> None:
+    """Give the model the head that ``sums`` fix; penalty and temperature are chosen on ``val``.
+
+    >>> fit_to_sums(model, total, data.val, "ridge", FeatureStore())
+    """
+    set_head(model, *best_head(kind, sums, *features.features(model, val)), source=kind)

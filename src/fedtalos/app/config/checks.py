@@ -2,6 +2,8 @@
 
 from collections.abc import Collection, Mapping
 
+from fedtalos.app.config.checks_apart import check_apart
+from fedtalos.app.config.checks_clients import check_clients
 from fedtalos.app.config.files import flatten
 from fedtalos.app.config.schema import (
     ADAPTIVE,
@@ -14,8 +16,6 @@ from fedtalos.app.config.schema import (
     RunConfig,
 )
 from fedtalos.errors import InputError
-from fedtalos.training.federated.aggregation import TooFewError, check_enough
-from fedtalos.training.federated.client_sampling import clients_per_round
 
 
 class _Given:
@@ -32,18 +32,21 @@ USED_WHEN: dict[str, tuple[Condition, ...]] = {
     "weights": (("checkpoint", (None,)),),
     "force_mask": (("mask", (GIVEN,)),),
     "mask_mode": (("mask", (GIVEN,)),),
+    "save_vector": (("tasks", (None,)), ("one_shot", (False,))),
     "momentum": (("optimizer", ("sgd",)),),
     "step_every": (("schedule", ("step",)),),
     "step_gamma": (("schedule", ("step",)),),
     "final_rate": (("schedule", ("cosine",)),),
     "head_rounds": (("head", ("linear",)),),
     "head_learning_rate": (("head", ("linear",)),),
-    "num_clients": (OF_CLIENTS,),
+    "num_clients": (OF_CLIENTS, ("partition", ("iid", "label_skew", "dirichlet", "quantity"))),
     "partition": (OF_CLIENTS,),
     "classes_per_client": (OF_CLIENTS, ("partition", ("label_skew",))),
     "alpha": (OF_CLIENTS, ("partition", ("dirichlet", "quantity"))),
     "min_client_size": (OF_CLIENTS, ("partition", ("dirichlet", "quantity"))),
     "local_steps": (("local_epochs", (None,)),),
+    "task_order": (("tasks", (GIVEN,)),),
+    "local_classes": (("tasks", (GIVEN,)),),
     "prox_mu": (("algorithm", ("fedprox",)),),
     "server_learning_rate": (("algorithm", ("fedavgm", "scaffold", *ADAPTIVE)),),
     "server_momentum": (("algorithm", ("fedavgm", *ADAPTIVE)),),
@@ -53,6 +56,7 @@ USED_WHEN: dict[str, tuple[Condition, ...]] = {
     "dp_delta": (("dp_noise", (GIVEN,)),),
     "slowest": (("deadline", (GIVEN,)),),
     "personalise_clients": (("personalise_steps", (GIVEN,)),),
+    "personalise_alpha": (("personalise_steps", (GIVEN,)),),
     "soft_zero": (BY_IMAGES,),
     "fisher": (BY_IMAGES,),
     "fisher_samples": (BY_IMAGES, ("fisher", ("true",))),
@@ -80,16 +84,23 @@ def check_together(config: RunConfig, given: Collection[str] | None = None) -> N
         _check_editing(config.editing)
         if config.model.head == "linear":
             raise InputError("--head linear: editing fits heads in closed form; use ridge or ncm, or --checkpoint")
-        _check_calibration(config.editing, config.split.num_clients)
+        _check_calibration(config)
         return
     if isinstance(config, FederatedConfig):
-        _check_federated(config)
+        check_apart(config)
         _check_aggregation(config)
         _check_failures(config)
         _check_privacy(config)
+        if config.split.partition != "given":  # else once the data are read
+            check_clients(config)
     total = config.num_epochs if isinstance(config, CentralizedConfig) else config.federation.num_rounds
     if config.train.warmup >= total:
         raise InputError(f"--warmup {config.train.warmup}: must be below the {total} epochs or rounds of the run")
+    apart = isinstance(config, FederatedConfig) and config.apart.asked
+    if config.train.early_stop is not None and apart:
+        raise InputError(
+            f"--early_stop {config.train.early_stop}: what trains apart is validated when it is merged; leave it out"
+        )
     if config.train.train_head and (config.train.freeze_head or config.train.mask is None):
         raise InputError("--train_head: lets a fitted head move under a mask; give --mask FILE, without --freeze_head")
     if config.train.mask is not None and config.train.trainable != "all":
@@ -128,17 +139,9 @@ def _asked(option: str, values: Mapping[str, object]) -> str:
     return f"--{option} {value:g}" if isinstance(value, float) else f"--{option} {value}"
 
 
-def _check_federated(config: FederatedConfig) -> None:
-    personal = config.personal
-    if (asked := personal.personalise_clients) is not None and asked > config.split.num_clients:
-        raise InputError(
-            f"--personalise_clients {asked}: there are only {config.split.num_clients} clients; ask for fewer"
-        )
-
-
 def _check_aggregation(config: FederatedConfig) -> None:
     options, algorithm, head = config.aggregation, config.algorithm.algorithm, config.model.head
-    rule, clients = options.aggregation, config.split.num_clients
+    rule = options.aggregation
     guards = {"aggregation": "mean", "max_update_norm": None, "attack": "none"}
     asked = [f"--{name} {getattr(options, name)}" for name, off in guards.items() if getattr(options, name) != off]
     if (asked := asked + _failures_asked(config.failures)) and head == "linear":
@@ -150,14 +153,8 @@ def _check_aggregation(config: FederatedConfig) -> None:
             )
         if algorithm in ("scaffold", "fednova"):
             raise InputError(f"--aggregation {rule}: {algorithm} is made for means; leave out one of them")
-        try:
-            check_enough(rule, clients_per_round(clients, config.federation.client_fraction), options.byzantine)
-        except TooFewError as error:
-            raise InputError(f"--aggregation {error}; lower --byzantine, or raise --client_fraction") from error
     if (options.attack == "none") != (options.attackers == 0):
         raise InputError("--attack and --attackers: say how, and how many, attack; give both, or neither")
-    if options.attackers > clients:
-        raise InputError(f"--attackers {options.attackers}: there are only {clients} clients; ask for fewer")
 
 
 def _failures_asked(options: FailureOptions) -> list[str]:
@@ -177,7 +174,6 @@ def _check_failures(config: FederatedConfig) -> None:
 
 def _check_privacy(config: FederatedConfig) -> None:
     options, algorithm, head = config.aggregation, config.algorithm.algorithm, config.model.head
-    clients = config.split.num_clients
     if options.dp_noise is None:
         return
     asked = f"--dp_noise {options.dp_noise:g}"
@@ -191,8 +187,6 @@ def _check_privacy(config: FederatedConfig) -> None:
         raise InputError(f"{asked}: {algorithm} uses more of a client than its clipped update; take another")
     if head in ("ridge", "ncm"):
         raise InputError(f"{asked}: --head {head} takes sums over clients' images without noise; give a head FILE")
-    if options.dp_delta >= 1 / clients:
-        raise InputError(f"--dp_delta {options.dp_delta:g}: with {clients} clients it is to be below {1 / clients:g}")
 
 
 def _check_editing(options: EditingOptions) -> None:
@@ -204,15 +198,9 @@ def _check_editing(options: EditingOptions) -> None:
         )
 
 
-def _check_calibration(options: EditingOptions, clients: int) -> None:
+def _check_calibration(config: EditingConfig) -> None:
+    options = config.editing
     if options.calibration_clients is not None and options.calibration_client is not None:
         raise InputError("--calibration_client and --calibration_clients both say who scores; give one of them")
-    if options.calibration_clients is not None and options.calibration_clients > clients:
-        raise InputError(
-            f"--calibration_clients {options.calibration_clients}: there are only {clients} clients; ask for fewer"
-        )
-    if options.calibration_client is not None and options.calibration_client >= clients:
-        raise InputError(
-            f"--calibration_client {options.calibration_client}: the {clients} clients are 0 to {clients - 1}; "
-            "choose one of these"
-        )
+    if config.split.partition != "given":
+        check_clients(config)

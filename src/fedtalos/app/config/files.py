@@ -13,8 +13,11 @@ from pydantic import BaseModel
 from fedtalos.app.config.options import Options
 from fedtalos.app.config.schema import RUN_CONFIGS, Config
 from fedtalos.errors import InputError, shown
+from fedtalos.facts import read_file
 
 NOT_IN_FILES = {"config", "preset", "resume", "resume_or_start"}
+OF_THE_RECORD = {"run_name", "output_dir", "cache_dir"}
+"""Options that a run's record says and nobody takes from it: the run's name, and the folders that are written to."""
 ConfigT = TypeVar("ConfigT", bound=Config)
 PRESETS = Path("configs/experiment_configs.yaml")
 """Looked for in the working folder; the published ones are in the package, or in the checkout that this code is in."""
@@ -76,12 +79,10 @@ def override(config: ConfigT, values: Mapping[str, Any], source: str) -> ConfigT
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
-    """Read a YAML mapping; InputError where it is missing or is something else."""
+    """Read a YAML mapping; InputError where it is missing, is something else, or says something twice."""
+    text = read_file(path, str(path), most=LARGEST, advice="give an existing YAML file")
     try:
-        with path.open("rb") as file:
-            content = _parsed(file.read(LARGEST + 1))
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror}); give an existing YAML file") from error
+        content = _parsed(text)
     except yaml.MarkedYAMLError as error:
         line = "" if error.problem_mark is None else f", line {error.problem_mark.line + 1}"
         raise InputError(f"{path}{line}: not valid YAML ({error.problem}); mend it") from error
@@ -98,9 +99,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
 
 
 def _parsed(content: bytes) -> object:
-    """Parse a YAML file. ValueError where it is long, or short and stands for a lot: aliases of aliases double."""
-    if len(content) > LARGEST:
-        raise ValueError(f"more than {LARGEST} bytes")
+    """Parse a YAML file. ValueError where it stands for a lot: aliases of aliases double."""
     loader = yaml.SafeLoader(content.decode())
     node = loader.get_single_node()
     if _values(node, {}) > LARGEST:
@@ -110,14 +109,25 @@ def _parsed(content: bytes) -> object:
 
 
 def _values(node: yaml.Node | None, counted: dict[int, float]) -> float:
-    """Count the values that a node stands for; inf where it holds itself."""
+    """Count the values that a node stands for, inf where it holds itself; an error where a key comes twice."""
     if not isinstance(node, yaml.CollectionNode):
         return 1
     if id(node) not in counted:
         counted[id(node)] = math.inf
         pairs = node.value if isinstance(node, yaml.MappingNode) else [node.value]
+        if isinstance(node, yaml.MappingNode):
+            _check_once([key for key, _ in node.value])
         counted[id(node)] = 1 + sum(_values(child, counted) for pair in pairs for child in pair)
     return counted[id(node)]
+
+
+def _check_once(keys: Iterable[yaml.Node]) -> None:
+    seen = set()
+    for key in keys:
+        if isinstance(key, yaml.ScalarNode):
+            if key.value in seen:
+                raise yaml.MarkedYAMLError(problem=f"{shown(key.value)} is said twice", problem_mark=key.start_mark)
+            seen.add(key.value)
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
@@ -127,14 +137,15 @@ def nearest(name: str, known: Iterable[str]) -> str:
     "; did you mean 'num_clients'?"
     """
     close = difflib.get_close_matches(name, list(known), n=1)
-    return f"; did you mean {close[0]!r}?" if close else ""
+    return f"; did you mean {shown(close[0])}?" if close else ""
 
 
 def from_file(path: Path, command: str) -> dict[str, Any]:
     """Read the options that a config file gives to a command.
 
     A file may serve several commands, so options of the other commands are passed over; options of none are refused.
-    A run's own config.yaml can be given: its `made_by` section and the run's name are passed over.
+    A run's own config.yaml can be given: its `made_by` section and the run's name are passed over, and so are the
+    folders that it wrote to, for somebody else may have written the file.
     """
     values = read_yaml(path)
     mine = groups(RUN_CONFIGS[command])
@@ -142,13 +153,23 @@ def from_file(path: Path, command: str) -> dict[str, Any]:
     for key in values:
         if key not in every | {"command", "made_by"}:
             raise FileError(f"{path}: unknown option {shown(key)}{nearest(key, every)}")
-    passed_over = NOT_IN_FILES | ({"run_name"} if "made_by" in values else set())
+    passed_over = NOT_IN_FILES | (OF_THE_RECORD if "made_by" in values else set())
     return {key: value for key, value in values.items() if key in mine and key not in passed_over}
 
 
 def is_record(path: Path) -> bool:
     """Tell whether a config file is one that a run left: it says by what it was made."""
     return "made_by" in read_yaml(path)
+
+
+def published(path: Path) -> Path:
+    """Find a file of configs/ as it was published: in the package, or in the checkout that this code is in.
+
+    >>> published(Path("configs/default_config.yaml"))
+    PosixPath('/home/me/fedtalos/configs/default_config.yaml')
+    """
+    packaged = Path(str(resources.files("fedtalos").joinpath(*path.parts)))
+    return packaged if packaged.is_file() else Path(__file__).parents[4] / path
 
 
 def presets_files() -> list[Path]:
@@ -159,9 +180,7 @@ def presets_files() -> list[Path]:
     >>> presets_files()
     [PosixPath('configs/experiment_configs.yaml'), PosixPath('/home/me/fedtalos/configs/experiment_configs.yaml')]
     """
-    packaged = Path(str(resources.files("fedtalos").joinpath(*PRESETS.parts)))
-    published = packaged if packaged.is_file() else Path(__file__).parents[4] / PRESETS
-    found = [path for path in (PRESETS, published) if path.is_file()]
+    found = [path for path in (PRESETS, published(PRESETS)) if path.is_file()]
     if not found:
         raise InputError(f"{PRESETS}: no such file here, and none came with fedtalos; install it anew, or write one")
     return found[:1] if len(found) > 1 and found[0].samefile(found[1]) else found

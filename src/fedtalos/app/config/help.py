@@ -11,7 +11,7 @@ from pydantic.fields import FieldInfo
 
 from fedtalos.app.config.options import Everyday, Options
 from fedtalos.app.config.schema import RUN_CONFIGS, Config
-from fedtalos.app.config.tools import MASK_TOOLS, TOOL_CONFIGS
+from fedtalos.app.config.tools import FAMILIES, TOOL_CONFIGS
 
 WIDTH, INDENT, COLUMN = 80, 2, 28
 WORDS = {int: "N", float: "X", str: "NAME", Path: "PATH"}
@@ -37,11 +37,21 @@ def overview() -> str:
     return OVERVIEW.format(groups=_commands("Train and edit", RUN_CONFIGS) + "\n\n" + _commands("Tools", TOOL_CONFIGS))
 
 
-def mask_page() -> str:
-    """Write the page of the mask command's own commands."""
-    makes = {"make": RUN_CONFIGS["editing"]}
-    body = _commands("Commands", makes | MASK_TOOLS)
-    return f"usage: fedtalos mask COMMAND [OPTIONS]\n\n{body}\n\nfedtalos mask COMMAND --help shows what each takes.\n"
+def tools_of(family: str) -> dict[str, type[Options]]:
+    """The commands that a command has of its own; `mask make` is another name of editing.
+
+    >>> list(tools_of("mask"))
+    ['make', 'show', 'compare', 'combine']
+    """
+    makes: dict[str, type[Options]] = {"make": RUN_CONFIGS["editing"]} if family == "mask" else {}
+    return makes | FAMILIES[family]
+
+
+def family_page(family: str) -> str:
+    """Write the page of a command that has commands of its own."""
+    body = _commands("Commands", tools_of(family))
+    usage = f"usage: fedtalos {family} COMMAND [OPTIONS]"
+    return f"{usage}\n\n{body}\n\nfedtalos {family} COMMAND --help shows what each takes.\n"
 
 
 def page(name: str, config_type: type[Options], *, every: bool) -> str:

@@ -98,6 +98,7 @@ def expanded(option: str, value: Any) -> Any:
 
 def sentence(error: ValidationError) -> str:
     """Put the first thing that is wrong into one sentence with the option's name."""
-    first = error.errors()[0]
-    option = str(first["loc"][-1])
+    option = error.errors()[0]["loc"][0]
+    # Of a choice between types, the last says more: "auto" or a number.
+    first = [each for each in error.errors() if each["loc"][:1] == (option,)][-1]
     return f"{option}: {first['msg'][0].lower()}{first['msg'][1:]}, got {shown(first['input'])}"

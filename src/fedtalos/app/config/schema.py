@@ -9,8 +9,9 @@ from typing import Annotated, ClassVar, Literal
 import tyro
 from pydantic import BeforeValidator, Field
 
+from fedtalos.app.config.apart import ApartOptions
+from fedtalos.app.config.dataset import Dataset
 from fedtalos.app.config.options import EVERYDAY, Options, unset
-from fedtalos.data.dataset_loader import DatasetName
 from fedtalos.data.view import Augmentation
 from fedtalos.devices import Precision
 from fedtalos.models.vision_transformer import ModelSize
@@ -18,6 +19,7 @@ from fedtalos.training.editing.eligible import Eligible
 from fedtalos.training.editing.fisher import FisherMode
 from fedtalos.training.editing.ranking import Granularity
 from fedtalos.training.editing.talos import Criterion
+from fedtalos.training.engine.capture import Compile
 from fedtalos.training.federated.aggregation import Rule
 from fedtalos.training.federated.client_sampling import Sampling
 from fedtalos.training.federated.fedavg import OnBadClient
@@ -57,10 +59,15 @@ class RunOptions(Options):
         description="arithmetic; auto: bf16 on CUDA cards of the Ampere generation or later, fp32 elsewhere and, "
         "without TF32, for the scores of editing",
     )
+    compile: Literal["auto", "on", "graph", "off"] = Field(
+        "auto",
+        description="steps as CUDA graphs (graph), through torch.compile too (on), or as they stand (off); auto: graph on "
+        "cuda, and on where the run is long enough to pay for compiling; off elsewhere",
+    )
     threads: Annotated[int | None, unset("N", "all cores, shared among the workers")] = Field(
         None, ge=1, le=1024, description="CPU threads of each process; another number changes the last bits of results"
     )
-    tracker: Literal["none", "tensorboard", "wandb"] = Field(
+    tracker: Literal["none", "tensorboard", "wandb", "mlflow"] = Field(
         "none", description="service to log to, beside metrics.csv"
     )
 
@@ -69,14 +76,23 @@ class RunOptions(Options):
         """Precision of the run once it is settled; auto counts as fp32."""
         return "bf16" if self.precision == "bf16" else "fp32"
 
+    @property
+    def steps(self) -> Compile:
+        """How steps run once that is settled; auto counts as off."""
+        return "off" if self.compile == "auto" else self.compile
+
 
 class DataOptions(Options):
     """Images: the data set, and what is held out of it."""
 
-    dataset: Annotated[DatasetName, EVERYDAY] = Field(
-        "cifar100", description="cifar100, cifar10, digits (needs no download) or folder (a folder of images per class)"
+    dataset: Annotated[Dataset, EVERYDAY] = Field(
+        "cifar100",
+        description="cifar100, cifar10, digits (needs no download), folder (a folder of images per class), csv (a "
+        "table of path and label) or hf:OWNER/NAME (of the Hugging Face hub; docs/images.md)",
     )
-    data_dir: Annotated[Path, EVERYDAY] = Field(Path("data"), description="where the data set is, or is downloaded to")
+    data_dir: Annotated[Path, EVERYDAY] = Field(
+        Path("data"), description="where the data set is, or is downloaded to; of csv the table"
+    )
     val_fraction: float = Field(0.1, gt=0, lt=1, description="share of the training images held out for validation")
     split_seed: int = Field(
         0, ge=0, description="seed that draws the validation and calibration images, apart from --seed"
@@ -96,7 +112,8 @@ class DataOptions(Options):
         1.0, ge=0, description="GB of memory, in each process, for features of frozen blocks; a file takes the rest"
     )
     cache_dir: Annotated[Path | None, unset("DIR", "the user's cache folder")] = Field(
-        None, description="dataset folder: where decoded images are kept, 20 GB of them at most (docs/images.md)"
+        None,
+        description="dataset folder, csv, hf: where decoded images are kept, 20 GB of them at most (docs/images.md)",
     )
 
 
@@ -120,14 +137,15 @@ class ModelOptions(Options):
     normalisation: Literal["auto", "imagenet", "half"] = Field(
         "auto", description="mean and deviation of pixels; auto: those of the weights; half: 0.5 and 0.5"
     )
-    resize: Literal["plain", "weights"] = Field(
-        "plain",
-        description="how images get their size: bilinearly and whole, or as the weights' makers resize and crop",
+    resize: Literal["weights", "plain"] = Field(
+        "weights",
+        description="how images get their size: as the weights' makers resize and crop, or bilinearly and whole",
     )
     head: Annotated[str, EVERYDAY, tyro.conf.arg(metavar="NAME|FILE")] = Field(
         "auto",
         description="classifier to start with: weights (their own), random, ridge or ncm (closed form), linear "
-        "(trained first) or a head file; auto: the weights' own if it fits, else random (in editing ridge)",
+        "(trained first) or a head file; auto: the weights' own if it fits, else random (of editing, "
+        "tasks and one round ridge)",
     )
 
 
@@ -146,6 +164,9 @@ class TrainOptions(Options):
         False, description="keep the head as it starts; under a mask a fitted head is kept anyway"
     )
     train_head: bool = Field(False, description="let a fitted head move under a mask, too")
+    save_vector: bool = Field(
+        False, description="write what the run changed, as a task vector under vectors/ (docs/editing.md)"
+    )
     optimizer: Annotated[Literal["sgd", "adamw"], EVERYDAY] = Field("adamw", description="optimiser: adamw or sgd")
     learning_rate: Annotated[
         float | None,
@@ -173,6 +194,9 @@ class TrainOptions(Options):
     eval_every: Annotated[int | None, unset("N", "1 epoch, 10 rounds")] = Field(
         None, ge=1, description="epochs or rounds from one validation and checkpoint to the next"
     )
+    early_stop: Annotated[int | None, unset("N", "none")] = Field(
+        None, ge=1, description="end the run when N validations, one after another, brought no better accuracy"
+    )
     head_rounds: Annotated[int | None, unset("N", "100 rounds, 10 epochs")] = Field(
         None, ge=1, description="head linear: rounds (centralized: epochs) that train the head alone, before the run"
     )
@@ -188,7 +212,7 @@ class SplitOptions(Options):
     partition: Annotated[Scheme, EVERYDAY] = Field(
         "iid",
         description="how the images are shared out: alike (iid), few classes each (label_skew), unequal shares of each "
-        "class (dirichlet) or unequal numbers (quantity)",
+        "class (dirichlet), unequal numbers (quantity), or as the data name clients (given), however many they are",
     )
     classes_per_client: Annotated[int, EVERYDAY] = Field(
         5, ge=1, description="label_skew: Nc, number of classes that each client holds"
@@ -257,7 +281,10 @@ class AggregationOptions(Options):
     )
     attackers: int = Field(0, ge=0, description="number of clients that attack, drawn at random")
     dp_noise: Annotated[float | None, unset("X", "none")] = Field(
-        None, gt=0, description="differential privacy: z, for Gaussian noise of deviation z S on the sum of updates"
+        None,
+        ge=1e-6,
+        le=1000,
+        description="differential privacy: z, for Gaussian noise of deviation z S on the sum of updates",
     )
     dp_delta: float = Field(
         1e-5, gt=0, lt=1, description="differential privacy: delta of the reported epsilon; well below 1/K"
@@ -293,6 +320,9 @@ class PersonalOptions(Options):
     )
     personalise_clients: Annotated[int | None, unset("M", "all")] = Field(
         None, ge=1, description="personalise for M clients only, drawn at random"
+    )
+    personalise_alpha: float = Field(
+        1.0, ge=0, description="factor on a client's own vector, which its model adds to the final one; 1: fine-tuned"
     )
 
 
@@ -368,11 +398,18 @@ class FederatedConfig(Config):
 
     federation: FederationOptions = FederationOptions()
     split: SplitOptions = SplitOptions()
+    apart: ApartOptions = ApartOptions()
     algorithm: AlgorithmOptions = AlgorithmOptions()
     train: TrainOptions = TrainOptions()
     aggregation: AggregationOptions = AggregationOptions()
     failures: FailureOptions = FailureOptions()
     personal: PersonalOptions = PersonalOptions()
+
+
+class ContinualConfig(FederatedConfig):
+    """Train federatedly on one task after another; compare with tasks that train apart and are merged."""
+
+    command: ClassVar[str] = "continual"
 
 
 class EditingConfig(Config):
@@ -385,4 +422,6 @@ class EditingConfig(Config):
 
 
 RunConfig = CentralizedConfig | FederatedConfig | EditingConfig
-RUN_CONFIGS: dict[str, type[RunConfig]] = {c.command: c for c in (CentralizedConfig, FederatedConfig, EditingConfig)}
+RUN_CONFIGS: dict[str, type[RunConfig]] = {
+    c.command: c for c in (CentralizedConfig, FederatedConfig, ContinualConfig, EditingConfig)
+}

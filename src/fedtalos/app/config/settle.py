@@ -11,6 +11,7 @@ from fedtalos.app.config.schema import (
     Config,
     EditingConfig,
     FederatedConfig,
+    FederationOptions,
     ModelOptions,
     TrainOptions,
 )
@@ -33,6 +34,7 @@ def settle(config: ConfigT, weights: Weights | None, device: torch.device) -> Co
         groups["train"] = _training_defaults(config, config.train, from_scratch=weights is None)
     if isinstance(config, FederatedConfig):
         groups["algorithm"] = _algorithm_defaults(config.algorithm)
+        groups["federation"] = _one_round_defaults(config)
     settled = {name: getattr(config, name).model_copy(update=values) for name, values in groups.items()}
     return config.model_copy(update=settled)
 
@@ -89,6 +91,15 @@ def _head_defaults(config: Config, train: TrainOptions) -> dict[str, Any]:
         "head_rounds": train.head_rounds or (100 if isinstance(config, FederatedConfig) else 10),
         "head_learning_rate": train.head_learning_rate or 0.1,
     }
+
+
+def _one_round_defaults(config: FederatedConfig) -> dict[str, Any]:
+    """A pass over its images for a client that trains once, where nobody said how long."""
+    asked, usual = config.federation, FederationOptions()
+    if not config.apart.one_shot or asked.local_epochs is not None or asked.local_steps != usual.local_steps:
+        return {}
+    note("local epochs", "1: every client trains once; --local_epochs or --local_steps says how long")
+    return {"local_epochs": 1}
 
 
 def _algorithm_defaults(options: AlgorithmOptions) -> dict[str, Any]:

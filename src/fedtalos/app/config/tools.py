@@ -6,26 +6,46 @@ from typing import Annotated, ClassVar, Literal
 import tyro
 from pydantic import Field, SkipValidation
 
+from fedtalos.app.config.after_training import AFTER_TRAINING, AfterTraining
+from fedtalos.app.config.dataset import Dataset
+from fedtalos.app.config.fleet import FLEET_TOOLS, FleetConfig
+from fedtalos.app.config.forget import ForgetConfig
+from fedtalos.app.config.init import InitConfig
 from fedtalos.app.config.options import Options, unset
-from fedtalos.data.dataset_loader import DatasetName
+from fedtalos.app.config.report import ReportConfig
+from fedtalos.app.config.vector import VECTOR_TOOLS, VectorConfig
+from fedtalos.app.config.watching import CompareConfig, RunsConfig
 from fedtalos.training.editing.combine import JoinRule
+
+FigureFormat = Literal["png", "pdf", "svg"]
 
 
 class EvaluateConfig(Options):
-    """Print the loss and accuracy of a trained run, or of weights with a head, on a split."""
+    """Print the loss and accuracy of a trained run, or of weights with a head, on a split or a folder of your own."""
 
     command: ClassVar[str] = "evaluate"
 
     checkpoint: Annotated[Path, tyro.conf.Positional] = Field(
         description="run name, or a file under checkpoints/; with --dataset a weights file, too"
     )
-    split: Literal["train", "val", "test"] = Field("test", description="images to evaluate on")
+    split: Annotated[Literal["train", "val", "test"] | None, unset("{train,val,test}", "test")] = Field(
+        None, description="images to evaluate on: train, val or test"
+    )
+    folder: Annotated[Path | None, unset("DIR", "the split")] = Field(
+        None, description="images to evaluate on: a folder of class folders, which may be some of the model's classes"
+    )
+    per_class: bool = Field(
+        False, description="list the classes that are recognised least, and write all to evaluations/"
+    )
+    confusion: bool = Field(
+        False, description="list the most frequent mistakes; write and draw the confusion matrix in evaluations/"
+    )
     which: Literal["best", "last"] = Field("last", description="checkpoint of the run; best on validation, or last")
     eval_limit: Annotated[int | None, unset("N", "as its run had it")] = Field(
         None, ge=1, description="evaluate on the first N images of the split only"
     )
-    output_dir: Path = Field(Path(), description="folder that holds results/ and checkpoints/")
-    dataset: Annotated[DatasetName | None, unset("NAME", "that of the run")] = Field(
+    output_dir: Path = Field(Path(), description="folder that holds results/, checkpoints/ and evaluations/")
+    dataset: Annotated[Dataset | None, unset("NAME", "that of the run")] = Field(
         None, description="images of another data set, of the same classes"
     )
     data_dir: Annotated[Path | None, unset("PATH", "where the run had it")] = Field(
@@ -48,6 +68,7 @@ class PlotConfig(Options):
     name: Annotated[str | None, unset("NAME", "the names of the runs, or of the masks")] = Field(
         None, description="name of the folder under plots/"
     )
+    format: FigureFormat = Field("png", description="kind of file: png, or pdf or svg, for papers")
     output_dir: Path = Field(Path(), description="folder that holds results/ and plots/")
 
 
@@ -164,7 +185,47 @@ class MaskConfig(Options):
     tool: SkipValidation[MaskTool]
 
 
-ToolConfig = EvaluateConfig | PlotConfig | MaskConfig | SweepConfig | DemoConfig | InfoConfig
+ToolConfig = (
+    EvaluateConfig
+    | PlotConfig
+    | RunsConfig
+    | CompareConfig
+    | ReportConfig
+    | MaskConfig
+    | VectorConfig
+    | FleetConfig
+    | ForgetConfig
+    | SweepConfig
+    | DemoConfig
+    | InitConfig
+    | InfoConfig
+    | AfterTraining
+)
 TOOL_CONFIGS: dict[str, type[ToolConfig]] = {
-    c.command: c for c in (EvaluateConfig, PlotConfig, MaskConfig, SweepConfig, DemoConfig, InfoConfig)
+    **{
+        c.command: c
+        for c in (
+            EvaluateConfig,
+            PlotConfig,
+            RunsConfig,
+            CompareConfig,
+            ReportConfig,
+            MaskConfig,
+            VectorConfig,
+            FleetConfig,
+            ForgetConfig,
+            SweepConfig,
+            DemoConfig,
+            InitConfig,
+            InfoConfig,
+        )
+    },
+    **AFTER_TRAINING,
 }
+
+FAMILIES: dict[str, dict[str, type[Options]]] = {
+    "mask": {**MASK_TOOLS},
+    "vector": {**VECTOR_TOOLS},
+    "fleet": {**FLEET_TOOLS},
+}
+"""Commands that have commands of their own, by name."""

@@ -7,51 +7,62 @@ where a folder or file is missing or cannot be read. Importing this module takes
 import hashlib
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from matplotlib.figure import Figure
-from pydantic import BaseModel, ValidationError
 
 from fedtalos.app.config.files import read_yaml
+from fedtalos.app.config.tools import FigureFormat
 from fedtalos.app.figures import runs as figures
-from fedtalos.app.figures.records import History, check_one_data_set, read_history, read_report
-from fedtalos.app.figures.style import drawable, png
-from fedtalos.app.run.split_file import read_split
+from fedtalos.app.figures.records import FEW, History, read_history, read_report
+from fedtalos.app.figures.style import drawable, rendered
+from fedtalos.app.run.runs import check_one_data_set
+from fedtalos.app.run.split_file import read_split, split_title
 from fedtalos.errors import InputError
+from fedtalos.facts import Count, Number, facts_from, open_schema
 from fedtalos.files import write_atomic
 from fedtalos.training.editing.combine import overlap
 from fedtalos.training.editing.describe import density_table
 from fedtalos.training.editing.mask_file import read_mask_file
 from fedtalos.training.federated.clients import class_counts
+from fedtalos.training.federated.partition import Scheme
 
 LONGEST_NAME = 100
 """Most characters of a name put together; the system allows 255 bytes."""
+MANY_ALIKE = 20
+"""Clients of a split that is alike for all of which no figure is drawn if there are more: nothing is to be seen."""
 
 
-class _SplitOptions(BaseModel):
+@open_schema
+@dataclass(frozen=True)
+class _SplitOptions:
     """Options of config.yaml that name a split."""
 
-    partition: str
-    classes_per_client: int | None = None
-    alpha: float | None = None
+    partition: Scheme
+    classes_per_client: Count | None = None
+    alpha: Number | None = None
 
 
 def plot_run(run_dir: Path, plots_dir: Path) -> list[Path]:
-    """Draw every figure that one run's records allow.
+    """Draw every figure of one run in which there is something to see.
 
-    curves.png always, clients.png where the run has a split.npz, megabytes.png where it sent bytes.
+    curves.png, and megabytes.png where it sent bytes, of more than three points; clients.png where the run has a
+    split.npz, unless it is an even one of many clients.
     """
     return write_figures(_run(run_dir), plots_dir)
 
 
 def plot_split(run_dir: Path, plots_dir: Path) -> list[Path]:
-    """Draw clients.png, who holds which classes, of a federated run; nothing for another run."""
+    """Draw clients.png, who holds which classes, of a federated run; nothing for another run or an even split."""
     return write_figures(_split(run_dir), plots_dir)
 
 
 def plot_comparison(run_dirs: Sequence[Path], plots_dir: Path) -> list[Path]:
-    """Draw several runs over each other: curves.png always, megabytes.png of the runs that sent bytes, if any.
+    """Draw several runs over each other: curves.png, and megabytes.png of the runs that sent bytes, if any.
+
+    Nothing is drawn of runs that all have three points or fewer: a table says as much.
 
     Raises InputError, too, where runs share a name, are of different data sets, or are too many to tell apart.
     """
@@ -72,7 +83,13 @@ def plot_iterations(run_dir: Path, plots_dir: Path) -> list[Path]:
     return write_figures(_iterations(run_dir), plots_dir)
 
 
-def plot_all(runs: Sequence[Path], masks: Sequence[Path], edits: Sequence[Path], plots_dir: Path) -> list[Path]:
+def plot_all(
+    runs: Sequence[Path],
+    masks: Sequence[Path],
+    edits: Sequence[Path],
+    plots_dir: Path,
+    form: FigureFormat = "png",
+) -> list[Path]:
     """Draw one run, or a comparison of several, masks, and edits' iterations into one folder."""
     drawn: dict[str, Figure] = {}
     if runs:
@@ -81,12 +98,14 @@ def plot_all(runs: Sequence[Path], masks: Sequence[Path], edits: Sequence[Path],
         drawn |= _masks(masks)
     for edit in edits:
         drawn |= _iterations(edit)
-    return write_figures(drawn, plots_dir)
+    return write_figures(drawn, plots_dir, form)
 
 
-def write_figures(drawn: Mapping[str, Figure], plots_dir: Path) -> list[Path]:
-    """Write NAME.png of each figure by name, once all are rendered."""
-    contents = {plots_dir / f"{name}.png": png(figure) for name, figure in drawn.items()}
+def write_figures(drawn: Mapping[str, Figure], plots_dir: Path, form: FigureFormat = "png") -> list[Path]:
+    """Write a file NAME.png (or pdf, svg) of each figure by name, once all are rendered."""
+    if plots_dir.is_symlink():
+        raise InputError(f"{plots_dir}: is a link, through which no figures are written; move it away, or give a name")
+    contents = {plots_dir / f"{name}.{form}": rendered(figure, form) for name, figure in drawn.items()}
     for path, content in contents.items():
         write_atomic(path, content)
     return list(contents)
@@ -113,20 +132,9 @@ def mask_names(mask_paths: Sequence[Path]) -> list[str]:
     return names
 
 
-def split_title(partition: str, classes_per_client: int | None, alpha: float | None) -> str:
-    """Name a split for a title, e.g. "IID" or "2 classes per client"."""
-    known = {
-        "iid": "IID",
-        "label_skew": f"{classes_per_client} class{'' if classes_per_client == 1 else 'es'} per client",
-        "dirichlet": f"Dirichlet, alpha {alpha}",
-        "quantity": "unequal amounts",
-    }
-    return known.get(partition, partition)
-
-
 def _run(run_dir: Path) -> dict[str, Figure]:
     history = read_history(run_dir)
-    return {"curves": figures.curves([history]), **_megabytes([history]), **_split(run_dir)}
+    return {**_curves([history]), **_megabytes([history]), **_split(run_dir)}
 
 
 def _comparison(run_dirs: Sequence[Path]) -> dict[str, Figure]:
@@ -138,12 +146,21 @@ def _comparison(run_dirs: Sequence[Path]) -> dict[str, Figure]:
     histories = [read_history(run_dir) for run_dir in run_dirs]
     _check_names("runs", [history.name for history in histories])
     check_one_data_set(run_dirs)
-    return {"curves": figures.curves(histories), **_megabytes(histories)}
+    return {**_curves(histories), **_megabytes(histories)}
+
+
+def _curves(histories: Sequence[History]) -> dict[str, Figure]:
+    return {"curves": figures.curves(histories)} if _worth_drawing(histories) else {}
 
 
 def _megabytes(histories: Sequence[History]) -> dict[str, Figure]:
     sent = [history for history in histories if history.sent]
-    return {"megabytes": figures.megabytes(sent)} if sent else {}
+    return {"megabytes": figures.megabytes(sent)} if _worth_drawing(sent) else {}
+
+
+def _worth_drawing(histories: Sequence[History]) -> bool:
+    """Tell whether there are enough points for more to be seen than in a table."""
+    return any(history.points > FEW for history in histories)
 
 
 def _split(run_dir: Path) -> dict[str, Figure]:
@@ -155,13 +172,12 @@ def _split(run_dir: Path) -> dict[str, Figure]:
     counts = class_counts(split.client, split.label, shown, len(split.classes))
     number = f"{held_by} clients" if shown == held_by else f"the first {shown} of {held_by:,} clients"
     path = run_dir / "config.yaml"
-    try:
-        options = _SplitOptions.model_validate(read_yaml(path))
-    except ValidationError as error:
-        raise InputError(f"{path}: expected the run's options, a YAML mapping; make the run anew") from error
+    options = facts_from(_SplitOptions, read_yaml(path), f"{path}: expected the run's options", "make the run anew")
+    if options.partition == "iid" and held_by > MANY_ALIKE:
+        return {}
     name = split_title(options.partition, options.classes_per_client, options.alpha)
     title = f"Images of each class at each client\n{name}, {number}"
-    return {"clients": figures.clients(counts, [*map(drawable, split.classes)], title)}
+    return {"clients": figures.clients(counts, [drawable(name, 40) for name in split.classes], title)}
 
 
 def _masks(mask_paths: Sequence[Path]) -> dict[str, Figure]:

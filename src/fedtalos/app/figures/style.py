@@ -1,14 +1,19 @@
-"""Common look of all figures: size, colours, plain axes, and PNG.
+"""Common look of all figures: size, colours, plain axes, and files.
 
 Lines take Okabe and Ito's colours, which colour-blind eyes tell apart. Figures are made as objects: no pyplot, no
 global settings. Importing this module takes up to a second: import it late.
 """
 
 import io
+from typing import Any
 
+import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
+
+from fedtalos.app.config.tools import FigureFormat
+from fedtalos.errors import printable, shortened
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 MARKERS = ("o", "s", "^")  # the second and third seven lines take another marker
@@ -53,17 +58,20 @@ def megabyte_axis(axes: Axes, smallest_total: float, largest_total: float, *, na
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.10g}"))
 
 
-def drawable(text: str) -> str:
-    """Replace what no font can draw: bytes of a file's name that are no characters.
+def drawable(text: str, most: int = 160) -> str:
+    """Replace what no font can draw, such as bytes of a file's name that are no characters, and cut long names.
 
     >>> drawable("caf\\udce9")
     'caf?'
     """
-    return text.encode("utf-8", "replace").decode()
+    return shortened(printable(text.encode("utf-8", "replace").decode()), most)
 
 
-def png(figure: Figure) -> bytes:
-    """Render a figure as PNG; equal figures give equal bytes."""
+def rendered(figure: Figure, form: FigureFormat = "png") -> bytes:
+    """Render a figure as a file; equal figures give equal bytes. Text in PDF and SVG stays text."""
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", metadata={"Software": None})
+    no_time = {"png": {"Software": None}, "pdf": {"CreationDate": None}, "svg": {"Date": None}}
+    settings: Any = {"svg.hashsalt": "fedtalos", "svg.fonttype": "none", "pdf.fonttype": 42}
+    with matplotlib.rc_context(settings):
+        figure.savefig(buffer, format=form, metadata=no_time[form])
     return buffer.getvalue()

@@ -14,6 +14,7 @@ from matplotlib.lines import Line2D
 
 from fedtalos.app.figures.records import History
 from fedtalos.app.figures.style import look, megabyte_axis, new_figure, plain, whole_numbers
+from fedtalos.metrics import wilson
 
 PANELS_A_ROW = 3
 
@@ -27,6 +28,8 @@ class Line:
     histories: Sequence[History]
     test_mean: float
     test_std: float
+    tested: int = 0
+    """Images that a run was tested on; 0 where not known."""
 
 
 @dataclass(frozen=True)
@@ -76,8 +79,12 @@ def by_megabytes(lines: Sequence[Line], title: str) -> Figure:
 
 
 def final(lines: Sequence[Line], title: str) -> Figure:
-    """Draw test accuracy at the end with bars of one standard deviation, panels side by side along x."""
+    """Draw test accuracy at the end with bars of one standard deviation, panels side by side along x.
+
+    Where every run has one seed, bars are 95 % intervals by the test images.
+    """
     panels, methods = _names(lines)
+    single = all(len(line.histories) == 1 for line in lines)
     figure = new_figure(3.8)
     axes = figure.subplots()
     for index, method in enumerate(methods):
@@ -87,7 +94,7 @@ def final(lines: Sequence[Line], title: str) -> Figure:
         axes.errorbar(
             [panels.index(line.panel) + offset for line in mine],
             [line.test_mean for line in mine],
-            [0 if math.isnan(line.test_std) else line.test_std for line in mine],
+            np.array([_bar(line, single=single) for line in mine]).T,
             linestyle="",
             marker=marker,
             color=colour,
@@ -98,7 +105,8 @@ def final(lines: Sequence[Line], title: str) -> Figure:
     axes.set(xlim=(-0.6, len(panels) - 0.4), ylabel="test accuracy (%)")
     plain(axes)
     axes.grid(visible=False, axis="x")
-    _legend(figure, methods, title)
+    bars = "bars: 95 % interval by the test images" if single else "bars: one standard deviation"
+    _legend(figure, methods, title, f"{_seeds(lines)}; {bars}")
     return figure
 
 
@@ -129,7 +137,8 @@ def _panels(
         axes.set_xlabel(label)
     for axes in grid[:, 0]:
         axes.set_ylabel("validation accuracy (%)")
-    _legend(figure, methods, title)
+    many = any(len(line.histories) > 1 for line in lines)
+    _legend(figure, methods, title, _seeds(lines) + ("; band: one standard deviation" if many else ""))
     return figure, shown
 
 
@@ -138,12 +147,38 @@ def _names(lines: Sequence[Line]) -> tuple[list[str], list[str]]:
     return list(dict.fromkeys(line.panel for line in lines)), list(dict.fromkeys(line.method for line in lines))
 
 
-def _legend(figure: Figure, methods: Sequence[str], title: str) -> None:
+def _seeds(lines: Sequence[Line]) -> str:
+    """Say of how many seeds a line is the mean."""
+    counts = sorted({len(line.histories) for line in lines})
+    if counts == [1]:
+        return "one seed"
+    return f"mean of n = {' to '.join(map(str, dict.fromkeys((counts[0], counts[-1]))))} seeds"
+
+
+def _bar(line: Line, *, single: bool) -> tuple[float, float]:
+    """Lengths of a bar below and above a test accuracy (%)."""
+    if not single:
+        std = 0.0 if math.isnan(line.test_std) else line.test_std
+        return std, std
+    low, high = wilson(line.test_mean / 100, line.tested)
+    return (0.0, 0.0) if math.isnan(low) else (line.test_mean - 100 * low, 100 * high - line.test_mean)
+
+
+def _legend(figure: Figure, methods: Sequence[str], title: str, note: str) -> None:
+    """Name the lines below the axes, under a ``note`` of what they are."""
     looks = [look(index) for index in range(len(methods))]
     handles = [Line2D([], [], color=colour, marker=marker, markersize=4) for colour, marker in looks]
     columns = max(1, min(len(methods), 90 // (max(map(len, methods)) + 6)))
-    figure.set_figheight(figure.get_figheight() + 0.22 * math.ceil(len(methods) / columns))
-    legend = figure.legend(handles, list(methods), loc="outside lower center", ncols=columns, frameon=False)
+    figure.set_figheight(figure.get_figheight() + 0.22 * (1 + math.ceil(len(methods) / columns)))
+    legend = figure.legend(
+        handles,
+        list(methods),
+        loc="outside lower center",
+        ncols=columns,
+        frameon=False,
+        title=note,
+        title_fontsize="small",
+    )
     for text in legend.get_texts():
         text.set_parse_math(False)
     figure.suptitle(title, parse_math=False)

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 
 from rich.console import Console
 from rich.progress import (
@@ -14,8 +15,24 @@ from rich.progress import (
     TransferSpeedColumn,
 )
 
-from fedtalos.app.run.display import OneLine
+from fedtalos.app.run.display import OneLine, is_live
 from fedtalos.progress import Advance
+
+_hidden: ContextVar[bool] = ContextVar("hidden", default=False)
+
+
+@contextmanager
+def hidden() -> Iterator[None]:
+    """Show no bars inside: something else has the terminal's last line.
+
+    >>> with hidden():
+    ...     load(config)
+    """
+    token = _hidden.set(True)
+    try:
+        yield
+    finally:
+        _hidden.reset(token)
 
 
 @contextmanager
@@ -26,7 +43,7 @@ def bar(title: str, total: int | None, unit: str) -> Iterator[Advance]:
     ...     advance(1)
     """
     console = Console(stderr=True)
-    if not console.is_terminal:
+    if _hidden.get() or not is_live(console):
         yield lambda _count: None
         return
     counts: list[ProgressColumn] = (

@@ -1,22 +1,62 @@
 """Books of an edit: what each iteration let move and sent, saved so that the edit can be resumed."""
 
 import time
-from dataclasses import asdict
-from typing import Any
+from dataclasses import asdict, dataclass
+from typing import Annotated, Any
 
 import torch
+from annotated_types import Interval, MaxLen, MinLen, Predicate
 from torch import Tensor
 
 from fedtalos.app.run.paths import RunPaths
 from fedtalos.checkpoint import load_checkpoint, save_checkpoint
 from fedtalos.errors import InputError
-from fedtalos.training.editing.describe import density_table
+from fedtalos.facts import Count, Share, open_schema, schema
+from fedtalos.training.editing.describe import KINDS, OUTSIDE, density_table
 from fedtalos.training.editing.eligible import Eligible, mask_of
 from fedtalos.training.editing.ranking import Groups
 from fedtalos.training.editing.talos import Iteration
 from fedtalos.training.entries import Entries
 
 Rows = list[dict[str, Any]]
+MOST_ROWS = 200_000
+"""Rows of a report: a thousand iterations of 24 blocks of 8 kinds."""
+Number = Annotated[int, Interval(ge=0, le=10**6)]
+"""Number of an iteration."""
+
+
+@schema
+@dataclass(frozen=True)
+class IterationRow:
+    """What an iteration let move and sent: a row of iterations.csv."""
+
+    iteration: Number
+    active: Count
+    density: Share
+    bytes_down: Count
+    bytes_up: Count
+    seconds: Annotated[float, Interval(ge=0, le=1e12)]
+
+
+@schema
+@dataclass(frozen=True)
+class ReportRow:
+    """Entries of one kind of tensor in one block after an iteration: a row of report.csv."""
+
+    iteration: Number
+    block: Annotated[int, Interval(ge=OUTSIDE, le=10**4)]
+    kind: Annotated[str, Predicate(KINDS.__contains__)]
+    active: Count
+    entries: Annotated[int, Interval(ge=1, le=2**62)]
+
+
+@open_schema
+@dataclass(frozen=True)
+class Edited:
+    """Facts of an edit's checkpoint."""
+
+    rows: Annotated[tuple[IterationRow, ...], MinLen(1), MaxLen(MOST_ROWS)]
+    report: Annotated[tuple[ReportRow, ...], MaxLen(MOST_ROWS)]
 
 
 class Books:
@@ -77,9 +117,9 @@ class Books:
         if not path.exists():
             return
         checkpoint = load_checkpoint(path)
-        state, facts = checkpoint.tensors.get("state"), checkpoint.facts
-        fits = state is not None and (state.shape, state.dtype) == (self.kept.shape, torch.bool)
-        if state is None or not fits or not facts.get("rows") or "report" not in facts:
+        state, facts = checkpoint.tensors.get("state"), checkpoint.stated(Edited, "start another run")
+        if state is None or (state.shape, state.dtype) != (self.kept.shape, torch.bool):
             raise InputError(f"checkpoint {path}: is of another version, or not of this edit; start another run")
-        self.kept, self.rows, self.report = state.to(self.kept.device), facts["rows"], facts["report"]
+        self.kept = state.to(self.kept.device)
+        self.rows, self.report = [asdict(row) for row in facts.rows], [asdict(row) for row in facts.report]
         self._down, self._up = self.rows[-1]["bytes_down"], self.rows[-1]["bytes_up"]

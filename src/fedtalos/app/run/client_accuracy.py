@@ -1,11 +1,13 @@
 """Accuracy by client at the end of a federated run: client_accuracy.csv, and what the summary says of it."""
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from rich.console import Console
+from torch import Tensor
 
 from fedtalos.app.config.schema import FederatedConfig
 from fedtalos.app.federation import local_training, settled
@@ -20,15 +22,22 @@ from fedtalos.training.federated.personal import (
     accuracy_by_client,
     mean_and_worst,
     personalised,
+    with_own_vectors,
 )
 from fedtalos.training.masked_parameters import MaskedParameters
 
 
 def evaluate_clients(
-    loaded: Loaded[FederatedConfig], paths: RunPaths, clients: Clients, moving: MaskedParameters, console: Console
+    loaded: Loaded[FederatedConfig],
+    paths: RunPaths,
+    clients: Clients,
+    moving: MaskedParameters,
+    console: Console,
+    own: Mapping[int, Tensor] | None = None,
 ) -> dict[str, Any]:
     """Write client_accuracy.csv and return what the summary says of it; nothing where nothing was asked.
 
+    ``own`` are vectors (A,) that clients left when they trained apart: the model plus its own one is a client's, too.
     The model is left as it was.
     """
     config = loaded.config
@@ -59,7 +68,7 @@ def evaluate_clients(
         console.print(f"personalising for {len(chosen)} clients", highlight=False)
         peak = settled(config.train.learning_rate)
         local = local_training(config).but(steps=options.personalise_steps, epochs=None, learning_rate=peak)
-        tuned = personalised(moving, clients, chosen.tolist(), local, config.run.seed)
+        tuned = personalised(moving, clients, chosen.tolist(), local, config.run.seed, options.personalise_alpha)
         after = np.array([expected(np.unique(labels[clients[client]]))[client] for client in tuned])
         for row in rows:
             row["personalised_accuracy"] = ""
@@ -70,6 +79,14 @@ def evaluate_clients(
             "before": mean_and_worst(before[chosen]),
             "after": mean_and_worst(after),
         }
+    if own:
+        for row in rows:
+            row["own_vector_accuracy"] = ""
+        accuracies = []
+        for client in with_own_vectors(moving, own):
+            accuracies.append(expected(np.unique(labels[clients[client]]))[client])
+            rows[client]["own_vector_accuracy"] = _cell(accuracies[-1])
+        summary["own_vector_test_accuracy"] = mean_and_worst(np.array(accuracies))
     write_csv(paths.results / "client_accuracy.csv", rows)
     return summary
 

@@ -1,17 +1,21 @@
 """Display of a run while it runs: a live line on a terminal, plain lines elsewhere."""
 
 import logging
+import textwrap
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from types import TracebackType
 from typing import Self, TypeVar
 
-from rich.console import Console, RenderableType
+from rich.console import Console, HighlighterType, JustifyMethod, OverflowMethod, RenderableType
 from rich.constrain import Constrain
 from rich.progress import BarColumn, Progress, ProgressColumn, TaskID, TextColumn, TimeRemainingColumn
+from rich.style import Style
 from rich.table import Column, Table
+from rich.text import Text
 
+from fedtalos.errors import printable
 from fedtalos.metrics import Metrics
 from fedtalos.training.editing.describe import KINDS, DensityRow
 
@@ -26,8 +30,58 @@ def say(console: Console, text: str) -> None:
     >>> say(Console(), "plots/mine/accuracy.png")
     plots/mine/accuracy.png
     """
-    plain = "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text)
-    console.print(plain, highlight=False, markup=False, soft_wrap=True)
+    console.print(printable(text), highlight=False, markup=False, soft_wrap=True)
+
+
+class PlainConsole(Console):
+    """A console that prints text as it is, in tables too: nothing in it is markup, or acted on by a terminal.
+
+    >>> PlainConsole().print("[red]\\x1b[2J")
+    [red]\\x1b[2J
+    """
+
+    def render_str(
+        self,
+        text: str,
+        *,
+        style: str | Style = "",
+        justify: JustifyMethod | None = None,
+        overflow: OverflowMethod | None = None,
+        emoji: bool | None = None,
+        markup: bool | None = None,
+        highlight: bool | None = None,
+        highlighter: HighlighterType | None = None,
+    ) -> Text:
+        return super().render_str(
+            printable(text),
+            style=style,
+            justify=justify,
+            overflow=overflow,
+            emoji=False,
+            markup=False,
+            highlight=highlight,
+            highlighter=highlighter,
+        )
+
+
+def say_facts(console: Console, facts: Mapping[str, str]) -> None:
+    """Print a few facts as two columns that keep to the terminal's width.
+
+    >>> say_facts(Console(), {"device": "cpu, fp32", "data": "digits, 10 classes"})
+    device  cpu, fp32
+    data    digits, 10 classes
+    """
+    column = max(map(len, facts), default=0) + 2
+    for name, fact in facts.items():
+        wrapped = textwrap.wrap(
+            printable(fact), max(20, console.width - column), break_long_words=False, break_on_hyphens=False
+        )
+        say(console, name.ljust(column) + ("\n" + " " * column).join(wrapped))
+
+
+def is_live(console: Console) -> bool:
+    """Tell whether a bar can be drawn anew in its place: on terminals, but not where TERM is dumb."""
+    return console.is_terminal and not console.is_dumb_terminal
 
 
 class _Warnings(logging.Handler):
@@ -83,7 +137,7 @@ class Display:
         self._unsaid = ""
 
     def __enter__(self) -> Self:
-        if self._console.is_terminal:
+        if is_live(self._console):
             self._progress = OneLine(
                 TextColumn("{task.description}"),
                 BarColumn(bar_width=12),
@@ -115,6 +169,30 @@ class Display:
             if self._progress is not None and self._task is not None:
                 self._progress.advance(self._task, share)
 
+    @contextmanager
+    def step(self, what: str, images: int) -> Iterator[Callable[[int], None]]:
+        """Show that ``what`` is under way instead of the last figures; takes how many images are done, as they are.
+
+        >>> with display.step("validating", 5000) as advance:
+        ...     advance(250)
+        """
+        done, before = 0, "" if self._progress is None else self._progress.tasks[0].fields["figures"]
+
+        def show(figures: str) -> None:
+            if self._progress is not None and self._task is not None:
+                self._progress.update(self._task, figures=figures)
+
+        def advance(count: int) -> None:
+            nonlocal done
+            done += count
+            show(f"{what}, {100 * done // max(images, 1)} %")
+
+        show(what)
+        try:
+            yield advance
+        finally:
+            show(before)
+
     def finished(self, number: int, train: Metrics, validation: Metrics | None) -> None:
         """Epoch or round ``number`` is done with these figures; on a terminal only validations leave a line."""
         self._images += train.examples
@@ -131,7 +209,7 @@ class Display:
 
     def note(self, text: str) -> None:
         """Leave a line of what should not be missed."""
-        self._console.print(text, highlight=False, soft_wrap=True)
+        say(self._console, text)
 
     def show(self, number: int, figures: str, *, keep: bool = True, short: str = "") -> None:
         """Epoch, round or iteration ``number`` is done; ``keep`` leaves a line of it on a terminal too.

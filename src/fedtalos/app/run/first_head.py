@@ -1,16 +1,21 @@
 """The head that a run begins with: in closed form from holders' sums, or trained alone on kept features."""
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
 
 import numpy as np
 import torch
+from rich.console import Console
 
 from fedtalos.app.config.schema import CentralizedConfig, FederatedConfig
 from fedtalos.app.federation import settled
-from fedtalos.app.run.display import Display
+from fedtalos.app.load import Loaded
+from fedtalos.app.run.bars import bar
+from fedtalos.app.run.display import Display, say
 from fedtalos.app.run.folders import say_decisions
 from fedtalos.app.run.session import Session
+from fedtalos.data.images import LabelledImages
 from fedtalos.data.sampling import Ids
 from fedtalos.errors import TrainingError
 from fedtalos.models.heads import closed_form
@@ -33,7 +38,7 @@ def fit_first_head(
     if loaded.config.model.head == "linear":
         _train_linear(session, head_rounds)
     elif kind := closed_form(loaded.config.model.head):
-        session.console.print(f"fitting the {kind} head", highlight=False)
+        show_features(loaded, loaded.data.train, holders, f"fitting the {kind} head", session.console)
         sent = fit_head(
             loaded.model,
             loaded.data.train,
@@ -46,6 +51,20 @@ def fit_first_head(
         progress.bytes_up += sent if isinstance(loaded.config, FederatedConfig) else 0
     loaded.features.keep_only(moving.frozen_stages)
     progress.seconds += time.perf_counter() - start
+
+
+def show_features(
+    loaded: Loaded[Any], images: LabelledImages, holders: Iterable[Ids], title: str, console: Console
+) -> None:
+    """Compute the features that a head is fitted on, under a bar, in the very batches in which they are asked for."""
+    say(console, title)
+    size, val, model = loaded.config.data.eval_batch_size, loaded.limited("val"), loaded.model
+    with bar(title, sum(map(len, holders)) + len(val), "images") as advance:
+        for those, ids in [*((images, ids) for ids in holders), (val, np.arange(len(val)))]:
+            for start in range(0, len(ids), size):
+                part = ids[start : start + size]
+                loaded.features.source(model, those, len(model.stages), [part])
+                advance(len(part))
 
 
 def _train_linear(session: Session, head_rounds: HeadRounds) -> None:

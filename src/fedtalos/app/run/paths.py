@@ -5,6 +5,12 @@ from pathlib import Path
 
 from fedtalos.errors import InputError, shown
 
+WORKERS = ".workers-"
+"""Prefix of a folder, in that of results, where the processes of a run meet; it goes when they do."""
+
+LONGEST = 200
+"""Bytes of a name; the system allows 255, of which files beside a run's take some."""
+
 
 @dataclass(frozen=True)
 class RunPaths:
@@ -38,6 +44,10 @@ class RunPaths:
         return self.root / "masks" / f"{self.name}.head.safetensors"
 
     @property
+    def vector(self) -> Path:
+        return self.root / "vectors" / f"{self.name}.safetensors"
+
+    @property
     def lock(self) -> Path:
         return self.results / ".lock"
 
@@ -59,4 +69,6 @@ def plain_name(flag: str, name: str) -> str:
     """``name``, if it is one that a folder can have."""
     if name in ("", ".", "..") or Path(name).name != name or not name.isprintable():
         raise InputError(f"{flag} {shown(name)}: expected a plain folder name, without slashes")
+    if len(name.encode(errors="surrogateescape")) > LONGEST:
+        raise InputError(f"{flag} {shown(name)}: expected at most {LONGEST} bytes; choose a shorter name")
     return name

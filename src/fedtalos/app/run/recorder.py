@@ -1,11 +1,9 @@
-"""results/RUN/: config.yaml, metrics.csv, summary.yaml; and the same figures to TensorBoard or wandb where asked."""
+"""results/RUN/: config.yaml, metrics.csv, summary.yaml; and the same figures to a tracker where asked."""
 
 import csv
-import importlib.util
 import io
 import os
 import platform
-import secrets
 import subprocess
 import sys
 import time
@@ -13,90 +11,20 @@ from collections.abc import Mapping
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import yaml
 
 from fedtalos._version import __version__
-from fedtalos.errors import InputError, install
+from fedtalos.app.run.trackers import Tracker
+from fedtalos.errors import InputError
+from fedtalos.facts import read_file
 from fedtalos.files import naming, write_atomic
 from fedtalos.metrics import Metrics
 
-WANDB_NAME = 128
-"""Most characters of a name that wandb shows."""
-
+MOST_BYTES = 2**26
+"""Bytes of a metrics.csv that is gone on with: of 500 000 rows."""
 COLUMNS = ("split", "loss", "accuracy", "examples", "learning_rate", "bytes_down", "bytes_up", "seconds")
-
-
-class Tracker(Protocol):
-    """A place that figures go to besides metrics.csv."""
-
-    def log(self, step: int, figures: Mapping[str, float]) -> None: ...
-    def close(self) -> None: ...
-
-
-def require_tracker(name: str) -> None:
-    """InputError where the tracker's library is not installed, or wandb knows no account and was not told offline."""
-    if name == "none":
-        return
-    if importlib.util.find_spec(name) is None:
-        raise InputError(f"--tracker {name}: not installed; {install(name)}")
-    if name == "wandb" and os.environ.get("WANDB_MODE", "online") == "online":
-        import wandb
-
-        if not wandb.login(prompt=False):
-            raise InputError("--tracker wandb: no account is set up; run `wandb login`, or set WANDB_MODE=offline")
-
-
-class TensorBoardTracker:
-    def __init__(self, folder: Path) -> None:
-        from torch.utils.tensorboard import SummaryWriter
-
-        self._writer = SummaryWriter(str(folder))
-
-    def log(self, step: int, figures: Mapping[str, float]) -> None:
-        for name, value in figures.items():
-            self._writer.add_scalar(name, value, step)
-
-    def close(self) -> None:
-        self._writer.close()
-
-
-class WandbTracker:
-    """Logs to a run of wandb's: shown by the name of ours, known by an id of its own, which ``results`` keeps.
-
-    A name may be that of another run in another folder, and may hold characters that an id may not.
-    """
-
-    def __init__(self, results: Path, config: Mapping[str, Any]) -> None:
-        import wandb
-
-        folder, name = results.parents[1], results.name
-        try:
-            self._run = wandb.init(  # makes folder/wandb
-                project="fedtalos",
-                name=name[:WANDB_NAME],
-                id=wandb_id(results),
-                dir=str(folder),
-                config=dict(config),
-                resume="allow",
-            )
-        except wandb.Error as error:
-            raise InputError(f"--tracker wandb: {error}; see to it, or leave --tracker out and --resume") from error
-
-    def log(self, step: int, figures: Mapping[str, float]) -> None:
-        self._run.log(dict(figures), step=step)
-
-    def close(self) -> None:
-        self._run.finish()
-
-
-def wandb_id(results: Path) -> str:
-    """The id by which wandb knows a run, drawn once and kept in its folder of results."""
-    path = results / ".wandb_id"
-    if not path.is_file():
-        write_atomic(path, secrets.token_hex(8))
-    return path.read_text(encoding="ascii").strip()
 
 
 def made_by(device: str) -> dict[str, Any]:
@@ -107,14 +35,14 @@ def made_by(device: str) -> dict[str, Any]:
         "numpy": version("numpy"),
         "python": platform.python_version(),
         "device": device,
-        "commit": _commit(),
+        "commit": code_commit(),
         "command_line": " ".join(sys.argv),
         "folder": str(Path.cwd()),
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
     }
 
 
-def _commit() -> str | None:
+def code_commit() -> str | None:
     """The git commit of the code, with a + where files differ from it; None outside a checkout."""
     here = Path(__file__).parent
     git = ["git", "-C", str(here)]
@@ -132,12 +60,27 @@ def write_yaml(path: Path, content: Mapping[str, Any]) -> None:
 
 
 def write_csv(path: Path, rows: list[dict[str, Any]]) -> None:
-    """One line per row, under the first row's keys."""
+    """One line per row, under the first row's keys; a spreadsheet runs none of the cells."""
     text = io.StringIO()
     writer = csv.DictWriter(text, rows[0].keys(), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
+    writer.writerow({name: inert(name) for name in rows[0]})
+    writer.writerows({name: inert(value) for name, value in row.items()} for row in rows)
     write_atomic(path, text.getvalue())
+
+
+def inert(cell: object) -> object:
+    """Put a quote before text that a spreadsheet would take for a formula; numbers stay.
+
+    >>> inert("=2+3"), inert("-0.5")
+    ("'=2+3", '-0.5')
+    """
+    if not isinstance(cell, str) or not cell.startswith(("=", "+", "-", "@", "\t", "\r")):
+        return cell
+    try:
+        float(cell)
+    except ValueError:
+        return f"'{cell}"
+    return cell
 
 
 class Recorder:
@@ -203,7 +146,7 @@ def _whole_rows(path: Path, header: list[str]) -> list[list[str]]:
 
     Raises InputError where the table is not what this version writes.
     """
-    content = path.read_bytes() if path.exists() else b""
+    content = read_file(path, str(path), most=MOST_BYTES) if path.exists() else b""
     try:
         rows = list(csv.reader(io.StringIO(content[: content.rfind(b"\n") + 1].decode())))
         if (rows and rows[0] != header) or not all(len(row) == len(header) and int(row[0]) >= 0 for row in rows[1:]):

@@ -6,56 +6,43 @@ Centralized and federated share it: an epoch is a round without clients.
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from types import TracebackType
 from typing import Any, Self
 
-import yaml
 from rich.console import Console
 from torch import Tensor
 
 from fedtalos.app.config.files import FileError, flatten
 from fedtalos.app.config.schema import CentralizedConfig, FederatedConfig
 from fedtalos.app.load import Loaded
-from fedtalos.app.run.display import Display, say
+from fedtalos.app.run.bars import bar
+from fedtalos.app.run.beginning import introduction
+from fedtalos.app.run.display import Display, say, say_facts
+from fedtalos.app.run.ending import Reached, say_end, stopped_early
 from fedtalos.app.run.folders import open_run, say_decisions
 from fedtalos.app.run.interruption import Interrupted, deferred, with_safe_points
 from fedtalos.app.run.paths import RunPaths
-from fedtalos.app.run.recorder import Recorder, TensorBoardTracker, WandbTracker, write_yaml
+from fedtalos.app.run.progress import Progress, Saved
+from fedtalos.app.run.recorder import Recorder, write_yaml
 from fedtalos.app.run.resume import differing, from_here, working_folder
+from fedtalos.app.run.start import Start
+from fedtalos.app.run.trackers import open_tracker
+from fedtalos.app.run.units import percent
 from fedtalos.checkpoint import load_checkpoint, save_checkpoint
 from fedtalos.data.class_names import check_same_classes
-from fedtalos.errors import InputError, TrainingError
+from fedtalos.errors import InputError, TrainingError, shown
 from fedtalos.metrics import Metrics
+from fedtalos.training.editing.vector_file import save_vector
 from fedtalos.training.entries import named_tensors
-from fedtalos.training.federated.fedavg import Round
+from fedtalos.training.federated.clients import Clients
+from fedtalos.training.federated.fedavg import FedAvg, Round
 from fedtalos.training.federated.processes import WorkerLostError
 from fedtalos.training.loop import Batches
+from fedtalos.training.masked_parameters import MaskedParameters
 
 Evaluate = Callable[[str], Metrics]
 """Split -> metrics of the model as it is."""
-
-
-@dataclass
-class Progress:
-    """Progress of a run; saved in every checkpoint, so that a resumed run goes on from there."""
-
-    done: int = 0
-    best: int = 0
-    best_accuracy: float = -1.0
-    val_accuracy: float = -1.0
-    start_accuracy: float = -1.0
-    """On validation, before anything moved; -1 where it was not measured."""
-    bytes_down: int = 0
-    bytes_up: int = 0
-    images: int = 0
-    seconds: float = 0.0
-    evaluation_seconds: float = 0.0
-    validated: int = -1
-    epoch_so_far: Metrics = field(default_factory=Metrics)
-    """Figures of an epoch within which the run was stopped."""
-    left_out: dict[str, int] = field(default_factory=dict)
-    """Count of sampled clients that did not count, by why."""
 
 
 class Session:
@@ -89,8 +76,10 @@ class Session:
         self.unit, self.total, self.rate = unit, total, rate
         self.progress, self.saved = Progress(), dict[str, Tensor]()
         self.state: Callable[[], dict[str, Tensor]] = dict
+        self.start: Start | None = None
         self._showing = False
         self._validated_now: Metrics | None = None
+        self._advance: Callable[[int], None] = lambda _count: None
 
     @property
     def fresh(self) -> bool:
@@ -111,10 +100,9 @@ class Session:
         self._resume()
         keep_to = -1 if self.fresh else self.progress.done
         self.recorder = Recorder(self.paths.results, self.unit, keep_to=keep_to, seconds=self.progress.seconds)
-        if self.config.run.tracker == "tensorboard":
-            self.recorder.track(TensorBoardTracker(self.paths.results / "tensorboard"))
-        elif self.config.run.tracker == "wandb":
-            self.recorder.track(WandbTracker(self.paths.results, flatten(self.config)))
+        tracker = open_tracker(self.config.run.tracker, self.paths, flatten(self.config))
+        if tracker is not None:
+            self.recorder.track(tracker)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
@@ -135,21 +123,17 @@ class Session:
         if not path.exists():
             return
         checkpoint = load_checkpoint(path)
-        try:
-            saved, options = checkpoint.facts["progress"], checkpoint.facts["options"]
-            self.progress = Progress(**{**saved, "epoch_so_far": Metrics(**saved["epoch_so_far"])})
-            known = flatten(type(self.config)())
-            if not set(options) <= known.keys():
-                raise KeyError("options of a later version")
-            options = known | options  # an earlier version may have had fewer options
-            was = from_here(options, self.config.command, working_folder(self.paths))
-            differs = differing(was, self.config)
-        except (KeyError, TypeError) as error:
-            raise InputError(f"checkpoint {path}: is of another version; start a run of another name") from error
-        if differs:
-            was = options[differs[0]]
+        saved = checkpoint.stated(Saved, "start a run of another name")
+        self.progress, known = saved.progress, flatten(type(self.config)())
+        in_order = self.progress.best <= self.progress.done <= self.total
+        if not saved.options.keys() <= known.keys() or not in_order:
+            raise InputError(f"checkpoint {path}: is of another version; start a run of another name")
+        options = known | saved.options  # an earlier version may have had fewer options
+        was = from_here(options, self.config.command, working_folder(self.paths))
+        if differs := differing(was, self.config):
             raise FileError(
-                f"{self.paths.config}: {differs[0]} was {was!r} when the checkpoint was saved; put that back"
+                f"{self.paths.config}: {differs[0]} was {shown(options[differs[0]])} when the checkpoint was saved; "
+                "put that back"
             )
         self._restore(checkpoint.tensors)
         self.saved = checkpoint.tensors
@@ -157,34 +141,73 @@ class Session:
     def _restore(self, tensors: dict[str, Tensor]) -> None:
         """Load a checkpoint's model tensors."""
         for name, tensor in named_tensors(self.model).items():
-            if name not in tensors or tensors[name].shape != tensor.shape:
+            found = tensors.get(name)
+            if found is None or found.shape != tensor.shape or not found.is_floating_point():
                 raise InputError(f"the checkpoint's {name} is not this model's; start a run of another name")
-            tensor.copy_(tensors[name])
+            tensor.copy_(found)
 
-    def restored(self, prefix: str) -> dict[str, Tensor]:
-        """Tensors that the checkpoint holds under ``prefix``, on the model's device."""
+    def restored(self, prefix: str, entries: int | None = None) -> dict[str, Tensor]:
+        """Tensors that the checkpoint holds under ``prefix``, on the model's device.
+
+        Raises InputError where one is not of so many ``entries``, finite numbers, if that is said.
+        """
+        for name, tensor in self.saved.items():
+            fits = tensor.shape == (entries,) and tensor.is_floating_point() and bool(tensor.isfinite().all())
+            if entries is not None and name.startswith(prefix) and not fits:
+                raise InputError(f"the checkpoint's {shown(name)} is not of this run; start a run of another name")
         return {
             name.removeprefix(prefix): tensor.to(self.loaded.device)
             for name, tensor in self.saved.items()
             if name.startswith(prefix)
         }
 
+    def introduce(
+        self, moving: MaskedParameters, clients: Clients | None = None, algorithm: FedAvg | None = None
+    ) -> None:
+        """Say what the run is: device, data, clients, model, what moves and is sent; and how far it is."""
+        facts = introduction(self.loaded, moving, clients, algorithm)
+        if not self.fresh:
+            best = f", best on validation {percent(self.progress.best_accuracy)}" if self.progress.best else ""
+            facts["so far"] = f"{self.unit} {self.done} of {self.total}{best}"
+        say_facts(self.console, facts)
+
+    def keep_start(self, moving: MaskedParameters) -> None:
+        """Keep what the run starts from, first head included, where its vector is asked for."""
+        if self.config.train.save_vector:
+            self.start = Start(moving, self.saved)
+
     def watch(self, batches: Batches, share: float) -> Batches:
         """Pass batches on, each with a safe point before it, and advance the display by their share of a round."""
         return self.display.watch(with_safe_points(batches), share)
 
+    def evaluating(self, batches: Batches) -> Batches:
+        """Pass batches of an evaluation on, each with a safe point before it, and show how far it is."""
+        for batch in with_safe_points(batches):
+            yield batch
+            self._advance(len(batch[1]))
+
+    @property
+    def enough(self) -> bool:
+        """True where --early_stop ends the run: so many validations brought nothing better."""
+        patience = self.config.train.early_stop
+        return patience is not None and self.progress.stale >= patience
+
     def shown(self, rounds: Iterator[Round]) -> Iterator[Round]:
-        """Pass rounds on while the display shows them; the process stops at safe points only."""
+        """Pass rounds on, until it is enough, while the display shows them; the process stops at safe points only."""
         say_decisions(self.paths, self.console)  # those of the first head, say
         self.display = Display(self.console, self.unit, self.total, self.progress.done)
         self.display.__enter__()
         self._showing = True
         with deferred():
-            for round_ in rounds:
+            for round_ in () if self.enough else rounds:
                 self.progress.done = round_.number
                 self._validated_now = None
                 yield round_
                 self.display.finished(round_.number, round_.train, self._validated_now)
+                if self.enough:
+                    break
+        self._showing = False  # what comes now changes the model, so it is not to be saved where it is stopped
+        self.display.__exit__(None, None, None)
 
     def record(self, round_: Round, bytes_down: int = 0, bytes_up: int = 0) -> None:
         """Write the row of a round's training, and count what it sent and whom it lost."""
@@ -198,6 +221,10 @@ class Session:
             progress.left_out[why] = progress.left_out.get(why, 0) + 1
             if lost.sent:
                 self.display.note(f"round {round_.number}, client {client} left out: {lost.why}")
+        if round_.too_few:
+            count = len(round_.clients) - len(round_.lost)
+            progress.left_out["too few"] = progress.left_out.get("too few", 0) + count
+            self.display.note(f"{round_.too_few}; nothing of this round was kept")
 
     def due(self, number: int) -> bool:
         """Tell whether the run is to be validated after so many rounds or epochs, and is not yet."""
@@ -220,8 +247,10 @@ class Session:
         progress.validated, progress.val_accuracy = progress.done, metrics.accuracy
         if progress.done == 0:
             progress.start_accuracy = metrics.accuracy
+            say(self.console, f"start: validation accuracy {percent(metrics.accuracy)}")
+        progress.stale += 1
         if metrics.accuracy > progress.best_accuracy:
-            progress.best, progress.best_accuracy = progress.done, metrics.accuracy
+            progress.best, progress.best_accuracy, progress.stale = progress.done, metrics.accuracy, 0
             self._checkpoint("best", named_tensors(self.model))
         self.save()
         self._validated_now = metrics
@@ -229,11 +258,19 @@ class Session:
 
     def save(self) -> None:
         """Write the checkpoint that the run goes on from."""
-        self._checkpoint("last", named_tensors(self.model) | self.state())
+        start = {} if self.start is None else self.start.tensors()
+        self._checkpoint("last", named_tensors(self.model) | self.state() | start)
 
     def finish(self, evaluate: Evaluate, extra: Mapping[str, Any]) -> None:
-        """Read the test split, with the last and the best-on-validation model; write, draw and print the summary."""
+        """Read the test split, with the last and the best-on-validation model; draw, write and print the summary.
+
+        The summary is written last: a run that has one is finished.
+        """
         progress = self.progress
+        if self.start is not None:
+            vector = self.start.vector(self.loaded.data.classes, f"{self.config.command} {self.paths.name}")
+            save_vector(self.paths.vector, vector)
+            extra = {**extra, "vector": str(self.paths.vector)}
         last = self._timed(evaluate, "test")
         best = last
         if progress.best != progress.done:
@@ -253,32 +290,33 @@ class Session:
             "seconds": round(seconds, 2),
             "evaluation_share": _share(progress.evaluation_seconds / seconds),
         }
-        write_yaml(self.paths.results / "summary.yaml", summary)
-        self._showing = False
         from fedtalos.app.figures import draw  # slow to import, and no part of the run's seconds
+        from fedtalos.app.report import contents, page
 
         drawn = draw.plot_run(self.paths.results, self.paths.plots)
-        say(self.console, yaml.safe_dump(summary, sort_keys=False).rstrip())
-        for path in [self.paths.results, self.paths.checkpoints, *drawn]:
-            say(self.console, str(path))
-        self._warn_of_loss()
-
-    def _warn_of_loss(self) -> None:
-        """Say so where training made the model worse, and what to try."""
-        progress = self.progress
-        if progress.start_accuracy < 0 or progress.done == 0:
-            return
-        if progress.val_accuracy < progress.start_accuracy or progress.best == 0:
-            say(
-                self.console,
-                f"training did not help: validation accuracy was {100 * progress.start_accuracy:.1f} % at the start, "
-                f"and is {100 * progress.val_accuracy:.1f} % at the end (best: {self.unit} {progress.best}); "
-                "try a lower --learning_rate, --freeze_head, or fewer steps between rounds",
-            )
+        records = contents.read_records(self.paths, summary)
+        drawn.append(page.write_report(self.paths.plots / "report.html", contents.report_of([records])))
+        write_yaml(self.paths.results / "summary.yaml", summary)
+        if self.enough and progress.done < self.total:
+            say(self.console, stopped_early(progress, self.unit, self.total))
+        files = [
+            self.paths.results,
+            self.paths.checkpoints,
+            *([] if self.start is None else [self.paths.vector]),
+            *drawn,
+        ]
+        reached = {
+            "validation": Reached(progress.val_accuracy, progress.best_accuracy, len(self.loaded.limited("val"))),
+            "test": Reached(last.accuracy, best.accuracy, last.examples),
+        }
+        say_end(self.console, self.paths, summary, reached, files, progress, self.unit)
 
     def _timed(self, evaluate: Evaluate, split: str) -> Metrics:
-        start = time.perf_counter()
-        metrics = evaluate(split)
+        start, images = time.perf_counter(), len(self.loaded.limited(split))
+        what = {"val": "validating", "test": "testing"}.get(split, split)
+        shown = self.display.step(what, images) if self._showing else bar(what, images, "images")
+        with shown as self._advance:
+            metrics = evaluate(split)
         self.progress.evaluation_seconds += time.perf_counter() - start
         return metrics
 

@@ -46,11 +46,3 @@ def _work(config: RunConfig) -> float:
     if federation.local_epochs is not None:
         return trained * federation.local_epochs / clients
     return trained * federation.local_steps * config.train.batch_size
-
-
-def duration(seconds: float) -> str:
-    """Write seconds in the unit that fits."""
-    for unit, size in (("h", 3600), ("min", 60)):
-        if seconds >= 2 * size:
-            return f"{seconds / size:.1f} {unit}"
-    return f"{seconds:.1f} s" if seconds < 10 else f"{seconds:.0f} s"

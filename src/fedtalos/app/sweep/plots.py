@@ -1,15 +1,17 @@
 """Figures of a grid: the last axis becomes lines, the one before it panels, and every value of others a figure."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from fedtalos.app.config.schema import FederatedConfig
+from fedtalos.app.config.tools import FigureFormat
 from fedtalos.app.figures import sweeps as sweep_figures
-from fedtalos.app.figures.draw import split_title, write_figures
-from fedtalos.app.figures.records import read_history
+from fedtalos.app.figures.draw import write_figures
+from fedtalos.app.figures.records import FEW, read_history
 from fedtalos.app.figures.style import MOST_LINES
 from fedtalos.app.figures.sweeps import Line
+from fedtalos.app.run.split_file import split_title
 from fedtalos.app.sweep.grid import Cell
 from fedtalos.app.sweep.tables import Result, over_seeds
 from fedtalos.errors import InputError
@@ -50,7 +52,7 @@ def check_data(cells: Sequence[Cell]) -> None:
         if (where := place(cell)) is None:
             continue
         data = cell.config.data
-        images = (data.dataset, str(data.data_dir) if data.dataset == "folder" else "")
+        images = (data.dataset, str(data.data_dir) if data.dataset in ("folder", "csv") else "")
         first = known.setdefault((where.panel, where.apart), images)
         if first != images:
             names = " and ".join(" ".join(words).strip() for words in (first, images))
@@ -60,34 +62,46 @@ def check_data(cells: Sequence[Cell]) -> None:
             )
 
 
-def plot_grid(name: str, results: Sequence[Result], plots_dir: Path) -> list[Path]:
+def plot_grid(
+    name: str,
+    results: Sequence[Result],
+    plots_dir: Path,
+    names: Mapping[str, str] | None = None,
+    form: FigureFormat = "png",
+) -> list[Path]:
     """Draw accuracy_by_round.png (or epoch), megabytes.png and final.png into ``plots_dir``; return the files.
 
+    ``names`` are plain ones for values of axes. Three points or fewer are not drawn: the table says as much.
     Where runs have further axes, there is one of each for every combination of their values, named by them; a run
     that lacks an axis is in all of its figures.
     """
-    lines = _lines(results)
+    lines = _lines(results, names or {})
     drawn = {}
     for part, those in _by_figure(lines).items():
-        drawn[f"final{part}"] = sweep_figures.final(those, f"{name}{part}: test accuracy at the end")
+        if len(those) > FEW:
+            drawn[f"final{part}"] = sweep_figures.final(those, f"{name}{part}: test accuracy at the end")
     for unit in ("round", "epoch"):
         of_unit = [(where, line) for where, line in lines if line.histories[0].step_name == unit]
         for part, those in _by_figure(of_unit).items():
+            if all(history.points <= FEW for line in those for history in line.histories):
+                continue
             drawn[f"accuracy_by_{unit}{part}"] = sweep_figures.by_step(those, f"{name}{part}: accuracy by {unit}")
             if unit == "round":
                 drawn[f"megabytes{part}"] = sweep_figures.by_megabytes(those, f"{name}{part}: accuracy by bytes sent")
-    return write_figures(drawn, plots_dir)
+    return write_figures(drawn, plots_dir, form)
 
 
-def _lines(results: Sequence[Result]) -> list[tuple[Place, Line]]:
+def _lines(results: Sequence[Result], names: Mapping[str, str]) -> list[tuple[Place, Line]]:
     lines, titles = [], _panel_titles(results)
     for row in over_seeds(results):
         where = place(row.cell)
         if where is None:
             continue
         histories = [read_history(result.cell.paths.results) for result in row.results]
-        test, panel = row.spreads["test_percent"], titles.get(where.panel, where.panel)
-        lines.append((where, Line(panel, where.method, histories, test.mean, test.std)))
+        test, panel = row.spreads["test_percent"], titles.get(where.panel, names.get(where.panel, where.panel))
+        tested = max((at.examples for at in histories[0].rows if at.split == "test"), default=0)
+        method = names.get(where.method, where.method)
+        lines.append((where, Line(panel, method, histories, test.mean, test.std, tested)))
     return lines
 
 

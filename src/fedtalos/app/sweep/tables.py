@@ -1,12 +1,14 @@
 """Tables of a grid's results: a line per run, and mean and standard deviation over seeds."""
 
 import math
+import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import fmean, stdev
-from typing import Any
+from typing import Annotated, Any
 
+from annotated_types import MaxLen
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
@@ -14,7 +16,8 @@ from rich.table import Table
 from fedtalos.app.config.files import read_yaml
 from fedtalos.app.run.recorder import write_csv
 from fedtalos.app.sweep.grid import Cell
-from fedtalos.errors import InputError
+from fedtalos.errors import printable
+from fedtalos.facts import Count, Number, Share, Word, facts_from, open_schema
 from fedtalos.files import write_atomic
 
 COLUMNS = {
@@ -26,6 +29,43 @@ COLUMNS = {
     "images": "images",
 }
 """Columns of the CSV files -> headings for people; test and val are the last model's, images are those trained on."""
+
+
+@open_schema
+@dataclass(frozen=True)
+class _Accuracy:
+    """Accuracies that a summary states of one split."""
+
+    last: Share | None = None
+    best_on_val: Share | None = None
+
+
+@open_schema
+@dataclass(frozen=True)
+class _Summary:
+    """Figures that a summary.yaml states."""
+
+    seconds: Number
+    test_accuracy: _Accuracy = _Accuracy()
+    val_accuracy: _Accuracy = _Accuracy()
+    megabytes_sent: Annotated[dict[Word, Number], MaxLen(100)] = field(default_factory=dict)
+    images_trained_on: Count = 0
+
+
+@open_schema
+@dataclass(frozen=True)
+class _MadeBy:
+    """Facts of a config.yaml about the code that made the run."""
+
+    commit: Word | None
+
+
+@open_schema
+@dataclass(frozen=True)
+class _Record:
+    """What a config.yaml states beside options."""
+
+    made_by: _MadeBy
 
 
 @dataclass(frozen=True)
@@ -67,22 +107,18 @@ class Row:
 
 def read_result(cell: Cell) -> Result:
     """Read a finished run's records. InputError where they are broken."""
-    summary, config = read_yaml(cell.paths.results / "summary.yaml"), read_yaml(cell.paths.config)
-    try:
-        accuracies = {
-            "test_percent": summary.get("test_accuracy", {}).get("last"),
-            "test_best_percent": summary.get("test_accuracy", {}).get("best_on_val"),
-            "val_percent": summary.get("val_accuracy", {}).get("last"),
-        }
-        values = {name: math.nan if share is None else 100 * share for name, share in accuracies.items()}
-        values["megabytes"] = float(sum(summary.get("megabytes_sent", {}).values()))
-        values["seconds"] = float(summary["seconds"])
-        values["images"] = float(summary.get("images_trained_on", 0))
-        return Result(cell, values, str(config["made_by"]["commit"]))
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise InputError(
-            f"{cell.paths.results}: its summary.yaml or config.yaml is broken; make the run anew"
-        ) from error
+    path, advice = cell.paths.results / "summary.yaml", "make the run anew"
+    summary = facts_from(_Summary, read_yaml(path), f"{path} is broken", advice)
+    record = facts_from(_Record, read_yaml(cell.paths.config), f"{cell.paths.config} is broken", advice)
+    accuracies = {
+        "test_percent": summary.test_accuracy.last,
+        "test_best_percent": summary.test_accuracy.best_on_val,
+        "val_percent": summary.val_accuracy.last,
+    }
+    values = {name: math.nan if share is None else 100 * share for name, share in accuracies.items()}
+    values["megabytes"] = float(sum(summary.megabytes_sent.values()))
+    values["seconds"], values["images"] = summary.seconds, float(summary.images_trained_on)
+    return Result(cell, values, str(record.made_by.commit))
 
 
 def over_seeds(results: Sequence[Result]) -> list[Row]:
@@ -102,9 +138,19 @@ def write_tables(results: Sequence[Result], rows: Sequence[Row], folder: Path) -
     write_csv(folder / "cells.csv", [_cell_line(result, axes) for result in results])
     write_csv(folder / "table.csv", [_table_line(row, axes) for row in rows])
     header, *lines = table_lines(rows)
-    text = ["| " + " | ".join(line) + " |" for line in [header, ["---"] * len(header), *lines]]
+    written = [[in_markdown(cell) for cell in line] for line in (header, *lines)]
+    text = ["| " + " | ".join(line) + " |" for line in [written[0], ["---"] * len(header), *written[1:]]]
     write_atomic(folder / "table.md", "\n".join(text) + "\n")
     return [folder / name for name in ("cells.csv", "table.csv", "table.md")]
+
+
+def in_markdown(text: str) -> str:
+    """Escape what would end a cell of a table, or be more than text in it.
+
+    >>> print(in_markdown("a|b"))
+    a\\|b
+    """
+    return re.sub(r"([\\|`*<>\[\]])", r"\\\1", printable(text.replace("\n", " ")))
 
 
 def print_table(rows: Sequence[Row], title: str, console: Console) -> None:
@@ -138,6 +184,15 @@ def table_lines(rows: Sequence[Row]) -> list[list[str]]:
         cells = [_spread(name, row.spreads[name]) for name in COLUMNS]
         lines.append([kind, *(cell.point.get(axis, "") for axis in axes), str(len(row.results)), *cells])
     return lines
+
+
+def cell_text(name: str, value: float) -> str:
+    """One run's value in a column, as people read it; empty where it has none.
+
+    >>> cell_text("megabytes", 1234.5)
+    '1 234'
+    """
+    return _spread(name, Spread(value, math.nan, 1))
 
 
 def _spread(name: str, spread: Spread) -> str:

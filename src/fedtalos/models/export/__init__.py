@@ -1,0 +1,1 @@
+"""Export: trained models as the files of other libraries."""
