@@ -8,7 +8,7 @@ from pydantic.fields import FieldInfo
 from fedtalos.app.config.help import choices, default, is_everyday, is_positional, sections, types
 from fedtalos.app.config.options import Options
 from fedtalos.app.config.schema import RUN_CONFIGS
-from fedtalos.app.config.tools import MASK_TOOLS, TOOL_CONFIGS, MaskConfig
+from fedtalos.app.config.tools import FAMILIES, TOOL_CONFIGS
 
 INTRODUCTION = """# Every option
 
@@ -69,10 +69,11 @@ def page() -> str:
     """The whole page."""
     parts, shown = [INTRODUCTION], set[str]()
     for name, config in {**RUN_CONFIGS, **TOOL_CONFIGS}.items():
-        if config is MaskConfig:
-            parts.append("## mask make\n\nAnother name of [editing](#editing).\n")
-            for tool, options in MASK_TOOLS.items():
-                parts += command(f"mask {tool}", options, shown)
+        if name in FAMILIES:
+            if name == "mask":
+                parts.append("## mask make\n\nAnother name of [editing](#editing).\n")
+            for tool, options in FAMILIES[name].items():
+                parts += command(f"{name} {tool}", options, shown)
         else:
             parts += command(name, config, shown)
     return "\n".join(parts)

@@ -1,8 +1,11 @@
 """Commands as tests run them: small, refused in one line, or stopped in the middle."""
 
+import csv
 import shlex
+from pathlib import Path
 
 import pytest
+import yaml
 
 from fedtalos.cli import main
 from fedtalos.training import local_training
@@ -36,3 +39,21 @@ def interrupt_after(monkeypatch, calls: int) -> None:
         return original(*args, **kwargs)
 
     monkeypatch.setattr(local_training, "train", train)
+
+
+def outcome() -> dict[str, object]:
+    """Everything that runs left in this folder, but for what tells the time or the folder's place."""
+    found: dict[str, object] = {}
+    for path in sorted(Path().glob("*/**/*")):
+        if path.suffix == ".csv":
+            with path.open() as lines:
+                rows = csv.DictReader(lines)
+                found[str(path)] = [{k: v for k, v in row.items() if not k.startswith("seconds")} for row in rows]
+        elif path.name == "summary.yaml":
+            summary = yaml.safe_load(path.read_text())
+            found[str(path)] = {k: v for k, v in summary.items() if k not in ("seconds", "evaluation_share")}
+        elif path.suffix == ".safetensors":
+            found[str(path)] = path.read_bytes()
+        elif path.is_file() and path.suffix not in (".yaml", ".json", ".md", ".png") and path.name != ".lock":
+            found[str(path)] = path.stat().st_size
+    return found

@@ -16,13 +16,16 @@ from rich.console import Console
 from fedtalos._version import __version__
 from fedtalos.app.command_line import defaults, flag_of, given, layers
 from fedtalos.app.config.checks import check_together
+from fedtalos.app.config.completion import is_completion, write_completion
 from fedtalos.app.config.files import FileError, nearest
-from fedtalos.app.config.help import mask_page, option_names, overview, page
+from fedtalos.app.config.fleet import FleetConfig, FleetTool
+from fedtalos.app.config.help import family_page, option_names, overview, page, tools_of
 from fedtalos.app.config.options import Options
 from fedtalos.app.config.schema import RUN_CONFIGS, RunConfig
-from fedtalos.app.config.tools import MASK_TOOLS, TOOL_CONFIGS, MaskConfig, ToolConfig
+from fedtalos.app.config.tools import FAMILIES, TOOL_CONFIGS, MaskConfig, MaskTool, ToolConfig
+from fedtalos.app.config.vector import VectorConfig, VectorTool
 from fedtalos.app.run import interruption
-from fedtalos.app.run.display import say, warnings_shown
+from fedtalos.app.run.display import PlainConsole, say, warnings_shown
 from fedtalos.app.run.folders import AlreadyFinished
 from fedtalos.app.run.interruption import Interrupted
 from fedtalos.devices import out_of_memory
@@ -43,6 +46,7 @@ ADVICE = {
 """Advice on errors of the system; the usual one: check the path and its rights."""
 HELP, HELP_ALL = {"-h", "--help"}, {"--help_all", "--help-all"}
 COMMANDS: dict[str, type[Options]] = {**RUN_CONFIGS, **TOOL_CONFIGS}
+OTHER_NAMES = {"status": "runs"}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -59,7 +63,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         with interruption.handled(), warnings_shown(errors):
             config = parse(arguments)
-            import_module(f"fedtalos.experiments.{config.command}").run(config, Console())
+            import_module(f"fedtalos.experiments.{config.command}").run(config, PlainConsole())
     except AlreadyFinished as finished:
         say(Console(), str(finished))
     except FileError as error:
@@ -98,9 +102,12 @@ def parse(arguments: list[str]) -> RunConfig | ToolConfig:
     >>> parse(["federated", "--num_clients", "10"]).split.num_clients
     10
     """
+    if is_completion(arguments):
+        write_completion(arguments, COMMANDS | {name: COMMANDS[other] for name, other in OTHER_NAMES.items()})
     name, options, rest = command_of(arguments)
     if options is None:
-        say(Console(), {"version": f"fedtalos {__version__}", "mask": mask_page()}.get(name, overview()).rstrip())
+        pages = {"version": f"fedtalos {__version__}", **{family: family_page(family) for family in FAMILIES}}
+        say(Console(), pages.get(name, overview()).rstrip())
         sys.exit()
     if asked := (HELP | HELP_ALL).intersection(rest):
         say(Console(), page(name, options, every=bool(asked & HELP_ALL)).rstrip())
@@ -118,14 +125,18 @@ def parse(arguments: list[str]) -> RunConfig | ToolConfig:
     )
     if isinstance(parsed, RunConfig):
         check_together(parsed, given(rest, found))
-    config: RunConfig | ToolConfig = MaskConfig(tool=parsed) if options in MASK_TOOLS.values() else parsed
+    if isinstance(parsed, MaskTool):
+        return MaskConfig(tool=parsed)
+    if isinstance(parsed, FleetTool):
+        return FleetConfig(tool=parsed)
+    config: RunConfig | ToolConfig = VectorConfig(tool=parsed) if isinstance(parsed, VectorTool) else parsed
     return config
 
 
 def command_of(arguments: list[str]) -> tuple[str, type[Options] | None, list[str]]:
     """Split arguments into the command's name, its options (None: a page is asked for), and the words left.
 
-    `mask make` is another name of `editing`. Raises InputError where there is no such command.
+    `mask make` is another name of `editing`, `status` of `runs`. Raises InputError where there is no such command.
 
     >>> command_of(["mask", "show", "masks/mine.safetensors"])
     ('mask show', MaskShowConfig, ['masks/mine.safetensors'])
@@ -135,14 +146,15 @@ def command_of(arguments: list[str]) -> tuple[str, type[Options] | None, list[st
         return "overview", None, rest
     if first == "--version":
         return "version", None, rest
-    name = command_named("command", first, COMMANDS)
-    if name != MaskConfig.command:
+    name = command_named("command", OTHER_NAMES.get(first, first), COMMANDS)
+    if name not in FAMILIES:
         return name, COMMANDS[name], rest
     first, *rest = rest or [""]
     if first in HELP | HELP_ALL:
         return name, None, rest
-    tool = command_named("mask command", first, ["make", *MASK_TOOLS])
-    return ("editing", RUN_CONFIGS["editing"], rest) if tool == "make" else (f"mask {tool}", MASK_TOOLS[tool], rest)
+    tools = tools_of(name)
+    tool = command_named(f"{name} command", first, tools)
+    return "editing" if tools[tool] is RUN_CONFIGS["editing"] else f"{name} {tool}", tools[tool], rest
 
 
 def command_named(what: str, word: str, known: Iterable[str]) -> str:
