@@ -54,6 +54,6 @@ def outcome() -> dict[str, object]:
             found[str(path)] = {k: v for k, v in summary.items() if k not in ("seconds", "evaluation_share")}
         elif path.suffix == ".safetensors":
             found[str(path)] = path.read_bytes()
-        elif path.is_file() and path.suffix not in (".yaml", ".json", ".md", ".png") and path.name != ".lock":
+        elif path.is_file() and path.suffix not in (".yaml", ".json", ".md", ".png", ".html") and path.name != ".lock":
             found[str(path)] = path.stat().st_size
     return found

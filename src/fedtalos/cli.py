@@ -232,7 +232,8 @@ def place_of(error: OSError) -> str:
     at = error.__traceback__
     while at is not None and at.tb_next is not None:
         at = at.tb_next
-    return "a file" if at is None else f"a file of {at.tb_frame.f_globals.get('__name__', 'unknown')}"
+    module = "" if at is None else at.tb_frame.f_globals.get("__name__", "")
+    return "standard output" if module == "rich.console" else f"a file of {module or 'an unknown module'}"
 
 
 def complain(console: Console, text: str) -> None:

@@ -167,7 +167,7 @@ def facts_from(kind: type[T], value: object, head: str, advice: str = "give anot
     Step(done=3, loss=0.5)
     """
     try:
-        content = json.dumps(value)
+        content = json.dumps(value, ensure_ascii=False).encode(errors="replace")  # of paths that are no characters
     except (TypeError, ValueError, RecursionError) as error:
         raise InputError(_sentence(head, str(error), advice)) from error
     return read_facts(kind, content, head, advice)
@@ -192,9 +192,26 @@ def read_table(
 
     >>> columns, rows = read_table(MetricsRow, Path("metrics.csv"), most_bytes=2**20, most_rows=1000, first="step")
     """
+    content = read_file(path, str(path), most=most_bytes, advice=advice)
+    return table_of(kind, content, path, most_rows=most_rows, first=first, expected=expected, advice=advice)
+
+
+def table_of(
+    kind: type[T],
+    content: bytes,
+    path: Path,
+    *,
+    most_rows: int,
+    first: str = "",
+    expected: str = "numbers within their limits",
+    advice: str = "make the run anew",
+) -> tuple[list[str], list[T]]:
+    """Read the content of a CSV file at ``path``; see ``read_table``.
+
+    >>> columns, rows = table_of(MetricsRow, content, Path("metrics.csv"), most_rows=1000, first="step")
+    """
     from pydantic import ValidationError
 
-    content = read_file(path, str(path), most=most_bytes, advice=advice)
     adapter, known = _adapter(kind), fields(kind)  # type: ignore[arg-type]
     needed = [field.name for field in known if field.default is MISSING]
     rows: list[T] = []

@@ -115,7 +115,7 @@ def locked(path: Path, *, wait: bool = False) -> Iterator[None]:
         lock = FileLock(path)
     with naming(path):
         try:
-            lock.acquire(timeout=-1 if wait else 0)
+            lock.acquire(timeout=-1 if wait else 0.1)  # is_locked holds it for an instant
         except NotImplementedError as error:  # older versions
             raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS)) from error
     try:
@@ -125,7 +125,7 @@ def locked(path: Path, *, wait: bool = False) -> Iterator[None]:
 
 
 def is_locked(path: Path) -> bool:
-    """Tell whether a process is within ``locked(path)``, without a right to write there, and without getting in its way.
+    """Tell whether a process is within ``locked(path)``, without writing there; it is looked at for an instant.
 
     >>> is_locked(Path("results/mine/.lock"))
     False

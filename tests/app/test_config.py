@@ -168,6 +168,12 @@ def test_every_command_is_a_module_that_main_calls_directly(command, monkeypatch
         "forget": ["done", "--task", "0"],
         "mask": ["show", "masks/m.safetensors"],
         "vector": ["show", "vectors/v.safetensors"],
+        "fleet": ["demo"],
+        "report": ["done"],
+        "predict": ["done", "cat.jpg"],
+        "explain": ["done", "cat.jpg"],
+        "export": ["done"],
+        "push": ["done", "--hub", "me/mine"],
     }
     main([command, *needs.get(command, [])])
     ((config, caller),) = called

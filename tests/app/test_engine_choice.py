@@ -40,7 +40,7 @@ class Foreign(Backbone):
 
 
 @pytest.mark.parametrize(
-    ("asked", "device", "work", "way"),
+    ("asked", "kind", "work", "way"),
     [
         ("auto", "cpu", 9e99, "off"),
         ("auto", "mps", 9e99, "off"),
@@ -53,10 +53,10 @@ class Foreign(Backbone):
         ("off", "cuda", 9e99, "off"),
     ],
 )
-def test_the_way_follows_from_device_and_work(vit, asked, device, work, way):
+def test_the_way_follows_from_device_and_work(vit, asked, kind, work, way):
     noted()
-    assert way_of(asked, vit, device, work) == way
-    assert bool(noted()) == ((asked, device) == ("graph", "cpu"))
+    assert way_of(asked, vit, kind, work) == way
+    assert bool(noted()) == ((asked, kind) == ("graph", "cpu"))
 
 
 @pytest.mark.parametrize(

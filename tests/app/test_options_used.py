@@ -81,6 +81,7 @@ def hindering(command: str, option: str) -> dict[str, object]:
     return {
         "save_vector": {"tasks": 2},
         "weights": {"checkpoint": "a"},
+        "num_clients": {"partition": "given"} | ({"calibration": "federated"} if command == "editing" else {}),
         "local_steps": {"local_epochs": 1},
         "final_rate": {"schedule": "step"},
     }.get(option, {"criterion": "random"} if ("criterion", USED_WHEN[option][0][1]) == USED_WHEN[option][0] else {})

@@ -180,12 +180,12 @@ def test_a_sweeps_folder_is_plotted_as_the_sweep_does(monkeypatch, capsys):
     Path("configs").mkdir()
     Path("configs/experiment_configs.yaml").write_text(yaml.safe_dump({"g": GRID}))
     main(["sweep", "g", "--device", "cpu", "--seeds", "3"])
-    drawn = {path.name: path.read_bytes() for path in Path("plots/g").iterdir()}
+    drawn = {path.name: path.read_bytes() for path in Path("plots/g").glob("*.png")}
     assert drawn.keys() == {"accuracy_by_epoch.png"}  # two final figures are no picture
     for words in (["g"], ["results/g"], ["results/g", "--name", "again"]):
         main(["plot", *words])
     for folder in ("g", "again"):
-        assert {path.name: path.read_bytes() for path in Path("plots", folder).iterdir()} == drawn
+        assert {path.name: path.read_bytes() for path in Path("plots", folder).glob("*.png")} == drawn
     assert "results/g is of a sweep, whose figures are its own" in refused(["plot", "g", "g-head-s3"], capsys)
     Path("configs/experiment_configs.yaml").unlink()
     assert "no 'g' in " in refused(["plot", "g"], capsys)

@@ -165,6 +165,28 @@ def test_what_killed_runs_left_is_removed_when_it_is_old(photos, cache):
     assert new.exists()
 
 
+def test_what_a_killed_run_left_of_the_same_images_is_removed_at_once(photos, cache):
+    read(photos, cache)
+    (entry,) = kept(cache)
+    entry.unlink()
+    left, others = (write(cache / "images" / f".{name}.1.part") for name in (entry.name, f"my_{entry.name}"))
+    read(photos, cache)
+    assert not left.exists()
+    assert others.exists()
+    assert kept(cache) == [entry]
+
+
+def test_where_nothing_can_be_locked_nothing_is_removed_and_nobody_waits(photos, cache, monkeypatch):
+    fcntl = pytest.importorskip("fcntl")
+    read(photos, cache)
+    (entry,) = kept(cache)
+    entry.unlink()
+    left = write(cache / "images" / f".{entry.name}.1.part")
+    monkeypatch.setattr(fcntl, "flock", lambda *_: (_ for _ in ()).throw(OSError(38, "Function not implemented")))
+    assert len(read(photos, cache).train) == 6
+    assert left.exists()
+
+
 def test_runs_that_start_together_decode_once(photos, cache, monkeypatch):
     calls, together = [], threading.Barrier(3)
     decode = folder_decoding.decode_image

@@ -60,8 +60,9 @@ def test_nothing_that_is_read_is_run():
     run = {"eval", "exec", "compile", "os.system", "os.popen", "yaml.load", "yaml.unsafe_load", "yaml.full_load"}
     assert [(file, name) for file, name, _ in calls() if name in run] == []
     assert not [file for file, _, call in calls() if option(call, "shell") or option(call, "trust_remote_code")]
-    # git, for the commit; workers are started by torch (app/run/launch.py)
-    assert imported()["subprocess"] == {"fedtalos/app/run/recorder.py"}
+    # git, for the commit; Flower's own programs. Workers are started by torch (app/run/launch.py)
+    flower = {"fedtalos/fleet/commands.py", "fedtalos/fleet/processes.py"}
+    assert imported()["subprocess"] == {"fedtalos/app/run/recorder.py", *flower}
     loaders = {name for _, name, _ in calls() if name.startswith("yaml.") and "Loader" in name}
     assert loaders == {"yaml.SafeLoader"}
 
@@ -69,7 +70,7 @@ def test_nothing_that_is_read_is_run():
 def test_every_address_is_https():
     addresses = {address for text in SOURCES.values() for address in re.findall(r"\w+://[^\s\"')]+", text)}
     assert "https://www.cs.toronto.edu/~kriz/" in addresses
-    local = {address for address in addresses if re.match(r"(tcp|file)://", address)}  # processes that find each other
+    local = {address for address in addresses if re.match(r"(tcp|file|sqlite)://", address)}  # on this machine
     assert [address for address in addresses - local if not address.startswith("https://")] == []
 
 

@@ -230,7 +230,7 @@ def test_the_papers_eligible_entries_are_what_the_released_code_ranks(vit):
 def held(labels) -> LabelledImages:
     """Twelve stored images of 8 px."""
     pixels = torch.randint(0, 256, (12, 3, 8, 8), generator=torch_generator(0, "pixels"), dtype=torch.uint8)
-    return LabelledImages(pixels, labels)
+    return LabelledImages(pixels.to(labels.device), labels)
 
 
 @pytest.fixture

@@ -223,7 +223,7 @@ def test_activation_bytes_grow_with_the_images(vit):
 
 def test_labels_are_drawn_by_the_images_id_whoever_holds_it(vit, labels):
     pixels = torch.arange(12 * 3 * 64).view(12, 3, 8, 8).remainder(256).to(torch.uint8)
-    images = LabelledImages(pixels, labels)
+    images = LabelledImages(pixels.to(labels.device), labels)
     (x, y, all_uniforms), *others = scored_batches(vit, images, samples=2, seed=3, number=4)
     assert not others
     assert (x.shape, x.dtype) == ((12, 3, 8, 8), torch.float32)

@@ -68,10 +68,10 @@ def test_scores_are_strict_unless_bf16_is_named(precision, inside, vit, images, 
     found = []
 
     def batches():
-        found.append((switches()[0], torch.is_autocast_enabled("cpu")))
+        found.append((switches()[0], torch.is_autocast_enabled(labels.device.type)))
         yield images, labels, torch.zeros(12, 1)
 
-    with autocast(torch.device("cpu"), "bf16"):
+    with autocast(labels.device, "bf16"):
         fisher_scores(vit, batches(), eligible_entries(vit).masks, precision=precision)
     assert found == [(inside, False)]
     assert switches()[0] == "tf32"
@@ -81,7 +81,7 @@ def test_scores_are_strict_unless_bf16_is_named(precision, inside, vit, images, 
 def test_scores_are_the_same_bits_under_autocast(mode, vit, images, labels):
     score = partial(fisher_scores, vit, [(images, labels, torch.full((12, 1), 0.5))], eligible_entries(vit).masks)
     plain = score(mode=mode)
-    with autocast(torch.device("cpu"), "bf16"):
+    with autocast(labels.device, "bf16"):
         surrounded = score(mode=mode)
     assert all(torch.equal(plain[name], surrounded[name]) for name in plain)
 
@@ -89,9 +89,9 @@ def test_scores_are_the_same_bits_under_autocast(mode, vit, images, labels):
 def test_a_notebooks_mask_is_the_same_under_autocast(vit, labels):
     vit.head_source = "ridge"
     pixels = torch.randint(0, 256, (12, 3, 8, 8), generator=torch_generator(0, "pixels"), dtype=torch.uint8)
-    held = LabelledImages(pixels, labels)
+    held = LabelledImages(pixels.to(labels.device), labels)
     plain = talos_mask(vit, held, density=0.2, iterations=2)
-    with autocast(torch.device("cpu"), "bf16"):
+    with autocast(labels.device, "bf16"):
         surrounded = talos_mask(vit, held, density=0.2, iterations=2)
     assert all(torch.equal(plain[name], surrounded[name]) for name in plain)
     named = talos_mask(vit, held, density=0.2, iterations=2, precision="bf16")

@@ -280,7 +280,7 @@ def half(vit):
     scattered = torch.rand(vit.blocks[4].mlp.fc1.weight.shape, generator=torch.Generator().manual_seed(0)) < 0.3
     return {
         "blocks.2.attn.qkv.weight": rows,
-        "blocks.4.mlp.fc1.weight": scattered,
+        "blocks.4.mlp.fc1.weight": scattered.to(rows.device),
         "head.bias": torch.ones_like(vit.head.bias, dtype=torch.bool),
     }
 

@@ -268,8 +268,8 @@ def test_each_fact_of_a_mask_in_turn_is_something_else(tmp_path):
     content = a_mask(tmp_path).read_bytes()
     assert read_mask_file(tmp_path / "m.safetensors")[1].active == 18
     header = json.loads(facts.header_of(content, "fedtalos_mask"))
-    for at in places(header)[1:]:
-        for value in HOSTILE:
+    for number, at in enumerate(places(header)[1:]):
+        for value in HOSTILE[number % 4 :: 4]:  # all of them would take seconds
 
             def change(said: dict[str, Any], _: object, at: Any = at, value: object = value) -> None:
                 said.update(with_value(said, at, value))

@@ -9,7 +9,7 @@ from fedtalos.training.entries import Entries, Values, all_finite, named_tensors
 
 def random_masks(vit, share=0.3):
     draw = torch_generator(1, "masks")
-    return {name: torch.rand(p.shape, generator=draw) < share for name, p in vit.named_parameters()}
+    return {name: (torch.rand(p.shape, generator=draw) < share).to(p.device) for name, p in vit.named_parameters()}
 
 
 def test_all_true_equals_parameters_to_vector(vit):

@@ -78,6 +78,8 @@ def test_gradients_are_adjusted_before_they_are_clipped(vit, images, labels):
 
 
 def test_a_loss_that_is_not_finite_stops_before_the_step(vit, images, labels):
+    if images.device.type != "cpu":
+        pytest.skip("elsewhere it is seen within CHECK_EVERY steps")
     moving = MaskedParameters(vit)
     before = [p.detach().clone() for p in vit.parameters()]
     with pytest.raises(BadUpdateError, match=r"local step 1, learning rate 0\.1"):

@@ -23,7 +23,7 @@ def training_facts(trained: TrainedRun) -> dict[str, str]:
     made_by = trained.record.get("made_by")
     federated = trained.command == "federated"
     facts = {
-        "images": f"{options.get('dataset', 'unknown')}; seed of the split {options.get('split_seed', 'unknown')}",
+        "images": f"{data_set(trained)}; seed of the split {options.get('split_seed', 'unknown')}",
         "weights at the start": _without_path(weights_at_start(trained)),
         "epochs" if not federated else "rounds": str(progress.get("done", "unknown")),
     }
@@ -37,17 +37,27 @@ def training_facts(trained: TrainedRun) -> dict[str, str]:
             "local steps": str(options.get("local_steps")),
             "sent by all clients": f"{(_number(progress, 'bytes_down') + _number(progress, 'bytes_up')) / 1e6:,.0f} MB",
         }
+        facts["differential privacy"] = _privacy(options)
         if options.get("local_epochs") is not None:
             facts["local steps"] = f"{options['local_epochs']} epochs"
     facts |= {
         "optimiser": f"{options.get('optimizer')}, learning rate {options.get('learning_rate')}, batches of "
         f"{options.get('batch_size')}",
         "what moved": _mask(trained),
-        "differential privacy": _privacy(options),
         "seed": str(options.get("seed", "unknown")),
         "commit of fedtalos": str(made_by.get("commit") if isinstance(made_by, Mapping) else None),
     }
     return facts
+
+
+def data_set(trained: TrainedRun) -> str:
+    """Name of the data set that the run was trained on, without folders of this machine.
+
+    >>> data_set(trained)
+    'cifar100'
+    """
+    name = str(trained.options.get("dataset", "unknown"))
+    return name if name.startswith("hf:") else _without_path(name)
 
 
 def _mask(trained: TrainedRun) -> str:

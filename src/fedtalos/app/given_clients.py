@@ -35,7 +35,8 @@ def count_given_clients(config: ConfigT, data: Dataset) -> ConfigT:
 
 def _given_split(config: Config) -> SplitOptions | None:
     """The options of the split, where it is to be the data's own; None where another one, or none, is asked for."""
-    by_clients = isinstance(config, EditingConfig) and config.editing.calibration == "federated"
-    if (by_clients or isinstance(config, FederatedConfig)) and config.split.partition == "given":
-        return config.split
-    return None
+    if not isinstance(config, FederatedConfig | EditingConfig) or config.split.partition != "given":
+        return None
+    if isinstance(config, EditingConfig) and config.editing.calibration != "federated":
+        return None
+    return config.split

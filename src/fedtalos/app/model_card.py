@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from fedtalos._version import __version__
-from fedtalos.app.card_facts import plain, rows, training_facts, weights_at_start
+from fedtalos.app.card_facts import data_set, plain, rows, training_facts, weights_at_start
 from fedtalos.app.trained import TrainedRun
 from fedtalos.errors import InputError, shown
 from fedtalos.metrics import wilson
@@ -111,15 +111,15 @@ def _fields(trained: TrainedRun, format: str, license: str | None) -> str:
     """The hub's fields, as YAML that huggingface_hub itself writes."""
     from huggingface_hub import EvalResult, ModelCardData
 
-    data_set, results = str(trained.options.get("dataset", "unknown")), None
-    on_hub = ON_THE_HUB.get(data_set) or (data_set.removeprefix("hf:") if data_set.startswith("hf:") else None)
+    name, results = data_set(trained), None
+    on_hub = ON_THE_HUB.get(name) or (name.removeprefix("hf:") if name.startswith("hf:") else None)
     if (accuracy := test_accuracy(trained)) is not None:
         share, images = accuracy
         results = [
             EvalResult(
                 task_type="image-classification",
-                dataset_type=on_hub or data_set,
-                dataset_name=data_set,
+                dataset_type=on_hub or name,
+                dataset_name=name,
                 dataset_split="test",
                 metric_type="accuracy",
                 metric_value=round(share, 4),
@@ -200,6 +200,6 @@ def _limits(trained: TrainedRun, license: str | None) -> str:
     asked = "" if license else "- No licence was given. Ask its owner before you use it.\n"
     return (
         "- It names one of its classes whatever an image shows, and its probabilities are not calibrated.\n"
-        f"- It was tried on images of {plain(str(trained.options.get('dataset', 'its data set')))} alone.\n"
+        f"- It was tried on images of {plain(data_set(trained))} alone.\n"
         f"{asked}- The licences of the weights at the start and of the images hold, too.\n"
     )

@@ -67,7 +67,7 @@ def stacked_batches(
     """
     device, height = images.pixels.device, images.pixels.shape[-2]
     draws: Iterable[Draw] = _draws(indices, rngs, steps, batch_size, augmentation, height)
-    if device.type == "cuda":
+    if device.type != "cpu":
         draws = sent_at_once(draws, device)
     for chosen, *crops in islice(draws, first, None):
         pixels = images.pixels[chosen.flatten()]

@@ -24,6 +24,7 @@ RETRIES = 3
 TIMEOUT = (10, 60)  # seconds to connect, seconds without a byte
 CHUNK = 2**18  # bytes
 LARGEST = 2**28  # bytes unpacked; the archives hold 187 million
+TIMES, MORE = 100, 2**24  # bytes unpacked of one, and beyond that; images hardly shrink when they are packed
 MOST_MEMBERS = 1000  # files in an archive; ours hold nine
 
 
@@ -99,16 +100,17 @@ def _append(response: requests.Response, part: Path, bar: Bar) -> None:
 
 
 class _Unpacked:
-    """Unpacked bytes of an archive, as a stream of LARGEST at most."""
+    """Unpacked bytes of an archive, as a stream: LARGEST at most, and not out of proportion to its size."""
 
     def __init__(self, archive: Path, stream: gzip.GzipFile) -> None:
-        self._archive, self._stream, self._left = archive, stream, LARGEST
+        self._archive, self._stream = archive, stream
+        self._most = self._left = min(LARGEST, TIMES * archive.stat().st_size + MORE)
 
     def read(self, size: int) -> bytes:
         content = self._stream.read(min(size, self._left + 1))
         self._left -= len(content)
         if self._left < 0:
-            raise InputError(f"{self._archive} holds more than {LARGEST} bytes: replace it by the original")
+            raise InputError(f"{self._archive} holds more than {self._most} bytes: replace it by the original")
         return content
 
 

@@ -13,7 +13,7 @@ from fedtalos.data.folder_cache import Entry, cache_folder, source_name
 from fedtalos.data.folder_decoding import DecodedFolder, decode_folder
 from fedtalos.data.folder_layout import Layout, split_of
 from fedtalos.data.image_files import can_read
-from fedtalos.data.image_folder import RECIPE, kept_or_decoded
+from fedtalos.data.image_folder import RECIPE, check_image_size, kept_or_decoded
 from fedtalos.data.images import Published
 from fedtalos.data.named_clients import number_clients
 from fedtalos.errors import InputError, install
@@ -44,8 +44,7 @@ def read_hub_dataset(name: str, image_size: int, bar: Bar = silent, *, cache_dir
 
     >>> photos = read_hub_dataset("hf:flwrlabs/femnist", image_size=28)
     """
-    if image_size < 1:
-        raise InputError(f"image_size {image_size}: expected at least 1 pixel")
+    check_image_size(image_size)
     said: dict[str, str] = {}
     splits = _labelled(name, _opened(name), said)
     columns = _columns(name, splits["train"].features, said)

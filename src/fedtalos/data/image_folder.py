@@ -38,7 +38,17 @@ def read_image_folder(folder: Path, image_size: int, bar: Bar = silent, *, cache
     >>> photos.classes, len(photos.train)
     (('cat', 'dog'), 140)
     """
+    check_image_size(image_size)
     return read_layout(find_layout(folder), image_size, bar, cache_dir=cache_dir)
+
+
+def check_image_size(image_size: int) -> None:
+    """Refuse images without pixels, with an InputError.
+
+    >>> check_image_size(224)
+    """
+    if image_size < 1:
+        raise InputError(f"image_size {image_size}: expected at least 1 pixel")
 
 
 def read_layout(layout: Layout, image_size: int, bar: Bar = silent, *, cache_dir: Path | None = None) -> Published:
@@ -46,8 +56,7 @@ def read_layout(layout: Layout, image_size: int, bar: Bar = silent, *, cache_dir
 
     >>> photos = read_layout(find_layout(Path("photos")), image_size=224)
     """
-    if image_size < 1:
-        raise InputError(f"image_size {image_size}: expected at least 1 pixel")
+    check_image_size(image_size)
     entry = _entry(layout, image_size, cache_folder(cache_dir))
     return kept_or_decoded(entry, image_size, lambda: decode_folder(layout, image_size, bar), layout.said, bar)
 

@@ -66,8 +66,8 @@ def run(config: FederatedConfig, console: Console) -> None:
         config, local, total = loaded.config, local_training(loaded.config), config.federation.num_rounds
         with Session(loaded, paths, console, unit="round", total=total, rate=local.rate) as session:
             session.introduce(moving, clients, algorithm)
-            write_split(paths.results, clients, loaded.data.classes)
             algorithm.state |= session.restored(ALGORITHM, len(moving))
+            write_split(paths.results, clients, loaded.data.classes)
             session.state = lambda: {f"{ALGORITHM}{name}": tensor for name, tensor in algorithm.state.items()}
             if session.fresh:
                 fit_first_head(session, moving, clients, partial(rounds_of_the_head, loaded, clients))

@@ -23,6 +23,8 @@ from fedtalos.fleet.processes import Child, by_hand, environment, flower, progra
 
 STARTUP = 60.0
 """Seconds within which a SuperLink listens."""
+TRIES, REFUSED, PAUSE = 5, 60.0, 5.0
+"""A node is refused where it ends so often in a row within so many seconds; between two starts it waits."""
 ANSWER = 30.0
 """Seconds within which one of Flower's commands ends; without a server they try on for ever."""
 
@@ -104,15 +106,35 @@ def join(options: FleetNodeConfig, console: Console) -> None:
     node = Node(options, state)
     words = node_words(place, options)
     say(console, by_hand(words))
-    with Desk() as desk, Child(words, environment(state / ".flwr", desk.environment)) as child:
-        threading.Thread(target=_end_with, args=(child, desk), daemon=True).start()
-        desk.serve(node)
-    raise TrainingError(f"fleet node: Flower's SuperNode ended by itself, with status {child.process.returncode}")
+    stopped = threading.Event()
+    with Desk() as desk:
+        known = environment(state / ".flwr", desk.environment)
+        beside = threading.Thread(target=_keep_running, args=(words, known, desk, stopped))
+        beside.start()
+        try:
+            desk.serve(node)
+        finally:
+            stopped.set()
+            beside.join()
+    raise TrainingError(
+        f"fleet node: the server at {options.server or place.address} refuses this node; "
+        f"is keys/client_{options.client} the key that the server was told of?"
+    )
 
 
-def _end_with(child: Child, desk: Desk) -> None:
-    """Close the desk when Flower's node ends."""
-    child.process.wait()
+def _keep_running(words: list[str], known: dict[str, str], desk: Desk, stopped: threading.Event) -> None:
+    """Run Flower's node until ``stopped``, and start it anew where it ends; close the desk where it ends at once.
+
+    It ends when a server that was started again does not know it any more, and has to introduce itself anew.
+    """
+    refused = 0
+    while not stopped.is_set() and refused < TRIES:
+        start = time.monotonic()
+        with Child(words, known) as child:
+            while child.running and not stopped.wait(0.2):
+                pass
+        refused = refused + 1 if time.monotonic() - start < REFUSED else 0
+        stopped.wait(PAUSE)
     desk.close()
 
 
@@ -162,15 +184,18 @@ def submit(options: FleetRunConfig, console: Console) -> None:
     answer = json.loads(call([*words, "--format", "json"], home))
     if not answer.get("success"):
         raise TrainingError(f"fleet run: Flower did not take the run: {answer}")
-    follow(str(answer["run-id"]), home)
+    follow(str(answer["run-id"]), place, home)
 
 
-def follow(run: str, home: Path) -> None:
+def follow(run: str, place: Place, home: Path) -> None:
     """Show what a run prints until it has ended; TrainingError where it failed, and stop it where this is stopped."""
     ended = False
     try:
         with Child(flower("log", run, "fleet", "--stream"), environment(home)) as log:
-            log.wait()
+            while log.running:
+                safe_point()
+                check_reachable(place)
+                time.sleep(1)
         while (status := status_of(run, home)).partition(":")[0] != "finished":
             safe_point()
             time.sleep(1)
@@ -181,6 +206,17 @@ def follow(run: str, home: Path) -> None:
                 call(flower("stop", run, "fleet"), home)
     if status != "finished:completed":
         raise TrainingError(f"fleet run: the run ended as {status}; what it printed says why")
+
+
+def check_reachable(place: Place, tries: int = 5) -> None:
+    """TrainingError where nobody listens at the server's port any more: Flower would try on for long."""
+    for _ in range(tries):
+        try:
+            with socket.create_connection(("127.0.0.1", place.port), timeout=10):
+                return
+        except OSError:
+            time.sleep(1)
+    raise TrainingError("fleet run: the server is gone; start it again, and go on with --resume")
 
 
 def status_of(run: str, home: Path) -> str:

@@ -143,6 +143,8 @@ def make_place(options: FleetInitConfig) -> Place:
     if folder.exists() and any(folder.iterdir()):
         raise InputError(f"{folder} exists: move it away, or choose another")
     values = from_file(options.config, "federated")
+    if values.get("partition") == "given":
+        raise InputError(f"{options.config}: partition given: the nodes are the clients; take another, or leave it out")
     if values.get("num_clients") is None:
         raise InputError(f"{options.config}: expected num_clients, the number of nodes")
     config = override(FederatedConfig(), values, str(options.config))

@@ -171,8 +171,8 @@ class FeatureCache:
 def _mapped(folder: Path, size: int) -> Tensor:
     """float32 values in ``size`` bytes of a file in ``folder`` that has no name, so that nothing of it can stay.
 
-    Raises OSError, which names folder and size, where there is no room: a disk that fills up under a mapped file would kill
-    the process, without a word.
+    Raises OSError, which names folder and size, where there is no room: a disk that fills up under a mapped file would
+    kill the process, without a word.
     """
     if size == 0:
         return torch.empty(0)

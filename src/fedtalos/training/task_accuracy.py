@@ -58,7 +58,8 @@ def accuracy_of_head(head: Head, features: Tensor, labels: Tensor, groups: Group
     def by_task(chosen: Tensor) -> Floats:
         counts = torch.bincount(group[labels][counted], minlength=len(groups)).numpy()
         right = torch.bincount(group[labels][counted & (chosen == labels)], minlength=len(groups)).numpy()
-        return np.divide(right, counts, out=np.full(len(groups), np.nan), where=counts > 0)
+        shares: Floats = np.divide(right, counts, out=np.full(len(groups), np.nan), where=counts > 0)
+        return shares
 
     return TaskAccuracy(by_task(logits.argmax(1)), by_task(logits.masked_fill(~own, -torch.inf).argmax(1)))
 

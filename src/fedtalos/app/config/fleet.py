@@ -10,7 +10,7 @@ from fedtalos.app.config.dataset import Dataset
 from fedtalos.app.config.options import Options, unset
 
 Work = Literal["train", "evaluate", "head"]
-"""What a server may ask of a node."""
+"""Work that a server may ask of a node."""
 Wire = Literal["float32", "float16", "bfloat16", "int8"]
 Folder = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="DIR")]
 PORT = 8000
@@ -51,7 +51,7 @@ class FleetNodeConfig(Options):
 
     folder: Folder = Field(description="the fleet's folder, or a copy of its ca.crt, fleet.yaml and this node's key")
     client: int = Field(ge=0, description="number of the client that this node is, from 0")
-    dataset: Dataset = Field(description="data set that the node admits: cifar100, cifar10, digits or folder")
+    dataset: Dataset = Field(description="data set that the node admits: one of those of `federated`")
     data_dir: Path = Field(Path("data"), description="where its images are")
     holds: Literal["all", "part"] = Field(
         "all",

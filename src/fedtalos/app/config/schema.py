@@ -61,8 +61,8 @@ class RunOptions(Options):
     )
     compile: Literal["auto", "on", "graph", "off"] = Field(
         "auto",
-        description="steps as CUDA graphs (graph), through torch.compile too (on), or as they stand (off); auto: graph on "
-        "cuda, and on where the run is long enough to pay for compiling; off elsewhere",
+        description="steps as CUDA graphs (graph), through torch.compile too (on), or as they stand (off); auto: graph "
+        "on cuda, and on where the run is long enough to pay for compiling; off elsewhere",
     )
     threads: Annotated[int | None, unset("N", "all cores, shared among the workers")] = Field(
         None, ge=1, le=1024, description="CPU threads of each process; another number changes the last bits of results"
@@ -78,7 +78,7 @@ class RunOptions(Options):
 
     @property
     def steps(self) -> Compile:
-        """How steps run once that is settled; auto counts as off."""
+        """Tell how steps run once that is settled; auto counts as off."""
         return "off" if self.compile == "auto" else self.compile
 
 

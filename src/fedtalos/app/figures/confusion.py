@@ -66,7 +66,7 @@ def _bars(axes: Axes, mistakes: Sequence[tuple[str, int]]) -> None:
     axes.barh(at, [count for _, count in mistakes], color=COLOURS[1], height=0.7)
     axes.set_yticks(at, labels=[label for label, _ in mistakes], fontsize=8, parse_math=False)
     axes.invert_yaxis()
-    axes.set(xlabel="images", title="true > answer")
+    axes.set(xlabel="images", title="most frequent: true > answer")
     axes.title.set_fontsize(10)
     axes.xaxis.set_major_locator(whole_numbers(5))
     plain(axes)

@@ -9,6 +9,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
+from PIL import Image
 
 from fedtalos.app.figures.style import drawable, new_figure
 
@@ -28,8 +29,12 @@ class Explained:
 
 
 def explanation(explained: Explained) -> Figure:
-    """Draw the photo, attention rollout and Grad-CAM side by side, each map on a scale of its own from 0."""
-    figure = new_figure(3.3)
+    """Draw the photo, attention rollout and Grad-CAM side by side, each map on a scale of its own.
+
+    Rollout's goes from its least patch to its greatest, since shares of attention lie close together.
+    Grad-CAM's begins at 0.
+    """
+    figure = new_figure(3.15)
     photo, rollout, cam = figure.subplots(1, 3)
     for axes, title in (
         (photo, explained.name),
@@ -39,30 +44,20 @@ def explanation(explained: Explained) -> Figure:
         axes.set_axis_off()
         axes.set_title(drawable(_short(title)), fontsize=10, parse_math=False)
     photo.imshow(explained.pixels)
-    _over(rollout, explained.pixels, explained.rollout)
-    _over(cam, explained.pixels, explained.cam)
+    _over(rollout, explained.pixels, explained.rollout, least=float(explained.rollout.min()))
+    _over(cam, explained.pixels, explained.cam, least=0.0)
     if not explained.cam.any():
         cam.text(0.5, 0.04, "no patch speaks for it", transform=cam.transAxes, ha="center", color="white")
     return figure
 
 
-def _over(axes: Axes, pixels: NDArray[np.uint8], values: NDArray[np.float32]) -> None:
-    """Lay a map over the photo in grey: the strongest patch is yellow, and one of 0 is dark."""
-    side = len(pixels)
-    grey = np.repeat(pixels.mean(2, keepdims=True) / 255, 3, axis=2)
-    axes.imshow(grey)
-    strongest = max(float(values.max()), 1e-12)
-    extent = (-0.5, side - 0.5, side - 0.5, -0.5)
-    scaled = values / strongest
-    axes.imshow(
-        scaled,
-        cmap="inferno",
-        vmin=0,
-        vmax=1,
-        alpha=0.75 * np.clip(scaled, 0.25, 1),
-        extent=extent,
-        interpolation="bilinear",
-    )
+def _over(axes: Axes, pixels: NDArray[np.uint8], values: NDArray[np.float32], least: float) -> None:
+    """Lay a map over the photo in grey: the strongest patch is yellow; up to ``least``, the photo stays grey."""
+    span = max(float(values.max()) - least, 1e-12)
+    scaled = Image.fromarray(((values - least) / span).astype(np.float32))
+    smooth = np.asarray(scaled.resize(pixels.shape[1::-1], Image.Resampling.BICUBIC)).clip(0, 1)
+    axes.imshow(pixels.mean(2), cmap="gray", vmin=0, vmax=255)
+    axes.imshow(smooth, cmap="inferno", vmin=0, vmax=1, alpha=0.8 * np.sqrt(smooth))
 
 
 def _short(title: str, most: int = 34) -> str:

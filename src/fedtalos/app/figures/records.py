@@ -4,50 +4,18 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
-
-from annotated_types import Interval
 
 from fedtalos.app.figures.style import drawable
 from fedtalos.app.run.books import MOST_ROWS as EDIT_ROWS
 from fedtalos.app.run.books import ReportRow
+from fedtalos.app.run.recorder import MOST_BYTES, MOST_ROWS, MetricsLine
 from fedtalos.errors import InputError, shown
-from fedtalos.facts import read_table, table_schema
+from fedtalos.facts import read_table
 from fedtalos.training.editing.describe import DensityRow
 
-LARGEST = 1e18
-"""Largest number that is drawn; the axes fail beyond it."""
-
 _STEP_NAMES = ("round", "epoch")
-MOST_BYTES, MOST_ROWS = 2**26, 200_000
-"""Size of a table that is drawn: of 100 000 rounds that are validated each time."""
 MOST_ITERATIONS = 1000
 """Iterations of an edit that are drawn."""
-
-
-Cell = Annotated[float, Interval(ge=-LARGEST, le=LARGEST)] | Literal["", "nan"]
-"""A number, or nothing where it is not known."""
-
-
-@table_schema
-@dataclass(frozen=True)
-class _MetricsLine:
-    """Columns of metrics.csv that are drawn."""
-
-    step: Annotated[int, Interval(ge=0, lt=int(LARGEST))]
-    split: Literal["train", "val", "test"]
-    loss: Cell
-    accuracy: Cell
-    bytes_down: Cell
-    bytes_up: Cell
-    examples: Annotated[int, Interval(ge=0, lt=int(LARGEST))] | Literal[""] = ""
-
-    def row(self) -> "Row":
-        loss, accuracy, down, up = (
-            math.nan if isinstance(cell, str) else cell
-            for cell in (self.loss, self.accuracy, self.bytes_down, self.bytes_up)
-        )
-        return Row(self.step, self.split, loss, accuracy, (down + up) / 1e6, self.examples or 0)
 
 
 @dataclass(frozen=True)
@@ -103,15 +71,23 @@ def read_history(run_dir: Path) -> History:
             f"run {run_dir}: expected a run's folder, found no metrics.csv in it; "
             "give a folder under results/ that `fedtalos centralized` or `fedtalos federated` made"
         )
-    columns, lines = read_table(_MetricsLine, path, most_bytes=MOST_BYTES, most_rows=MOST_ROWS, first="step")
+    columns, lines = read_table(MetricsLine, path, most_bytes=MOST_BYTES, most_rows=MOST_ROWS, first="step")
     if (step_name := columns[0]) not in _STEP_NAMES:
         raise InputError(
             f"{path}: expected the columns round or epoch, split ..., got {shown(step_name)} first; make the run anew"
         )
-    rows = [line.row() for line in lines]
+    rows = [_row(line) for line in lines]
     if not any(math.isfinite(row.accuracy) for row in rows):
         raise InputError(f"{path}: holds no accuracy yet; wait for the run's first evaluation or make the run anew")
     return History(drawable(run_dir.resolve().name), step_name, rows)
+
+
+def _row(line: MetricsLine) -> Row:
+    loss, accuracy, down, up = (
+        math.nan if isinstance(cell, str) else cell
+        for cell in (line.loss, line.accuracy, line.bytes_down, line.bytes_up)
+    )
+    return Row(line.step, line.split, loss, accuracy, (down + up) / 1e6, line.examples or 0)
 
 
 def read_report(run_dir: Path) -> dict[int, list[DensityRow]]:

@@ -1,4 +1,4 @@
-"""What a report shows, gathered from what runs left behind: figures, curves, splits, masks, options."""
+"""Contents of a report, gathered from what runs left behind: figures, curves, splits, masks, options."""
 
 import csv
 import io
@@ -230,7 +230,7 @@ class Report:
     title: str
     methods: Sequence[Method]
     axes: Mapping[str, Sequence[str]]
-    """Of a grid: its axes, and the values on each."""
+    """Axes of a grid, and the values on each."""
     classes: Classes | None = None
 
     @property

@@ -96,7 +96,7 @@ def clean_up(paths: RunPaths) -> None:
     for folder in (paths.results, paths.checkpoints, paths.plots):
         remove_leftovers(folder)
     remove_leftovers(paths.mask.parent, {paths.mask.name, paths.head.name}.__contains__)
-    vector = re.compile(rf"{re.escape(paths.name)}\.(task|client)[0-9]+\.safetensors")
+    vector = re.compile(rf"{re.escape(paths.name)}(\.(task|client)[0-9]+)?\.safetensors")
     remove_leftovers(paths.root / "vectors", lambda name: vector.fullmatch(name) is not None)
     for name in ("last", "best"):
         remove_replaced(paths.checkpoints, name)

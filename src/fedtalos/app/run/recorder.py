@@ -8,22 +8,26 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import yaml
+from annotated_types import Interval
 
 from fedtalos._version import __version__
 from fedtalos.app.run.trackers import Tracker
-from fedtalos.errors import InputError
-from fedtalos.facts import read_file
+from fedtalos.errors import InputError, printable
+from fedtalos.facts import read_file, table_of, table_schema
 from fedtalos.files import naming, write_atomic
 from fedtalos.metrics import Metrics
 
-MOST_BYTES = 2**26
-"""Bytes of a metrics.csv that is gone on with: of 500 000 rows."""
+MOST_BYTES, MOST_ROWS = 2**26, 200_000
+"""Size of a metrics.csv that is read again: of 100 000 rounds that are validated each time."""
+LARGEST = 1e18
+"""Largest number in it; axes of figures fail beyond."""
 COLUMNS = ("split", "loss", "accuracy", "examples", "learning_rate", "bytes_down", "bytes_up", "seconds")
 
 
@@ -69,18 +73,37 @@ def write_csv(path: Path, rows: list[dict[str, Any]]) -> None:
 
 
 def inert(cell: object) -> object:
-    """Put a quote before text that a spreadsheet would take for a formula; numbers stay.
+    """Put a quote before text that a spreadsheet would take for a formula, and spell out control characters.
 
     >>> inert("=2+3"), inert("-0.5")
     ("'=2+3", '-0.5')
     """
-    if not isinstance(cell, str) or not cell.startswith(("=", "+", "-", "@", "\t", "\r")):
+    if not isinstance(cell, str):
         return cell
+    text = printable(cell)
     try:
-        float(cell)
+        float(text)
     except ValueError:
-        return f"'{cell}"
-    return cell
+        return f"'{text}" if text.startswith(("=", "+", "-", "@")) else text
+    return text
+
+
+Cell = Annotated[float, Interval(ge=-LARGEST, le=LARGEST)] | Literal["", "nan"]
+"""A number, or nothing where it is not known."""
+
+
+@table_schema
+@dataclass(frozen=True)
+class MetricsLine:
+    """A row of metrics.csv: the columns that are read again."""
+
+    step: Annotated[int, Interval(ge=0, lt=int(LARGEST))]
+    split: Literal["train", "val", "test"]
+    loss: Cell
+    accuracy: Cell
+    bytes_down: Cell
+    bytes_up: Cell
+    examples: Annotated[int, Interval(ge=0, lt=int(LARGEST))] | Literal[""] = ""
 
 
 class Recorder:
@@ -95,7 +118,7 @@ class Recorder:
         rows = [[step_name, *COLUMNS]]
         if keep_to >= 0:
             rows += [row for row in _whole_rows(self._path, rows[0]) if int(row[0]) <= keep_to and row[1] != "test"]
-        write_atomic(self._path, _csv(rows))
+        self._kept: list[list[Any]] | None = rows  # written with the first row: until then the run may be refused
 
     def track(self, tracker: Tracker) -> None:
         """Send every row to ``tracker`` too."""
@@ -120,6 +143,9 @@ class Recorder:
         figures = [f"{metrics.loss:.6f}", f"{metrics.accuracy:.6f}", metrics.examples]
         rate = "" if learning_rate is None else f"{learning_rate:.6g}"
         row = [step, split, *figures, rate, bytes_down, bytes_up, f"{self.seconds:.2f}"]
+        if self._kept is not None:
+            write_atomic(self._path, _csv(self._kept))
+            self._kept = None
         with naming(self._path), self._path.open("a", encoding="utf-8") as file:
             file.write(_csv([row]))
             file.flush()
@@ -153,4 +179,7 @@ def _whole_rows(path: Path, header: list[str]) -> list[list[str]]:
             raise ValueError("other columns")
     except (ValueError, csv.Error) as error:
         raise InputError(f"{path}: broken, or of another version; start a run of another name") from error
+    if rows:
+        text = _csv(rows).encode()
+        table_of(MetricsLine, text, path, most_rows=MOST_ROWS, first="step", advice="start a run of another name")
     return rows[1:]
