@@ -36,7 +36,7 @@ def here(material, monkeypatch):
         case("federated --num_clients many", "--num_clients", "'many'", "INT"),
         case("federated --learning_rate fast", "--learning_rate X", "fast", "FLOAT"),
         case("federated --device tpu", "'tpu'", "--device", "'cuda', 'cpu'"),
-        case("federated --dataset digit", "'digit'", "--dataset", "'digits'"),
+        case("federated --dataset digit", "'digit'", "--dataset", "digits"),
         case("editing --eligible head", "'head'", "--eligible", "'blocks'"),
         case("editing --granularity column", "'column'", "--granularity", "'entry'"),
         case("federated --config", "--config", "Expected 1 value", "fedtalos federated --help"),
@@ -56,8 +56,8 @@ def test_what_tyro_refuses(command, said, capsys):
 
 SENTENCES = [
     # no command, or an unknown one
-    case("", "expected a command", "centralized, federated, editing, evaluate"),
-    case("--seed 1", "expected a command before --seed", "centralized, federated, editing"),
+    case("", "expected a command", "centralized, federated, continual, editing"),
+    case("--seed 1", "expected a command before --seed", "centralized, federated, continual, editing"),
     case("fedrated", "'fedrated'", "did you mean 'federated'"),
     case("fedrated --seed 1", "'fedrated'", "did you mean 'federated'"),
     case("mask", "expected a mask command", "make, show, compare, combine"),
@@ -279,7 +279,7 @@ SENTENCES = [
     case(f"federated --run_name {'a' * 300}", "aaa"),
     case("federated --output_dir file.txt", "file.txt"),
     case("demo --output_dir file.txt", "file.txt"),
-    case("plot results/done --output_dir file.txt", "file.txt"),
+    case("plot --masks masks/m.safetensors --output_dir file.txt", "file.txt"),
     case("centralized --resume --run_name stopped --learning_rate 0.5", "learning_rate was 0.01 in stopped, now 0.5"),
     case("centralized --resume --run_name stopped --num_epochs 2", "num_epochs was 1 in stopped, now 2"),
     case("centralized --resume --run_name done --num_epochs 2", "num_epochs"),
