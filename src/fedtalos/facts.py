@@ -18,7 +18,6 @@ from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
-import psutil
 from annotated_types import Interval, MaxLen, Predicate
 
 from fedtalos.errors import InputError, printable, shortened, shown
@@ -137,6 +136,8 @@ def check_free(size: float, head: str, advice: str) -> None:
 
     >>> check_free(60_000 * 3 * 224**2, "photos: 60000 images of 224 px", "give a smaller image_size")
     """
+    import psutil  # here, for the benchmark on a GPU does without
+
     free = psutil.virtual_memory().available
     if size > free:
         raise InputError(f"{_short(head)} takes {size / 1e9:.1f} GB of memory, and {free / 1e9:.1f} are free; {advice}")

@@ -12,8 +12,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from filelock import FileLock, Timeout
-
 if sys.platform != "win32":
     import fcntl
 
@@ -109,6 +107,8 @@ def locked(path: Path, *, wait: bool = False) -> Iterator[None]:
     >>> with locked(Path("results/mine/.lock")):
     ...     pass
     """
+    from filelock import FileLock  # here, for the benchmark on a GPU does without
+
     try:  # a lock that is only a file would outlive a killed process
         lock = FileLock(path, fallback_to_soft=False)
     except TypeError:  # older versions have none
@@ -139,7 +139,7 @@ def is_locked(path: Path) -> bool:
             fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
         finally:
             os.close(descriptor)
-    except (BlockingIOError, Timeout):
+    except (BlockingIOError, TimeoutError):  # filelock's is one
         return True
     except OSError:  # no such file, or no such locks
         pass
