@@ -90,9 +90,7 @@ def save_checkpoint(folder: Path, name: str, step: int, tensors: dict[str, Tenso
     write_atomic(file, content)
     header = {"seal": UNSEALED, "format": FORMAT, "file": file.name, "sha256": hashlib.sha256(content).hexdigest()}
     path = folder / f"{name}.json"
-    # Bytes of a path that are no characters become question marks: JSON has none such, and no fact hangs on them.
-    text = json.dumps({**header, **facts}, indent=1, ensure_ascii=False)
-    write_atomic(path, sealed(text.encode(errors="replace")))
+    write_atomic(path, sealed(json.dumps({**header, **facts}, indent=1).encode()))
     remove_replaced(folder, name)
     return path
 

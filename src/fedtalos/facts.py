@@ -57,6 +57,10 @@ Shapes = Annotated[dict[Word, Sides], MaxLen(MOST_TENSORS)]
 """Shapes by name of the tensors in a file."""
 
 
+_NO_CHARACTER = re.compile(rb"(?<!\\ud[89ab][0-9a-f]{2})\\udc[89a-f][0-9a-f]")
+"""A byte of a path that is no character, as Python's JSON escapes it; the readers of facts know none such."""
+
+
 def schema(kind: type[T]) -> type[T]:
     """Make a dataclass a schema: no fact but its fields is taken, nor another type than theirs; numbers are finite.
 
@@ -153,6 +157,8 @@ def read_facts(kind: type[T], content: bytes | str, head: str, advice: str = "gi
     """
     from pydantic import ValidationError
 
+    if isinstance(content, bytes) and b"\\udc" in content:
+        content = _NO_CHARACTER.sub(b"?", content)  # it stays as it is where the facts are used
     try:
         return _adapter(kind).validate_json(content)
     except ValidationError as error:

@@ -303,6 +303,7 @@ def test_a_full_disk_names_the_file():
         write()
     assert error.value.filename == "mine"
     recorder = Recorder(Path("run"), "epoch")
+    recorder.record(0, "val", Metrics(1.0, 1, 2))
     Path("run/metrics.csv").unlink()
     Path("run/metrics.csv").symlink_to("/dev/full")
     with pytest.raises(OSError, match="No space left") as error:
