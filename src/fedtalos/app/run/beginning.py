@@ -96,7 +96,7 @@ def model(loaded: Loaded[Any]) -> str:
 
 
 def moves(loaded: Trained, moving: MaskedParameters) -> str:
-    """How much of the model moves, and what says so."""
+    """Tell how much of the model moves, and what says so."""
     train, every = loaded.config.train, sum(parameter.numel() for parameter in loaded.model.parameters())
     if len(moving) == every:
         return "everything"
@@ -107,13 +107,13 @@ def moves(loaded: Trained, moving: MaskedParameters) -> str:
 
 
 def head(loaded: Trained, moving: MaskedParameters) -> str:
-    """Where the head comes from, and whether it moves."""
+    """Tell where the head comes from, and whether it moves."""
     fate = "moves" if "head.weight" in moving.parameters else "stays as it is"
     return f"{head_source(loaded.config.model.head)}; {fate}"
 
 
 def head_source(option: str) -> str:
-    """Where the head comes from.
+    """Tell where the head comes from.
 
     >>> head_source("ridge")
     'ridge, fitted first'

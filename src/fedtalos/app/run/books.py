@@ -28,7 +28,7 @@ Number = Annotated[int, Interval(ge=0, le=10**6)]
 @schema
 @dataclass(frozen=True)
 class IterationRow:
-    """What an iteration let move and sent: a row of iterations.csv."""
+    """Tell what an iteration let move and sent: a row of iterations.csv."""
 
     iteration: Number
     active: Count

@@ -94,7 +94,7 @@ def with_interval(share: float, examples: int) -> Text:
 def costs_of(
     seconds: float, evaluation_seconds: float, images: int, sent: Mapping[str, float] | None = None
 ) -> dict[str, str]:
-    """What a run cost, by topic; ``sent`` are megabytes down and up.
+    """Tell what a run cost, by topic; ``sent`` are megabytes down and up.
 
     >>> costs_of(20.0, 2.0, 36_000)
     {'took': '20 s, 10 % of them to evaluate; 2 000 images/s'}
@@ -109,7 +109,7 @@ def costs_of(
 
 
 def end_of_edit(active: int, eligible: int, seconds: float, sent: Mapping[str, float] | None) -> dict[str, str]:
-    """What an edit came to and cost, by topic.
+    """Tell what an edit came to and cost, by topic.
 
     >>> end_of_edit(66_995, 670_464, 5.0, None)["may move"]
     '66 995 of 670 464 eligible entries, 10.0 %'

@@ -1,4 +1,4 @@
-"""How far a run has come: what every checkpoint says of it, so that a resumed run goes on from there."""
+"""Tell how far a run has come: what every checkpoint says of it, so that a resumed run goes on from there."""
 
 from dataclasses import dataclass, field
 from typing import Annotated, Any

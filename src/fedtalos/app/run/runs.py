@@ -31,11 +31,11 @@ class Run:
     done: int = 0
     total: int = 0
     loss: float = math.nan
-    """Of the last round of training."""
+    """Figure of the last round of training."""
     best: float = math.nan
     """Best accuracy on validation."""
     test: float = math.nan
-    """Of the last model, at the end, on so many ``tested`` images."""
+    """Figure of the last model, at the end, on so many ``tested`` images."""
     tested: int = 0
     sent: float = 0.0
     """Bytes down and up."""

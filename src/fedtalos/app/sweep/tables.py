@@ -63,7 +63,7 @@ class _MadeBy:
 @open_schema
 @dataclass(frozen=True)
 class _Record:
-    """What a config.yaml states beside options."""
+    """Tell what a config.yaml states beside options."""
 
     made_by: _MadeBy
 
