@@ -183,13 +183,7 @@ def _small_figures(monkeypatch, in_a_folder_of_its_own):
                 monkeypatch.setattr(module, name, lambda *_, **__: None)
 
 
-UNDONE = pytest.mark.xfail(reason="a kill while config.yaml is rewritten can leave its .part in a run of continual")
-
-
-@pytest.mark.parametrize(
-    ("first", "name"),
-    [pytest.param(*each, marks=UNDONE if each[1] == "continual" else ()) for each in enumerate(COMMANDS)],
-)
+@pytest.mark.parametrize(("first", "name"), [*enumerate(COMMANDS)])
 def test_some_states_that_kills_leave(first, name):
     kill_everywhere(COMMANDS[name], first=first, every=31)
 

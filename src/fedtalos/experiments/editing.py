@@ -187,6 +187,7 @@ def finish(edit: Edit, paths: RunPaths, books: Books, console: Console) -> None:
         **({} if edit.clients is None else sent),
         "seconds": last["seconds"],
     }
+    say_decisions(paths, console)
     drawn = draw.plot_masks([paths.mask], paths.plots) + draw.plot_iterations(paths.results, paths.plots)
     write_yaml(paths.results / "summary.yaml", summary)  # last: a run that has one is finished
     say_facts(console, end_of_edit(facts.active, facts.eligible, last["seconds"], summary.get("megabytes_sent")))

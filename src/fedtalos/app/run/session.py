@@ -293,6 +293,7 @@ class Session:
         from fedtalos.app.figures import draw  # slow to import, and no part of the run's seconds
         from fedtalos.app.report import contents, page
 
+        say_decisions(self.paths, self.console)  # before the summary, which ends the run
         drawn = draw.plot_run(self.paths.results, self.paths.plots)
         records = contents.read_records(self.paths, summary)
         drawn.append(page.write_report(self.paths.plots / "report.html", contents.report_of([records])))
