@@ -48,7 +48,7 @@ class Layout:
 
     @property
     def source(self) -> Path:
-        """Tell what the user named: the table, or the folder."""
+        """Path that the user named: the table, or the folder."""
         return self.table or self.root
 
     def short(self, file: Path) -> str:

@@ -103,7 +103,7 @@ def child_environment() -> dict[str, str]:
 
 
 def table_of(paths: RunPaths) -> Table:
-    """Tell what came of a fleet's run."""
+    """Make a table of what a fleet's run reached."""
     summary = read_yaml(paths.results / "summary.yaml")
     table = Table(
         title=f"digits: {NODES} nodes with 5 classes each, a tenth of the weights moves", title_justify="left"

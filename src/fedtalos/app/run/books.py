@@ -28,7 +28,7 @@ Number = Annotated[int, Interval(ge=0, le=10**6)]
 @schema
 @dataclass(frozen=True)
 class IterationRow:
-    """Tell what an iteration let move and sent: a row of iterations.csv."""
+    """Row of iterations.csv: what an iteration let move and sent."""
 
     iteration: Number
     active: Count

@@ -1,4 +1,4 @@
-"""Tell how far a run has come: what every checkpoint says of it, so that a resumed run goes on from there."""
+"""Progress of a run: what every checkpoint says of it, so that a resumed run goes on from there."""
 
 from dataclasses import dataclass, field
 from typing import Annotated, Any

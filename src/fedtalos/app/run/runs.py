@@ -31,11 +31,11 @@ class Run:
     done: int = 0
     total: int = 0
     loss: float = math.nan
-    """Figure of the last round of training."""
+    """Loss of the last round of training."""
     best: float = math.nan
     """Best accuracy on validation."""
     test: float = math.nan
-    """Figure of the last model, at the end, on so many ``tested`` images."""
+    """Accuracy of the last model, at the end, on so many ``tested`` images."""
     tested: int = 0
     sent: float = 0.0
     """Bytes down and up."""

@@ -14,7 +14,7 @@ from fedtalos.errors import printable
 
 
 def progress_in_words(run: Run) -> str:
-    """Tell where a run is: unit, loss, best accuracy and time left.
+    """Describe where a run is: unit, loss, best accuracy and time left.
 
     >>> progress_in_words(read_run(RunPaths(Path(), "dense")))
     'round 5/30, loss 0.547, best 83.9 %, 2.5 min left'

@@ -63,7 +63,7 @@ class _MadeBy:
 @open_schema
 @dataclass(frozen=True)
 class _Record:
-    """Tell what a config.yaml states beside options."""
+    """Statements of a config.yaml beside its options."""
 
     made_by: _MadeBy
 

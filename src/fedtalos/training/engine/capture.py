@@ -17,7 +17,7 @@ from fedtalos.notes import note
 log = logging.getLogger(__name__)
 
 Compile = Literal["on", "graph", "off"]
-"""Tell how steps run: through torch.compile and as CUDA graphs, as graphs of the eager step, or as they stand."""
+"""Ways that steps run: through torch.compile and as CUDA graphs, as graphs of the eager step, or as they stand."""
 
 StepFunction = Callable[..., Tensor]
 """A function of tensors that waits for nothing on the host; what it keeps between calls stays where it is in memory."""
