@@ -47,7 +47,7 @@ from fedtalos.training.feature_cache import FeatureStore
 from fedtalos.training.masked_parameters import MaskedParameters
 from fedtalos.training.task_accuracy import TaskAccuracy, accuracy_of_head, probe_accuracy
 
-REFIT_ALPHAS = (0.1, 0.2, 0.3, 0.4, 0.6, 0.8)
+REFIT_ALPHAS = (0.2, 0.3, 0.4, 0.6)
 
 
 @dataclass(frozen=True)
