@@ -86,12 +86,12 @@ class Study:
     val_images: int = 2500
     """first N validation images choose alpha and the rate; heads are fitted with all of them"""
     limit: int | None = None
-    """first N training images, and a quarter of it for validation and for the test; None: all"""
+    """first N training images, and half as many for validation and for the test; None: all"""
 
     def run(self) -> None:
         data = ft.load_dataset("cifar100", self.data_dir, image_size=self.image_size)
         if self.limit is not None:
-            few = self.limit // 4
+            few = self.limit // 2
             data = replace(
                 data,
                 train=data.train.slice(0, self.limit),
