@@ -47,7 +47,8 @@ from fedtalos.training.feature_cache import FeatureStore
 from fedtalos.training.masked_parameters import MaskedParameters
 from fedtalos.training.task_accuracy import TaskAccuracy, accuracy_of_head, probe_accuracy
 
-REFIT_ALPHAS = (0.2, 0.3, 0.4, 0.6)
+REFIT_FACTORS = (0.5, 1.0, 1.5, 2.0)
+"""What a refitted head is tried at, in units of the factor that is best through the first head."""
 
 
 @dataclass(frozen=True)
@@ -71,8 +72,8 @@ class Study:
     batch_size: int = 128
     local_classes: Literal["task", "all"] = "task"
     rules: tuple[Method, ...] = get_args(Method)
-    refit: Literal["sum", "all", "none"] = "all"
-    """rules whose merged model gets its head fitted anew"""
+    refit: tuple[Method, ...] = ("sum",)
+    """rules whose merged model gets its head fitted anew, also with the factor that this head is best at"""
     joint: bool = True
     """train on all images together too, as many of them: the upper bound"""
     negate: int = 1
@@ -228,9 +229,7 @@ class Trial:
                 alpha = best_alpha(self.model, merged, self.val_accuracy).alpha
             found = self.with_vector(merged, alpha)
             of_sum = alpha if rule == "sum" else of_sum
-            refitted = math.nan
-            if study.refit == "all" or study.refit == rule:
-                refitted = self.refitted()
+            refitted = self.refitted() if rule in study.refit else math.nan
             self.table.add(
                 self.seed,
                 f"{mask}: {rule}",
@@ -241,8 +240,8 @@ class Trial:
                 refitted=refitted,
                 s=time.perf_counter() - start,
             )
-        if study.refit != "none" and "sum" in study.rules:
-            self.by_refitted_head(mask, self.by_rule("sum", vectors))
+            if rule in study.refit:
+                self.by_refitted_head(f"{mask}: {rule}, alpha by the refitted head", merged, alpha)
         noted()
         return of_sum
 
@@ -262,17 +261,17 @@ class Trial:
         weights = [float(len(ids)) for ids in self.ids] if rule == "mean" else None
         return merge(vectors, rule, weights=weights, seed=self.seed)
 
-    def by_refitted_head(self, mask: Rule, merged: TaskVector) -> None:
-        """The sum, its alpha chosen by the validation accuracy of the head that is fitted anew."""
+    def by_refitted_head(self, name: str, merged: TaskVector, unit: float) -> None:
+        """Merge with the factor that is best on validation through the head that is fitted anew."""
         start, best = time.perf_counter(), (-1.0, 0.0, 0.0)
-        for alpha in REFIT_ALPHAS:
+        for alpha in [unit * factor for factor in REFIT_FACTORS]:
             self.set_backbone(_deltas(merged, alpha))
             head = self.fitted()
             val = _mean(self.accuracy(head, self.data.val).unknown)
             best = max(best, (val, -alpha, _mean(self.accuracy(head).unknown)))
         self.table.add(
             self.seed,
-            f"{mask}: sum, alpha by the refitted head",
+            name,
             alpha=-best[1],
             refitted=best[2],
             s=time.perf_counter() - start,
@@ -283,7 +282,7 @@ class Trial:
         start = time.perf_counter()
         vector = self.trained(mask, ids, rate, self.study.tasks, all_classes=True)
         found = self.with_vector(vector, 1.0)
-        refitted = math.nan if self.study.refit == "none" else self.refitted()
+        refitted = self.refitted() if self.study.refit else math.nan
         self.table.add(
             self.seed,
             name,
