@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from fedtalos._version import __version__
 from fedtalos.app.config.files import flatten
-from fedtalos.app.config.help import is_everyday, option_names
+from fedtalos.app.config.help import GROUPS, is_everyday, option_names
 from fedtalos.app.config.schema import RUN_CONFIGS, CentralizedConfig, EditingConfig, FederatedConfig
 from fedtalos.app.config.tools import MASK_TOOLS, TOOL_CONFIGS, MaskConfig
 from fedtalos.app.run.folders import AlreadyFinished
@@ -144,9 +144,9 @@ def test_every_other_help_is_80_columns_wide(words, capsys):
     assert text.startswith("usage: fedtalos")
 
 
-def test_the_overview_names_every_command(capsys):
-    words = page("--help", capsys).split()
-    assert {*RUN_CONFIGS, *TOOL_CONFIGS} <= set(words)
+def test_the_overview_names_every_command_once(capsys):
+    assert sorted(name for names in GROUPS.values() for name in names) == sorted([*RUN_CONFIGS, *TOOL_CONFIGS])
+    assert {*RUN_CONFIGS, *TOOL_CONFIGS} <= set(page("--help", capsys).split())
     assert {"make", *MASK_TOOLS} <= set(page("mask --help", capsys).split())
 
 

@@ -16,6 +16,16 @@ from fedtalos.app.config.tools import FAMILIES, TOOL_CONFIGS
 WIDTH, INDENT, COLUMN = 80, 2, 28
 WORDS = {int: "N", float: "X", str: "NAME", Path: "PATH"}
 
+GROUPS = {
+    "Train": ("centralized", "federated", "continual"),
+    "Edit": ("editing", "mask", "vector", "forget"),
+    "See what came out": ("report", "plot", "evaluate", "runs", "compare"),
+    "Use and share a model": ("predict", "explain", "export", "push"),
+    "Many runs, many machines": ("sweep", "fleet"),
+    "First steps": ("demo", "init", "info"),
+}
+"""All commands, in the order of the first page."""
+
 OVERVIEW = """usage: fedtalos COMMAND [OPTIONS]
 
 Sparse, task-localised federated fine-tuning of Vision Transformers.
@@ -34,7 +44,9 @@ fedtalos COMMAND --help shows what a command takes; --version the version.
 
 def overview() -> str:
     """Write the page of all commands."""
-    return OVERVIEW.format(groups=_commands("Train and edit", RUN_CONFIGS) + "\n\n" + _commands("Tools", TOOL_CONFIGS))
+    every: dict[str, type[Options]] = {**RUN_CONFIGS, **TOOL_CONFIGS}
+    groups = [_commands(title, {name: every[name] for name in names}) for title, names in GROUPS.items()]
+    return OVERVIEW.format(groups="\n\n".join(groups))
 
 
 def tools_of(family: str) -> dict[str, type[Options]]:
