@@ -47,8 +47,8 @@ from fedtalos.training.feature_cache import FeatureStore
 from fedtalos.training.masked_parameters import MaskedParameters
 from fedtalos.training.task_accuracy import TaskAccuracy, accuracy_of_head, probe_accuracy
 
-REFIT_FACTORS = (0.5, 1.0, 1.5, 2.0)
-"""What a refitted head is tried at, in units of the factor that is best through the first head."""
+REFIT_ALPHAS = (0.32, 0.56, 1.0, 1.8)
+"""What a refitted head is tried at. The factor that is best through the first head is often too small for it."""
 
 
 @dataclass(frozen=True)
@@ -241,7 +241,7 @@ class Trial:
                 s=time.perf_counter() - start,
             )
             if rule in study.refit:
-                self.by_refitted_head(f"{mask}: {rule}, alpha by the refitted head", merged, alpha)
+                self.by_refitted_head(f"{mask}: {rule}, alpha by the refitted head", merged)
         noted()
         return of_sum
 
@@ -261,10 +261,10 @@ class Trial:
         weights = [float(len(ids)) for ids in self.ids] if rule == "mean" else None
         return merge(vectors, rule, weights=weights, seed=self.seed)
 
-    def by_refitted_head(self, name: str, merged: TaskVector, unit: float) -> None:
+    def by_refitted_head(self, name: str, merged: TaskVector) -> None:
         """Merge with the factor that is best on validation through the head that is fitted anew."""
         start, best = time.perf_counter(), (-1.0, 0.0, 0.0)
-        for alpha in [unit * factor for factor in REFIT_FACTORS]:
+        for alpha in REFIT_ALPHAS:
             self.set_backbone(_deltas(merged, alpha))
             head = self.fitted()
             val = _mean(self.accuracy(head, self.data.val).unknown)
