@@ -44,11 +44,9 @@ from fedtalos.training.editing.vector_facts import facts_of
 from fedtalos.training.entries import Mask, named_tensors
 from fedtalos.training.evaluation import evaluate
 from fedtalos.training.feature_cache import FeatureStore
+from fedtalos.training.head_fitting import fit_head
 from fedtalos.training.masked_parameters import MaskedParameters
 from fedtalos.training.task_accuracy import TaskAccuracy, accuracy_of_head, probe_accuracy
-
-REFIT_ALPHAS = (0.32, 0.56, 1.0, 1.8)
-"""What a refitted head is tried at. The factor that is best through the first head is often too small for it."""
 
 
 @dataclass(frozen=True)
@@ -73,7 +71,7 @@ class Study:
     local_classes: Literal["task", "all"] = "task"
     rules: tuple[Method, ...] = get_args(Method)
     refit: tuple[Method, ...] = ("sum",)
-    """rules whose merged model gets its head fitted anew, also with the factor that this head is best at"""
+    """rules whose merged model gets its head fitted anew, also with the factor that a head of the server's is best at"""
     joint: bool = True
     """train on all images together too, as many of them: the upper bound"""
     negate: int = 1
@@ -241,7 +239,7 @@ class Trial:
                 s=time.perf_counter() - start,
             )
             if rule in study.refit:
-                self.by_refitted_head(f"{mask}: {rule}, alpha by the refitted head", merged)
+                self.by_servers_head(f"{mask}: {rule}, alpha by the server's head", merged)
         noted()
         return of_sum
 
@@ -261,21 +259,19 @@ class Trial:
         weights = [float(len(ids)) for ids in self.ids] if rule == "mean" else None
         return merge(vectors, rule, weights=weights, seed=self.seed)
 
-    def by_refitted_head(self, name: str, merged: TaskVector) -> None:
-        """Merge with the factor that is best on validation through the head that is fitted anew."""
-        start, best = time.perf_counter(), (-1.0, 0.0, 0.0)
-        for alpha in REFIT_ALPHAS:
-            self.set_backbone(_deltas(merged, alpha))
-            head = self.fitted()
-            val = _mean(self.accuracy(head, self.data.val).unknown)
-            best = max(best, (val, -alpha, _mean(self.accuracy(head).unknown)))
-        self.table.add(
-            self.seed,
-            name,
-            alpha=-best[1],
-            refitted=best[2],
-            s=time.perf_counter() - start,
-        )
+    def by_servers_head(self, name: str, merged: TaskVector) -> None:
+        """Merge with the factor that is best through heads fitted to the server's images, then fit the clients' head."""
+        start = time.perf_counter()
+
+        def accuracy(edited: Backbone) -> float:
+            fit_head(edited, self.data.calibration, val=self.to_choose_by)
+            return evaluate(edited, self.to_choose_by, precision=self.study.precision).accuracy
+
+        self.set_backbone({})
+        with self.clock.part("alpha by the server's head", 11 * len(self.data.calibration)):
+            alpha = best_alpha(self.model, merged, accuracy).alpha
+        self.set_backbone(_deltas(merged, alpha))
+        self.table.add(self.seed, name, alpha=alpha, refitted=self.refitted(), s=time.perf_counter() - start)
 
     def joint(self, name: str, mask: Mask, ids: Ids, rate: float) -> TaskVector:
         """Train on all these images together, among all classes."""
