@@ -71,7 +71,7 @@ class Study:
     local_classes: Literal["task", "all"] = "task"
     rules: tuple[Method, ...] = get_args(Method)
     refit: tuple[Method, ...] = ("sum",)
-    """rules whose merged model gets its head fitted anew, also with the factor that a head of the server's is best at"""
+    """rules whose merged model gets its head fitted anew, also with the factor that a head of the server's takes"""
     joint: bool = True
     """train on all images together too, as many of them: the upper bound"""
     negate: int = 1
@@ -260,7 +260,7 @@ class Trial:
         return merge(vectors, rule, weights=weights, seed=self.seed)
 
     def by_servers_head(self, name: str, merged: TaskVector) -> None:
-        """Merge with the factor that is best through heads fitted to the server's images, then fit the clients' head."""
+        """Take the factor that is best through heads fitted to the server's images; then fit the clients' head."""
         start = time.perf_counter()
 
         def accuracy(edited: Backbone) -> float:
