@@ -8,22 +8,22 @@ slash.
 
 import hashlib
 import json
+import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
 import torch
 from annotated_types import MaxLen
-from safetensors import SafetensorError
-from safetensors.torch import load as load_safetensors
 from safetensors.torch import save as save_safetensors
 from torch import Tensor
 
 from fedtalos.errors import InputError, shown
-from fedtalos.facts import MOST_JSON, Count, check_fits, facts_from, open_schema, read_facts, read_file
+from fedtalos.facts import MOST_JSON, Count, check_fits, facts_from, open_schema, read_facts, read_file, refusal
 from fedtalos.files import UNSEALED, is_sealed, sealed, write_atomic
+from fedtalos.tensor_file import read_tensors
 
 FORMAT = 2
 TENSORS = re.compile(r"(.+)-[0-9]{6,}\.safetensors", re.DOTALL)
@@ -80,19 +80,27 @@ class Checkpoint:
 def save_checkpoint(folder: Path, name: str, step: int, tensors: dict[str, Tensor], facts: dict[str, Any]) -> Path:
     """Write ``folder/name.json`` and its tensor file, then drop the tensor file that it replaces.
 
+    Where there is one of the same step it counts until the JSON names another, whose name has a digit more.
+
     >>> path = save_checkpoint(Path("checkpoints/my_run"), "last", 3, model.state_dict(), {"classes": data.classes})
     """
     # Mean and std are in the tensor file too, so that it can be used as a weights file by itself. They are one key:
     # safetensors writes several in an order of its own, and files are to be the same to the byte.
     metadata = {"pixels": json.dumps({key: facts[key] for key in ("mean", "std") if key in facts})}
     content = save_safetensors({key: t.detach().cpu().contiguous() for key, t in tensors.items()}, metadata)
-    file = folder / f"{name}-{step:06d}.safetensors"
-    write_atomic(file, content)
-    header = {"seal": UNSEALED, "format": FORMAT, "file": file.name, "sha256": hashlib.sha256(content).hexdigest()}
-    path = folder / f"{name}.json"
-    write_atomic(path, sealed(json.dumps({**header, **facts}, indent=1).encode()))
+    path, file = folder / f"{name}.json", folder / f"{name}-{step:06d}.safetensors"
+    if file.is_file() and file.read_bytes() != content:
+        _write_pair(path, folder / f"{name}-0{step:06d}.safetensors", content, facts)
+    _write_pair(path, file, content, facts)
     remove_replaced(folder, name)
     return path
+
+
+def _write_pair(path: Path, file: Path, content: bytes, facts: dict[str, Any]) -> None:
+    """Write tensors, then the JSON that names them."""
+    write_atomic(file, content)
+    header = {"seal": UNSEALED, "format": FORMAT, "file": file.name, "sha256": hashlib.sha256(content).hexdigest()}
+    write_atomic(path, sealed(json.dumps({**header, **facts}, indent=1).encode()))
 
 
 def remove_replaced(folder: Path, name: str) -> None:
@@ -111,11 +119,12 @@ def remove_replaced(folder: Path, name: str) -> None:
 def _replaced(tensors: Path, path: Path) -> bool:
     """Tell whether the checkpoint at ``path`` is there, or never was, and names other ``tensors``."""
     try:
-        header = path.read_bytes()
-        kept = Path(json.loads(header)["file"]).name if is_sealed(header) else tensors.name
+        os.lstat(path)
+        header = read_file(path, str(path), most=MOST_JSON)
+        kept = Path(read_facts(_Header, header, str(path)).file).name if is_sealed(header) else tensors.name
     except FileNotFoundError:
         return True
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+    except (InputError, OSError):
         return False
     return kept != tensors.name and (path.parent / kept).is_file()
 
@@ -132,7 +141,7 @@ def load_checkpoint(path: Path) -> Checkpoint:
     if (made_in := read_facts(_Format, content, broken).format) != FORMAT:
         raise InputError(f"{head}: format {shown(made_in)}, this version reads {FORMAT}; make it anew")
     if not is_sealed(content):
-        raise InputError(f"{head}: not what was saved (checksum); give another")
+        raise refusal(f"{head}: not what was saved", "checksum")
     header = read_facts(_Header, content, broken)
     file = path.parent / Path(header.file).name
     return Checkpoint(_tensors(file, header, head), _parsed(content, broken), header.sha256, path)
@@ -154,11 +163,25 @@ def _tensors(file: Path, header: _Header, head: str) -> dict[str, Tensor]:
         size = 0
     content = read_file(file, f"{head}: its {shown(file.name)}", most=size)
     if hashlib.sha256(content).hexdigest() != header.sha256:
-        raise InputError(f"{head}: {shown(file.name)} is not what was saved (checksum); give another")
-    try:
-        return load_safetensors(content)
-    except (ValueError, KeyError, TypeError, SafetensorError) as error:
-        raise InputError(f"{head}: broken, or not a fedtalos checkpoint; give another") from error
+        raise refusal(f"{head}: {shown(file.name)} is not what was saved", "checksum")
+    return read_tensors(content, f"{head}: broken, or not a fedtalos checkpoint")
+
+
+def tensors_under(tensors: Mapping[str, Tensor], prefix: str, shapes: Mapping[str, Sequence[int]]) -> dict[str, Tensor]:
+    """Take a checkpoint's tensors whose names begin with ``prefix``, by the rest of their names.
+
+    Raises InputError where they are not those that ``shapes`` names, of these shapes and of finite numbers.
+
+    >>> tensors_under(checkpoint.tensors, "start/", {"theta": (17_000,), "bias": (10,)})["theta"].shape
+    torch.Size([17000])
+    """
+    found = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+    for name in sorted(found.keys() | shapes.keys()):
+        tensor = found.get(name)
+        fits = tensor is not None and name in shapes and tensor.shape == tuple(shapes[name])
+        if tensor is None or not (fits and tensor.is_floating_point() and bool(tensor.isfinite().all())):
+            raise InputError(f"the checkpoint's {shown(prefix + name)} is not of this run; start a run of another name")
+    return found
 
 
 def find_checkpoint(path: Path, checkpoints: Path, which: str = "last") -> Path:

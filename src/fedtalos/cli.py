@@ -29,7 +29,7 @@ from fedtalos.app.run.display import PlainConsole, say, warnings_shown
 from fedtalos.app.run.folders import AlreadyFinished
 from fedtalos.app.run.interruption import Interrupted
 from fedtalos.devices import out_of_memory
-from fedtalos.errors import InputError, TrainingError
+from fedtalos.errors import InputError, TrainingError, shortened
 
 OUT_OF_MEMORY = (
     "the device's memory ran out (training had halved its batches as far as that goes); take a smaller --model_size or "
@@ -77,7 +77,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         sys.exit(141)
     except OSError as error:
         advice = ADVICE.get(error.errno or 0, "check the path and its rights")
-        complain(errors, f"{error.filename or place_of(error)}: {error.strerror or error}; {advice}")
+        complain(
+            errors, f"{shortened(str(error.filename or place_of(error)), 200)}: {error.strerror or error}; {advice}"
+        )
         sys.exit(2)
     except TrainingError as error:
         complain(errors, dashed(str(error), flags_of(arguments)))

@@ -13,10 +13,11 @@ import os
 import re
 import stat
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import MISSING, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, BinaryIO, TypeVar
 
 from annotated_types import Interval, MaxLen, Predicate
 
@@ -57,7 +58,7 @@ Shapes = Annotated[dict[Word, Sides], MaxLen(MOST_TENSORS)]
 """Shapes by name of the tensors in a file."""
 
 
-_NO_CHARACTER = re.compile(rb"(?<!\\ud[89ab][0-9a-f]{2})\\udc[89a-f][0-9a-f]")
+_NO_CHARACTER = re.compile(rb"(?<!\\)(?<!\\ud[89ab][0-9a-f]{2})\\udc[89a-f][0-9a-f]")
 """A byte of a path that is no character, as Python's JSON escapes it; the readers of facts know none such."""
 
 
@@ -107,6 +108,24 @@ def read_file(path: Path, head: str, *, most: int, advice: str = "give another")
     >>> content = read_file(Path("split.npz"), "split.npz", most=2**20)
     """
     head = _short(head)
+    with plain_file(path, head, advice=advice) as file:
+        size = os.fstat(file.fileno()).st_size
+        content = b"" if size > most else file.read(most + 1)
+        if (size := max(size, len(content))) > most:
+            raise InputError(f"{head}: holds {size} bytes, of which {most} are the limit; {advice}")
+        return content
+
+
+@contextmanager
+def plain_file(path: Path, head: str, *, advice: str = "give another") -> Iterator[BinaryIO]:
+    """Open a file to read, as ``read_file`` does.
+
+    Raises InputError where it cannot be read, inside the block too, or is a folder, a pipe or a device.
+
+    >>> with plain_file(Path("images.safetensors"), "images.safetensors") as file:
+    ...     length = int.from_bytes(file.read(8), "little")
+    """
+    head = _short(head)
     try:
         # Opening a pipe would wait for somebody who writes to it.
         with os.fdopen(os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0)), "rb") as file:
@@ -115,10 +134,7 @@ def read_file(path: Path, head: str, *, most: int, advice: str = "give another")
                 raise InputError(f"{head}: cannot be read (Is a directory); {advice}")
             if not stat.S_ISREG(status.st_mode):
                 raise InputError(f"{head}: no plain file, but a pipe or a device; {advice}")
-            content = b"" if status.st_size > most else file.read(most + 1)
-            if (size := max(status.st_size, len(content))) > most:
-                raise InputError(f"{head}: holds {size} bytes, of which {most} are the limit; {advice}")
-            return content
+            yield file
     except (OSError, ValueError) as error:  # ValueError: a NUL in the path
         why = getattr(error, "strerror", None) or str(error)
         raise InputError(f"{head}: cannot be read ({why}); {advice}") from error
@@ -162,9 +178,9 @@ def read_facts(kind: type[T], content: bytes | str, head: str, advice: str = "gi
     try:
         return _adapter(kind).validate_json(content)
     except ValidationError as error:
-        raise InputError(_sentence(head, _fault(error), advice)) from error
+        raise refusal(head, _fault(error), advice) from error
     except InputError as error:  # a class's own
-        raise InputError(_sentence(head, str(error), advice)) from error
+        raise refusal(head, str(error), advice) from error
 
 
 def facts_from(kind: type[T], value: object, head: str, advice: str = "give another") -> T:
@@ -176,7 +192,7 @@ def facts_from(kind: type[T], value: object, head: str, advice: str = "give anot
     try:
         content = json.dumps(value, ensure_ascii=False).encode(errors="replace")  # of paths that are no characters
     except (TypeError, ValueError, RecursionError) as error:
-        raise InputError(_sentence(head, str(error), advice)) from error
+        raise refusal(head, str(error), advice) from error
     return read_facts(kind, content, head, advice)
 
 
@@ -223,43 +239,27 @@ def table_of(
     needed = [field.name for field in known if field.default is MISSING]
     rows: list[T] = []
     try:
-        reader = csv.reader(io.StringIO(content.decode("utf-8-sig"), newline=""))  # spreadsheets write a mark
+        # Decoded as it is read, for text takes several times its bytes; spreadsheets write a mark.
+        reader = csv.reader(io.TextIOWrapper(io.BytesIO(content), "utf-8-sig", newline=""))
         header = next(reader, [])
         columns = {first or header[0]: 0, **{name: place for place, name in enumerate(header)}} if header else {}
         if not set(needed) <= columns.keys() or len(header) > len(known) + 20:
             head = f"{path}: expected the columns {', '.join(needed)}"
-            raise InputError(_sentence(head, f"got {', '.join(header[:20]) or 'an empty file'}", advice))
+            raise refusal(head, f"got {', '.join(header[:20]) or 'an empty file'}", advice)
         taken = [(field.name, columns[field.name]) for field in known if field.name in columns]
         for cells in filter(None, reader):
             line = f"{path}, line {reader.line_num}: expected {expected}"
             if len(rows) == most_rows:
-                raise InputError(_sentence(f"{path}: expected {most_rows} rows at most", "there are more", advice))
+                raise refusal(f"{path}: expected {most_rows} rows at most", "there are more", advice)
             if len(cells) < len(header):
-                raise InputError(_sentence(line, f"got {shown(cells)}", advice))
+                raise refusal(line, f"got {shown(cells)}", advice)
             try:
                 rows.append(adapter.validate_strings({name: cells[place] for name, place in taken}, strict=False))
             except ValidationError as error:
-                raise InputError(_sentence(line, _fault(error), advice)) from error
+                raise refusal(line, _fault(error), advice) from error
     except (UnicodeDecodeError, csv.Error) as error:
-        raise InputError(_sentence(f"{path}: not a readable CSV file", str(error), advice)) from error
+        raise refusal(f"{path}: not a readable CSV file", str(error), advice) from error
     return header, rows
-
-
-def header_of(content: bytes, key: str) -> str:
-    """Take the text under ``key`` from a safetensors file's metadata, the JSON header at byte 8.
-
-    Raises ValueError or another of JSON's and of subscripts where there is none.
-
-    >>> header_of(Path("masks/mine.safetensors").read_bytes(), "fedtalos_mask")
-    """
-    length = int.from_bytes(content[:8], "little")
-    if length > min(MOST_HEADER, len(content) - 8):
-        raise ValueError("a header that is longer than the file, or than its limit")
-    parsed: Any = json.loads(content[8 : 8 + length])
-    text = parsed["__metadata__"][key]
-    if not isinstance(text, str):
-        raise ValueError(f"{key} is no text")
-    return text
 
 
 _adapters: dict[type[Any], "TypeAdapter[Any]"] = {}
@@ -285,12 +285,18 @@ def _fault(error: "ValidationError") -> str:
     return f"{named}{message[:1].lower()}{shortened(message[1:], 100)}{came}"
 
 
+def refusal(head: str, fault: str, advice: str = "give another") -> InputError:
+    """Make the error that refuses a file: "HEAD (FAULT); ADVICE", one printable line of less than 300 characters.
+
+    >>> raise refusal("head my.head.safetensors: not a head file", "no head.weight", "make it anew")
+    Traceback (most recent call last):
+    fedtalos.errors.InputError: head my.head.safetensors: not a head file (no head.weight); make it anew
+    """
+    head, advice = _short(head), shortened(printable(advice), 70)
+    fault = shortened(printable(fault), _LONGEST - len(head) - len(advice) - len(" (); "))
+    return InputError(f"{head} ({fault}); {advice}")
+
+
 def _short(head: str) -> str:
     """Shorten the beginning of a message; of a long path the end stays."""
     return shortened(re.sub(r"\S{71,}", lambda path: f"...{path[0][-67:]}", printable(head)), 150)
-
-
-def _sentence(head: str, fault: str, advice: str) -> str:
-    head, advice = _short(head), shortened(printable(advice), 70)
-    fault = shortened(printable(fault), _LONGEST - len(head) - len(advice) - len(" (); "))
-    return f"{head} ({fault}); {advice}"

@@ -12,6 +12,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from fedtalos.errors import InputError
+
 if sys.platform != "win32":
     import fcntl
 
@@ -62,6 +64,15 @@ def write_atomic(path: Path, content: bytes | str) -> None:
                 os.fsync(folder)  # makes the renaming last through a power cut
     finally:
         part.unlink(missing_ok=True)
+
+
+def refuse_link(folder: Path) -> None:
+    """Refuse, with an InputError, to write figures and pages into a folder that is a link: who made it chose where to.
+
+    >>> refuse_link(Path("plots/mine"))
+    """
+    if folder.is_symlink():
+        raise InputError(f"{folder}: is a link, through which no figures are written; move it away, or give a name")
 
 
 @contextmanager

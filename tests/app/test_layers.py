@@ -16,7 +16,19 @@ LAYERS = (
     ("training.federated", "training.editing"),
     ("training",),
     ("models", "data"),
-    ("errors", "randomness", "metrics", "files", "facts", "checkpoint", "devices", "progress", "notes", "_version"),
+    (
+        "errors",
+        "randomness",
+        "metrics",
+        "files",
+        "facts",
+        "tensor_file",
+        "checkpoint",
+        "devices",
+        "progress",
+        "notes",
+        "_version",
+    ),
 )
 """From the top down. What stands in one layer does not import each other, but for the ground, which is one floor."""
 

@@ -26,7 +26,7 @@ HEAD = "federated --head "
 
 unreadable = "is not a readable image"
 torn = "neither a whole safetensors file nor a torch state dict"
-no_mask = "not a readable fedtalos mask file; make it anew"
+no_mask = "not a readable fedtalos mask file ("
 changed = "not what was written (checksum)"
 version = "is of another version"
 

@@ -18,20 +18,29 @@ from hypothesis import strategies as st
 from limits import refused, refused_if_at_all
 from material import changed_mask
 
-from fedtalos import facts
 from fedtalos.app.figures.records import read_history, read_report
+from fedtalos.app.run import runs
 from fedtalos.app.run.books import Edited
+from fedtalos.app.run.paths import RunPaths
+from fedtalos.app.run.runs import read_run
 from fedtalos.app.run.session import Progress, Saved
 from fedtalos.app.run.split_file import read_split
+from fedtalos.app.run.trackers import wandb_id
+from fedtalos.app.run.trained_apart import Merged
+from fedtalos.app.run.units import duration, percent
+from fedtalos.app.run.watched import progress_in_words
 from fedtalos.app.sweep.tables import _Record, _Summary
 from fedtalos.checkpoint import load_checkpoint, optimizer_tensors, restore_optimizer, save_checkpoint
+from fedtalos.data import folder_cache
 from fedtalos.errors import InputError
 from fedtalos.facts import Count, Number, Word, facts_from, read_facts, read_file, read_table, table_schema
 from fedtalos.models.vision_transformer import Architecture, VisionTransformer
 from fedtalos.models.weights.checkpoints import ModelFacts, checkpoint_weights
 from fedtalos.models.weights.pixels import stated
 from fedtalos.randomness import torch_generator
+from fedtalos.tensor_file import metadata_of
 from fedtalos.training.editing.mask_file import MaskFacts, read_mask_file, write_mask_file
+from fedtalos.training.editing.vector_facts import VectorFacts
 from fedtalos.training.entries import Entries
 from fedtalos.training.sparse_optimizer import make_optimizer
 
@@ -81,6 +90,18 @@ SCHEMAS: dict[type, dict[str, Any]] = {
     Saved: {"progress": asdict(Progress(left_out={"bad update": 1})), "options": {"seed": 0}},
     Edited: {"rows": [DONE], "report": [{"iteration": 1, "block": 0, "kind": "q", "active": 1, "entries": 2}]},
     MaskFacts: mask_facts(),
+    runs._Record: {
+        "command": "federated",
+        "num_rounds": 3,
+        "tasks": 2,
+        "leave_out": [1],
+        "dataset": "folder",
+        "data_dir": "photos",
+        "made_by": {"folder": "/data", "inputs": {"data": "abc"}, "decided": {"precision": "fp32"}},
+    },
+    Merged: {"alpha": 0.5, "refit": "ridge", "units": ["task0", "task1"]},
+    folder_cache.Facts: {"classes": ["a", "b"], "splits": ["train"], "said": {"left out": "one file"}},
+    VectorFacts: {"weights": "none", "model": {"size": "micro"}, "parameters": 9, "task": ["a"], "made_from": ["x"]},
     _Summary: {"seconds": 1.5, "test_accuracy": {"last": 0.5, "best_on_val": None}, "megabytes_sent": {"up": 1.5}},
     _Record: {"made_by": {"commit": "abc"}},
 }
@@ -160,6 +181,13 @@ def test_what_is_no_plain_file_of_its_size_is_not_read(name, tmp_path, vit):
     (tmp_path / "saved/last-000001.safetensors").symlink_to(path)
     with refused("last.json"):
         load_checkpoint(saved)
+
+
+@pytest.mark.parametrize("content", [b"", b"\x1b[2J", b"\xff", b"x" * 101, b"../x", b"a b"])
+def test_ids_of_trackers(content, tmp_path):
+    (tmp_path / ".wandb_id").write_bytes(content)
+    with refused(".wandb_id", "remove it"):
+        wandb_id(tmp_path)
 
 
 # checkpoints, sealed anew by someone who means it
@@ -267,7 +295,7 @@ def a_mask(folder: Path) -> Path:
 def test_each_fact_of_a_mask_in_turn_is_something_else(tmp_path):
     content = a_mask(tmp_path).read_bytes()
     assert read_mask_file(tmp_path / "m.safetensors")[1].active == 18
-    header = json.loads(facts.header_of(content, "fedtalos_mask"))
+    header = json.loads(metadata_of(content, "fedtalos_mask", "m.safetensors"))
     for number, at in enumerate(places(header)[1:]):
         for value in HOSTILE[number % 4 :: 4]:  # all of them would take seconds
 
@@ -354,6 +382,41 @@ def test_each_cell_of_the_metrics_and_the_report_in_turn(cell, tmp_path):
         (tmp_path / "report.csv").write_bytes(content.encode(errors="surrogateescape"))
         with refused_if_at_all():
             read_report(tmp_path)
+
+
+def shows_itself(paths: RunPaths) -> None:
+    """A run says how it stands, in print, whatever lies in its folders."""
+    run = read_run(paths)
+    assert run.state in ("finished", "stopped", "broken")
+    words = [run.command, progress_in_words(run), duration(run.seconds), percent(run.best), percent(run.test)]
+    assert all(text.isprintable() for text in words)
+    assert sum(map(len, words)) < 2000
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_a_run_with_any_cell_in_its_metrics_says_how_it_stands(cell, tmp_path):
+    paths = RunPaths(tmp_path, "r")
+    paths.results.mkdir(parents=True)
+    paths.config.write_text("command: federated\nnum_rounds: 3\n")
+    good = {"round": "1", "split": "train", "loss": "1", "accuracy": "0.5", "examples": "3", "seconds": "1"}
+    good |= {"bytes_down": "1", "bytes_up": "1"}
+    for name in good:
+        text = io.StringIO()
+        csv.writer(text).writerows([good, good.values(), ({**good, name: cell}).values()])
+        (paths.results / "metrics.csv").write_bytes(text.getvalue().encode(errors="surrogateescape"))
+        shows_itself(paths)
+
+
+def test_an_edit_with_any_fact_in_its_checkpoint_says_how_it_stands(tmp_path):
+    paths = RunPaths(tmp_path, "r")
+    for folder in (paths.results, paths.checkpoints):
+        folder.mkdir(parents=True)
+    paths.config.write_text("command: editing\nnum_iterations: 3\n")
+    for at in places(SCHEMAS[Edited]):
+        for value in HOSTILE:
+            said = with_value(SCHEMAS[Edited], at, value)
+            (paths.checkpoints / "last.json").write_text(json.dumps(said, ensure_ascii=True))
+            shows_itself(paths)
 
 
 ARRAYS = {

@@ -20,6 +20,7 @@ from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 
 import pytest
+import torch
 from commands import outcome
 from matplotlib.figure import Figure
 
@@ -27,6 +28,7 @@ from fedtalos import files
 from fedtalos.app.figures import draw, runs, sweeps
 from fedtalos.app.run.folders import clean_up
 from fedtalos.app.run.paths import RunPaths
+from fedtalos.checkpoint import load_checkpoint, remove_replaced, save_checkpoint
 from fedtalos.cli import main
 from fedtalos.files import PART, remove_leftovers
 
@@ -54,6 +56,9 @@ WRITES = {"os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.truncate", "os.c
 BOTH = "masks/both.safetensors"
 STRANGER = "4194304"
 """Number of a process that there is not."""
+
+NTH, PARTS = map(int, os.environ.get("KILLS_PART", "1/1").split("/"))
+"""Which part of the states of an uninterrupted run the slow tests begin from, of how many: "1/8" to "8/8" are all."""
 
 State = dict[str, bytes | None]
 """Content of each file, None of a folder, by path."""
@@ -191,7 +196,7 @@ def test_some_states_that_kills_leave(first, name):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", COMMANDS)
 def test_all_states_that_any_number_of_kills_leave(name):
-    kill_everywhere(COMMANDS[name], again=True)
+    kill_everywhere(COMMANDS[name], first=NTH - 1, every=PARTS, again=True)
 
 
 def write_grid() -> None:
@@ -207,7 +212,7 @@ def test_a_sweep():
 @pytest.mark.slow
 def test_a_sweep_everywhere():
     write_grid()
-    kill_everywhere("sweep small --device cpu --threads 1", again=True)
+    kill_everywhere("sweep small --device cpu --threads 1", first=NTH - 1, every=PARTS, again=True)
 
 
 def test_commands_that_write_a_file_or_two():
@@ -215,6 +220,20 @@ def test_commands_that_write_a_file_or_two():
         main(shlex.split(f"editing --criterion random --head random --run_name {name} {SMALL}"))
     kill_everywhere("mask combine masks/one.safetensors masks/two.safetensors --name both", again=True, end=BOTH)
     kill_everywhere("plot --masks masks/one.safetensors masks/two.safetensors", again=True)
+
+
+def test_a_checkpoint_of_the_same_step_replaces_another():
+    folder = Path("checkpoints")
+    save_checkpoint(folder, "last", 2, {"w": torch.ones(3)}, {"sum": 3})
+    with recorded() as states:
+        save_checkpoint(folder, "last", 2, {"w": torch.zeros(3)}, {"sum": 0})
+    for left in states:
+        restore(left)
+        for clean in (lambda: None, lambda: remove_replaced(folder, "last")):
+            clean()
+            found = load_checkpoint(folder / "last.json")
+            assert found.tensors["w"].sum() == found.facts["sum"]
+    assert sorted(path.name for path in folder.iterdir()) == ["last-000002.safetensors", "last.json"]
 
 
 def test_a_run_leaves_what_a_running_one_of_a_longer_name_writes():

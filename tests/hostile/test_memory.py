@@ -361,6 +361,7 @@ TABLES: dict[str, tuple[str, Callable[[], str]]] = {
     "lines": ("metrics.csv", lambda: "\n" * (3 * MILLION)),
     "splits": ("metrics.csv", lambda: "".join(rows("1,s{},1,1,1,1\n", 50_000))),
     "bytes": ("metrics.csv", lambda: "x" * 70 * MILLION),
+    "a cell": ("metrics.csv", lambda: '"' + "x\n" * 30 * MILLION),
 }
 
 
@@ -371,7 +372,7 @@ def test_tables(kind, tmp_path, monkeypatch):
     columns = {"report.csv": "iteration,block,kind,active,entries"}
     header = columns.get(name, "round,split,loss,accuracy,bytes_down,bytes_up")
     (tmp_path / name).write_text(f"{header}\n{lines()}")
-    with memory(400), refused(name):
+    with memory(150 if kind == "a cell" else 400), refused(name):
         read_report(tmp_path) if name == "report.csv" else read_history(tmp_path)
 
 

@@ -19,6 +19,8 @@ from fedtalos.app.config.tools import EvaluateConfig
 from fedtalos.app.figures import runs as figures
 from fedtalos.app.figures.draw import plot_split, write_figures
 from fedtalos.app.figures.style import drawable, rendered
+from fedtalos.app.report.contents import Report
+from fedtalos.app.report.page import write_report
 from fedtalos.app.run.display import PlainConsole
 from fedtalos.app.run.recorder import write_csv
 from fedtalos.app.sweep.tables import in_markdown
@@ -78,6 +80,8 @@ def test_figures_are_not_written_through_links(tmp_path):
     (tmp_path / "plots").symlink_to("elsewhere")
     with refused("plots: is a link"):
         write_figures({"a": Figure(figsize=(1, 1))}, tmp_path / "plots")
+    with refused("plots: is a link"):
+        write_report(tmp_path / "plots/report.html", Report("none", [], {}))
     (tmp_path / "real").mkdir()
     (tmp_path / "real/a.png").symlink_to(tmp_path / "elsewhere/a.png")
     write_figures({"a": Figure(figsize=(1, 1))}, tmp_path / "real")

@@ -16,12 +16,13 @@ from torch import nn
 
 from fedtalos.app.load import load
 from fedtalos.app.run import session
-from fedtalos.checkpoint import load_checkpoint
+from fedtalos.checkpoint import load_checkpoint, save_checkpoint
 from fedtalos.cli import main, parse
 from fedtalos.errors import InputError
 from fedtalos.models.library_model import LibraryArchitecture, LibraryModel
 from fedtalos.models.load import load_into
 from fedtalos.models.weights import library
+from fedtalos.models.weights.checkpoints import checkpoint_weights
 from fedtalos.models.weights.hub import WeightsFile
 from fedtalos.models.weights.pixels import IMAGENET
 from fedtalos.models.weights.read import load_weights
@@ -29,6 +30,7 @@ from fedtalos.randomness import torch_generator
 from fedtalos.training.editing.eligible import eligible_entries
 from fedtalos.training.editing.fisher import fisher_scores
 from fedtalos.training.editing.mask_file import read_mask_file
+from fedtalos.training.entries import named_tensors
 from fedtalos.training.feature_cache import view_of
 
 CONFIG = {"hf_hub_id": "timm/net", "input_size": (3, 8, 8), "mean": (0.1, 0.2, 0.3), "std": (0.4, 0.5, 0.6)}
@@ -98,6 +100,30 @@ def libraries(tmp_path, monkeypatch, in_a_folder_of_its_own, without_figures):
         monkeypatch.setitem(sys.modules, module.__name__, module)
     monkeypatch.setattr(library, "download", lambda repo, file_: WeightsFile(file, [], f"hub:{repo}@1"))
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
+
+
+def test_a_checkpoint_of_another_library_model_than_it_says_is_refused(model, tmp_path):
+    """A generator: every tensor of the model in turn missing, of another shape, or one more beside them."""
+    tensors = named_tensors(model)
+    stated = {"model": model.architecture.as_dict(), "mean": (0.5,) * 3, "std": (0.5,) * 3, "classes": list("abcde")}
+    weights = checkpoint_weights(save_checkpoint(tmp_path, "last", 1, tensors, stated))
+    assert weights.architecture == model.architecture
+    others = [{**tensors, "net.more.weight": torch.zeros(3)}]
+    for number, (name, tensor) in enumerate(tensors.items()):
+        changed = (tensor[None], tensor[:-1], torch.zeros(0), None)[number % 4]
+        others.append({key: changed if key == name else value for key, value in tensors.items()})
+    for each in others:
+        there = {name: tensor for name, tensor in each.items() if tensor is not None}
+        path = save_checkpoint(tmp_path, "last", 1, there, stated)
+        with pytest.raises(InputError):
+            load_into(model, checkpoint_weights(path))
+        if any(each.get(name) is not tensor for name, tensor in tensors.items() if name.startswith("net.")):
+            with pytest.raises(InputError, match="its tensors are not those of the timm:net that it says"):
+                checkpoint_weights(path)
+    for facts in ({"num_classes": 4}, {"name": "timm:batch_norm"}, {"name": "torch:other"}):
+        path = save_checkpoint(tmp_path, "last", 1, tensors, {**stated, "model": {**stated["model"], **facts}})
+        with pytest.raises(InputError):
+            checkpoint_weights(path)
 
 
 def library_model(name: str) -> LibraryModel:

@@ -10,8 +10,10 @@ from pathlib import Path
 
 from fedtalos._version import __version__
 from fedtalos.app.card_facts import data_set, plain, rows, training_facts, weights_at_start
+from fedtalos.app.run.recorder import MOST_BYTES
 from fedtalos.app.trained import TrainedRun
 from fedtalos.errors import InputError, shown
+from fedtalos.facts import read_file
 from fedtalos.metrics import wilson
 
 LIBRARIES = {"safetensors-timm": "timm", "hf": "transformers", "torchscript": "pytorch", "onnx": "onnx"}
@@ -99,11 +101,11 @@ def test_accuracy(trained: TrainedRun) -> tuple[float, int] | None:
 def _test_images(path: Path) -> int:
     """Images of the test split that were read, by the run's last line; 0 where nobody says."""
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = read_file(path, str(path), most=MOST_BYTES).decode().splitlines()
         columns = lines[0].split(",")
         of_test = [line.split(",") for line in lines[1:] if line.split(",")[1] == "test"]
         return int(of_test[-1][columns.index("examples")])
-    except (OSError, ValueError, IndexError):
+    except (InputError, ValueError, IndexError):
         return 0
 
 

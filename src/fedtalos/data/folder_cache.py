@@ -9,20 +9,24 @@ import os
 import re
 import shutil
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated
 
 import platformdirs
+from annotated_types import MaxLen, Predicate
 from filelock import Timeout
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from fedtalos.errors import InputError
+from fedtalos.facts import ClassNames, read_facts, schema
 from fedtalos.files import locked, remove_leftovers
 from fedtalos.progress import Bar, silent
+from fedtalos.tensor_file import check_header, metadata_of, read_header
 
 LIMIT = 20_000_000_000
 """Bytes of all entries together; what was not used for longest goes first."""
@@ -42,6 +46,20 @@ def cache_folder(cache_dir: Path | None = None) -> Path:
     return (usual if usual.is_absolute() else Path(os.devnull)) / "images"
 
 
+SPLITS = ("train", "val", "test")
+Sentence = Annotated[str, MaxLen(2**14)]
+
+
+@schema
+@dataclass(frozen=True)
+class Facts:
+    """Facts of decoded images: their classes, their splits, and sentences about what was decided, by what about."""
+
+    classes: ClassNames
+    splits: Annotated[tuple[Annotated[str, Predicate(SPLITS.__contains__)], ...], MaxLen(3)]
+    said: Annotated[dict[Sentence, Sentence], MaxLen(100)]
+
+
 @dataclass(frozen=True)
 class Entry:
     """Place of one folder's decoded images; ``source`` is the same for all that the folder ever held.
@@ -57,19 +75,22 @@ class Entry:
     def path(self) -> Path:
         return self.folder / f"{self.source}_{self.digest}.safetensors"
 
-    def load(self) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
-        """Read tensors and facts; None: they are not there, or not whole."""
+    def load(self) -> tuple[dict[str, Tensor], Facts] | None:
+        """Read tensors and facts; None: they are not there, not whole, or not what they should be."""
         try:
+            header = read_header(self.path, str(self.path))
+            check_header(header, str(self.path))
+            text = metadata_of(header, "facts", str(self.path)).encode()  # bytes: names of files may be no text
+            facts = read_facts(Facts, text, str(self.path))
             with safe_open(self.path, "pt") as file:
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  it is no dict
-                facts = json.loads(file.metadata()["facts"])
-        except (SafetensorError, OSError, KeyError, TypeError, ValueError):
+        except (InputError, SafetensorError, OSError, KeyError, TypeError, ValueError, RuntimeError):
             return None
         with suppress(OSError):
             os.utime(self.path)  # used now; where that cannot be said, it goes the sooner
         return tensors, facts
 
-    def save(self, tensors: dict[str, Tensor], facts: Mapping[str, Any]) -> str | None:
+    def save(self, tensors: dict[str, Tensor], facts: Facts) -> str | None:
         """Write the entry, and remove what it replaces and what is beyond LIMIT; returns why that could not be."""
         size = sum(tensor.nbytes for tensor in tensors.values())
         if size > LIMIT:
@@ -82,7 +103,7 @@ class Entry:
                 return f"less than {size / 1e9:.1f} GB are free in {self.folder}"
             part.touch()
             mode = part.stat().st_mode  # others may read it, where they may read what this user writes
-            save_file(tensors, part, {"facts": json.dumps(facts)})
+            save_file(tensors, part, {"facts": json.dumps(asdict(facts))})
             part.chmod(mode)
             part.replace(self.path)
         except (OSError, SafetensorError) as error:

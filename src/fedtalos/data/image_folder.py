@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fedtalos.data.class_names import some
-from fedtalos.data.folder_cache import LIMIT, Entry, cache_folder, source_name
+from fedtalos.data.folder_cache import LIMIT, Entry, Facts, cache_folder, source_name
 from fedtalos.data.folder_decoding import DecodedFolder, decode_folder
 from fedtalos.data.folder_layout import Layout, find_layout
 from fedtalos.data.image_files import can_read
@@ -106,7 +106,7 @@ def _keep(decoded: DecodedFolder, entry: Entry) -> None:
         tensors |= {f"{name}_pixels": images.pixels, f"{name}_labels": images.labels}
         if images.owners is not None:
             tensors[f"{name}_owners"] = images.owners
-    why = entry.save(tensors, {"classes": decoded.classes, "splits": list(decoded.splits), "said": decoded.said})
+    why = entry.save(tensors, Facts(decoded.classes, tuple(decoded.splits), decoded.said))
     if why is None:
         note("image cache", f"decoded images are kept in {entry.folder}, {LIMIT / 1e9:g} GB of them at most")
     else:
@@ -123,19 +123,22 @@ def _from_cache(entry: Entry, image_size: int) -> DecodedFolder | None:
         return None
     tensors, facts = kept
     try:
-        classes, said = tuple(map(str, facts["classes"])), {str(what): str(s) for what, s in facts["said"].items()}
         splits = {}
-        for name in map(str, facts["splits"]):
+        for name in facts.splits:
             owners = tensors.get(f"{name}_owners")
             images = LabelledImages(tensors[f"{name}_pixels"], tensors[f"{name}_labels"], owners)
-            fits = owners is None or (owners.dtype == torch.int64 and owners.shape == images.labels.shape)
+            fits = owners is None or (
+                owners.dtype == torch.int64
+                and owners.shape == images.labels.shape
+                and 0 <= owners.min() <= owners.max() < len(images)
+            )
             fits &= images.pixels.dtype == torch.uint8 and images.labels.dtype == torch.int64
             fits &= images.pixels.shape == (len(images), 3, image_size, image_size) and len(images) > 0
-            if not (fits and images.labels.min() >= 0 and images.labels.max() < len(classes)):
+            if not (fits and images.labels.min() >= 0 and images.labels.max() < len(facts.classes)):
                 return None
             splits[name] = images
-        return DecodedFolder(classes, splits, said) if "train" in splits else None
-    except (KeyError, TypeError, AttributeError, RuntimeError):
+        return DecodedFolder(facts.classes, splits, facts.said) if "train" in splits else None
+    except (KeyError, RuntimeError):
         return None
 
 

@@ -11,16 +11,15 @@ from typing import Literal, get_args
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError
-from safetensors.torch import load as load_safetensors
 from safetensors.torch import save as save_safetensors
 from torch import Tensor
 
-from fedtalos.errors import InputError
-from fedtalos.facts import read_file
+from fedtalos.errors import InputError, shown
+from fedtalos.facts import read_file, refusal
 from fedtalos.files import UNSEALED, is_sealed, sealed, write_atomic
 from fedtalos.models.backbone import Backbone
 from fedtalos.notes import note
+from fedtalos.tensor_file import read_tensors
 
 ClosedForm = Literal["ridge", "ncm"]
 MOST_BYTES = 2**28
@@ -130,7 +129,12 @@ def best_head(
     >>> weight, bias = best_head("ridge", sums, val_features, val_labels)
     """
     features, labels = features.cpu().float(), labels.cpu()
-    heads = [ridge_head(sums, penalty) for penalty in penalties] if kind == "ridge" else [nearest_mean_head(sums)]
+    try:
+        heads = [ridge_head(sums, penalty) for penalty in penalties] if kind == "ridge" else [nearest_mean_head(sums)]
+    except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]  # it is documented
+        raise _no_head(kind) from error
+    if not all(bool(tensor.isfinite().all()) for head in heads for tensor in head):
+        raise _no_head(kind)
     fitted = []
     for weight, bias in heads:
         outputs = F.linear(features, weight, bias)
@@ -143,6 +147,10 @@ def best_head(
         _note_penalty(penalties, losses, chosen, len(labels))
     _, weight, bias = fitted[chosen]
     return weight, bias
+
+
+def _no_head(kind: ClosedForm) -> InputError:
+    return InputError(f"head {kind}: the sums over the images fix none; give more images, or make the run anew")
 
 
 def _note_penalty(penalties: Sequence[float], losses: Sequence[float], chosen: int, held_out: int) -> None:
@@ -216,18 +224,17 @@ def read_head(path: Path, model: Backbone) -> Head:
     >>> set_head(model, *read_head(Path("masks/my_mask.head.safetensors"), model))
     """
     content = read_file(path, f"head {path}", most=MOST_BYTES, advice="give an existing head file")
-    try:
-        tensors = load_safetensors(content)
-        weight, bias = tensors["head.weight"], tensors["head.bias"]
-    except (SafetensorError, KeyError, ValueError) as error:
-        raise InputError(f"head {path}: not a head file; `fedtalos editing` writes one beside its mask") from error
+    head, advice = f"head {path}: not a head file", "`fedtalos editing` writes one beside its mask"
+    tensors = read_tensors(content, head, advice)
     if not is_sealed(content):
         raise InputError(f"head {path}: not what was written (checksum), or of another version; make it anew")
+    if tensors.keys() != {"head.weight", "head.bias"}:
+        raise refusal(head, f"expected head.weight and head.bias, got {shown(sorted(tensors)[:5])}", advice)
+    weight, bias = tensors["head.weight"], tensors["head.bias"]
     if weight.shape != model.head.weight.shape or bias.shape != model.head.bias.shape:
-        raise InputError(
-            f"head {path}: weight {tuple(weight.shape)}, but this model and data set need "
-            f"{tuple(model.head.weight.shape)} (classes, width)"
-        )
+        fault = f"weight {tuple(weight.shape)}, bias {tuple(bias.shape)}"
+        needed = f"this model and data set need {tuple(model.head.weight.shape)} (classes, width)"
+        raise refusal(f"head {path}: of another shape", fault, needed)
     if not all(tensor.is_floating_point() and tensor.float().isfinite().all() for tensor in (weight, bias)):
         raise InputError(f"head {path}: holds other than finite numbers; give a head of a run that did not diverge")
     return weight, bias

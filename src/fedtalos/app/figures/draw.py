@@ -22,7 +22,7 @@ from fedtalos.app.run.runs import check_one_data_set
 from fedtalos.app.run.split_file import read_split, split_title
 from fedtalos.errors import InputError
 from fedtalos.facts import Count, Number, facts_from, open_schema
-from fedtalos.files import write_atomic
+from fedtalos.files import refuse_link, write_atomic
 from fedtalos.training.editing.combine import overlap
 from fedtalos.training.editing.describe import density_table
 from fedtalos.training.editing.mask_file import read_mask_file
@@ -103,8 +103,7 @@ def plot_all(
 
 def write_figures(drawn: Mapping[str, Figure], plots_dir: Path, form: FigureFormat = "png") -> list[Path]:
     """Write a file NAME.png (or pdf, svg) of each figure by name, once all are rendered."""
-    if plots_dir.is_symlink():
-        raise InputError(f"{plots_dir}: is a link, through which no figures are written; move it away, or give a name")
+    refuse_link(plots_dir)
     contents = {plots_dir / f"{name}.{form}": rendered(figure, form) for name, figure in drawn.items()}
     for path, content in contents.items():
         write_atomic(path, content)

@@ -8,7 +8,7 @@ from pathlib import Path
 from fedtalos.app.figures.style import drawable
 from fedtalos.app.run.books import MOST_ROWS as EDIT_ROWS
 from fedtalos.app.run.books import ReportRow
-from fedtalos.app.run.recorder import MOST_BYTES, MOST_ROWS, MetricsLine
+from fedtalos.app.run.recorder import MOST_BYTES, MOST_ROWS, MetricsLine, known
 from fedtalos.errors import InputError, shown
 from fedtalos.facts import read_table
 from fedtalos.training.editing.describe import DensityRow
@@ -83,10 +83,7 @@ def read_history(run_dir: Path) -> History:
 
 
 def _row(line: MetricsLine) -> Row:
-    loss, accuracy, down, up = (
-        math.nan if isinstance(cell, str) else cell
-        for cell in (line.loss, line.accuracy, line.bytes_down, line.bytes_up)
-    )
+    loss, accuracy, down, up = map(known, (line.loss, line.accuracy, line.bytes_down, line.bytes_up))
     return Row(line.step, line.split, loss, accuracy, (down + up) / 1e6, line.examples or 0)
 
 

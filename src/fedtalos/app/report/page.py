@@ -19,7 +19,7 @@ from fedtalos.app.report.contents import (
     split_of,
 )
 from fedtalos.errors import InputError
-from fedtalos.files import write_atomic
+from fedtalos.files import refuse_link, write_atomic
 
 LARGEST = 2_000_000
 """Bytes of a page: one that is sent by mail."""
@@ -31,6 +31,7 @@ def write_report(path: Path, report: Report) -> Path:
     >>> write_report(Path("report.html"), report_of([read_records(paths)]))
     PosixPath('report.html')
     """
+    refuse_link(path.parent)
     text = page(report)
     if len(text.encode()) > LARGEST:
         raise InputError(

@@ -121,5 +121,9 @@ class Books:
         if state is None or (state.shape, state.dtype) != (self.kept.shape, torch.bool):
             raise InputError(f"checkpoint {path}: is of another version, or not of this edit; start another run")
         self.kept = state.to(self.kept.device)
+        if [row.iteration for row in facts.rows] != [*range(1, len(facts.rows) + 1)] or not (
+            0 < int(state.sum()) == facts.rows[-1].active
+        ):
+            raise InputError(f"checkpoint {path}: not what its iterations say; start another run")
         self.rows, self.report = [asdict(row) for row in facts.rows], [asdict(row) for row in facts.report]
         self._down, self._up = self.rows[-1]["bytes_down"], self.rows[-1]["bytes_up"]

@@ -6,7 +6,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from datetime import datetime
 from pathlib import Path
-from typing import Any
 
 import torch
 from filelock import Timeout
@@ -19,6 +18,7 @@ from fedtalos.app.run.interruption import Interrupted
 from fedtalos.app.run.paths import WORKERS, RunPaths, plain_name
 from fedtalos.app.run.recorder import made_by, write_yaml
 from fedtalos.app.run.resume import differing, run_to_resume, saved_options
+from fedtalos.app.run.runs import made_by_then
 from fedtalos.app.run.trackers import require_tracker
 from fedtalos.checkpoint import remove_replaced
 from fedtalos.errors import InputError
@@ -151,10 +151,9 @@ def open_run(config: RunConfig, paths: RunPaths, origin: Mapping[str, Mapping[st
     ``origin`` goes to made_by; its ``inputs`` are fingerprints, by what they are of.
     """
     if paths.started:
-        made_by_then: Any = read_yaml(paths.config).get("made_by")
-        saved = made_by_then.get("inputs") if isinstance(made_by_then, dict) else None
+        then = made_by_then(paths.config)
         for what, fingerprint in origin["inputs"].items():
-            if not isinstance(saved, dict) or saved.get(what) != fingerprint:
+            if then is None or then.inputs.get(what) != fingerprint:
                 raise InputError(
                     f"--resume: the {what} of {paths.name} changed since it started; "
                     "put back what it was, or start a run of another name"
@@ -178,9 +177,8 @@ def say_decisions(paths: RunPaths, console: Console) -> None:
         say(console, f"{what}: {sentence}")
     if not decided or not paths.started:
         return
-    record = read_yaml(paths.config)
-    made_by_then = record.get("made_by")
-    if isinstance(made_by_then, dict):
-        before = made_by_then.get("decided") or {}
-        if not decided.keys() <= before.keys():
-            write_yaml(paths.config, {**record, "made_by": {**made_by_then, "decided": {**decided, **before}}})
+    then = made_by_then(paths.config)
+    if then is not None and not decided.keys() <= then.decided.keys():
+        record = read_yaml(paths.config)
+        made = {**record["made_by"], "decided": {**decided, **then.decided}}
+        write_yaml(paths.config, {**record, "made_by": made})

@@ -3,12 +3,11 @@
 vectors/RUN.task0.safetensors holds a vector, checkpoints/RUN/task0.sums.safetensors sums over features of the start.
 """
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load as load_safetensors
 from safetensors.torch import save as save_safetensors
 from torch import Tensor
 
@@ -19,8 +18,11 @@ from fedtalos.data.class_groups import Groups, class_groups
 from fedtalos.data.dataset_loader import Dataset
 from fedtalos.data.sampling import Ids
 from fedtalos.errors import InputError
+from fedtalos.facts import MOST_HEADER, read_file
 from fedtalos.files import UNSEALED, is_sealed, sealed, write_atomic
-from fedtalos.models.heads import Head, HeadSums
+from fedtalos.models.backbone import Backbone
+from fedtalos.models.heads import ClosedForm, Head, HeadSums
+from fedtalos.tensor_file import read_tensors
 from fedtalos.training.editing.task_vectors import TaskVector
 from fedtalos.training.editing.vector_facts import facts_of
 from fedtalos.training.editing.vector_file import load_vector, save_vector
@@ -122,26 +124,32 @@ class Kept:
         facts = facts_of(moving.model, head, classes=classes, task=task, command=command, commit=commit)
         save_vector(self.vector(prefix + unit.name), TaskVector(moving.entries.masks, values, facts, head))
 
-    def read(self, name: str) -> TaskVector:
-        """Read a unit's vector."""
-        return load_vector(self.vector(name))
+    def read(self, name: str, moving: MaskedParameters) -> TaskVector:
+        """Read a unit's vector; InputError where it is not of what moves in this run."""
+        vector, masks = load_vector(self.vector(name)), moving.entries.masks
+        same = vector.mask.keys() == masks.keys() and all(
+            torch.equal(vector.mask[key], mask.cpu()) for key, mask in masks.items()
+        )
+        if not same or vector.head is None or vector.head[0].shape != moving.model.head.weight.shape:
+            raise InputError(f"vector {self.vector(name)}: of another mask or model than its run; make the run anew")
+        return vector
 
     def write_sums(self, name: str, sums: HeadSums) -> None:
         """Write the sums of a unit's clients, sealed."""
         tensors = {"xy": sums.xy} | ({} if sums.xx is None else {"xx": sums.xx})
         write_atomic(self.sums(name), sealed(save_safetensors(tensors, {"seal": UNSEALED})))
 
-    def read_sums(self, name: str) -> HeadSums:
-        """Read the sums of a unit's clients; InputError where they are missing or changed."""
-        path = self.sums(name)
-        try:
-            content = path.read_bytes()
-            tensors = load_safetensors(content)
-            xy, xx = tensors["xy"], tensors.get("xx")
-        except OSError as error:
-            raise InputError(f"sums {path}: cannot be read ({error.strerror}); make the run anew") from error
-        except (SafetensorError, KeyError) as error:
-            raise InputError(f"sums {path}: no sums of a head; make the run anew") from error
-        if not is_sealed(content) or xy.dtype != torch.float64:
-            raise InputError(f"sums {path}: not what was written (checksum); make the run anew")
-        return HeadSums(xy, xx)
+    def read_sums(self, name: str, kind: ClosedForm, model: Backbone) -> HeadSums:
+        """Read the sums of a unit's clients; InputError where they are missing, changed, or of another head."""
+        path, advice = self.sums(name), "make the run anew"
+        classes, width = model.head.weight.shape
+        shapes = {"xy": (width + 1, classes)} | ({"xx": (width + 1, width + 1)} if kind == "ridge" else {})
+        most = MOST_HEADER + 8 * sum(map(math.prod, shapes.values()))
+        content = read_file(path, f"sums {path}", most=most, advice=advice)
+        tensors = read_tensors(content, f"sums {path}: no sums of a head", advice)
+        if not is_sealed(content):
+            raise InputError(f"sums {path}: not what was written (checksum); {advice}")
+        fits = {key: tuple(tensor.shape) for key, tensor in tensors.items()} == shapes
+        if not fits or any(t.dtype != torch.float64 or not t.isfinite().all() for t in tensors.values()):
+            raise InputError(f"sums {path}: not those of a {kind} head of this model; {advice}")
+        return HeadSums(tensors["xy"], tensors.get("xx"))

@@ -57,7 +57,7 @@ class RunPaths:
 
     @property
     def finished(self) -> bool:
-        return (self.results / "summary.yaml").exists()
+        return (self.results / "summary.yaml").is_file()
 
     @property
     def free(self) -> bool:

@@ -2,6 +2,7 @@
 
 import csv
 import io
+import math
 import os
 import platform
 import subprocess
@@ -104,6 +105,15 @@ class MetricsLine:
     bytes_down: Cell
     bytes_up: Cell
     examples: Annotated[int, Interval(ge=0, lt=int(LARGEST))] | Literal[""] = ""
+
+
+def known(cell: float | str) -> float:
+    """Give a cell's number, nan where it is not known.
+
+    >>> known(0.5), known("")
+    (0.5, nan)
+    """
+    return math.nan if isinstance(cell, str) else cell
 
 
 class Recorder:

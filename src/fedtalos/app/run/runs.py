@@ -1,24 +1,91 @@
 """Runs on disk: what each is, how far it has come, and whether a process works on it."""
 
-import csv
-import io
-import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Literal
+
+from annotated_types import Interval, MaxLen
 
 from fedtalos.app.config.files import nearest, read_yaml
+from fedtalos.app.run.books import Edited
 from fedtalos.app.run.paths import RunPaths
+from fedtalos.app.run.recorder import MOST_BYTES, MOST_ROWS, MetricsLine, known
 from fedtalos.errors import InputError
+from fedtalos.facts import (
+    MOST_JSON,
+    Count,
+    Word,
+    facts_from,
+    open_schema,
+    read_facts,
+    read_file,
+    table_of,
+    table_schema,
+)
 from fedtalos.files import is_locked
 
+Name = Annotated[str, MaxLen(2**14)]
+"""A path, a sentence, or what else a record holds."""
+Total = Annotated[int, Interval(ge=0, le=10**9)]
 State = Literal["running", "stopped", "finished", "broken"]
 RECORDS = ("metrics.csv", "report.csv", "cells.csv")
 """Tables that training, an edit and a sweep leave in their folder of results."""
-TOTALS = {"centralized": "num_epochs", "federated": "num_rounds", "editing": "num_iterations"}
-UNITS = {"centralized": "epoch", "federated": "round", "editing": "iteration"}
+TOTALS = {
+    "centralized": "num_epochs",
+    "federated": "num_rounds",
+    "continual": "num_rounds",
+    "editing": "num_iterations",
+}
+UNITS = {"centralized": "epoch", "federated": "round", "continual": "round", "editing": "iteration"}
+
+
+@open_schema
+@dataclass(frozen=True)
+class MadeBy:
+    """Facts of config.yaml on how a run was made, those that are read again."""
+
+    folder: Name = ""
+    decided: Annotated[dict[Word, Name], MaxLen(1000)] = field(default_factory=dict)
+    """Sentences on what was decided for the user, by what about."""
+    inputs: Annotated[dict[Word, Name | None], MaxLen(100)] = field(default_factory=dict)
+    """Fingerprints, by what they are of."""
+
+
+@open_schema
+@dataclass(frozen=True)
+class _Record:
+    """Facts of config.yaml that tell how a run stands, and of which images it is."""
+
+    command: Word = ""
+    num_epochs: Total | None = None
+    num_rounds: Total | None = None
+    num_iterations: Total | None = None
+    tasks: Total | None = None
+    leave_out: Annotated[tuple[Count, ...], MaxLen(2**16)] = ()
+    dataset: Word | None = None
+    data_dir: Name | None = None
+    made_by: MadeBy | str | None = None
+
+    @property
+    def made(self) -> MadeBy | None:
+        """The part on how the run was made, where there is one of this kind."""
+        return self.made_by if isinstance(self.made_by, MadeBy) else None
+
+    @property
+    def units_apart(self) -> int:
+        """Number of tasks that train one after another, each its own rounds (`continual`: twice); 1 where none do."""
+        passes = 2 if self.command == "continual" else 1
+        return 1 if self.tasks is None else passes * max(0, self.tasks - len(self.leave_out))
+
+
+@table_schema
+@dataclass(frozen=True)
+class _Line(MetricsLine):
+    """A row of metrics.csv, and when it was written."""
+
+    seconds: Annotated[float, Interval(ge=0, le=1e12)] = 0.0
 
 
 @dataclass(frozen=True)
@@ -56,66 +123,74 @@ def read_run(paths: RunPaths) -> Run:
     """
     state: State = "finished" if paths.finished else "running" if is_locked(paths.lock) else "stopped"
     try:
-        config = read_yaml(paths.config)
-        command = str(config.get("command"))
-        total = int(config.get(TOTALS.get(command, ""), 0)) * _units_apart(config)
+        record = _record(paths.config)
+        command = record.command
+        total = (getattr(record, TOTALS.get(command, ""), None) or 0) * record.units_apart
         if command == "editing":
             return _edit(paths, state, total)
         return _training(paths, command, state, total)
-    except (
-        InputError,
-        ValueError,
-        TypeError,
-        KeyError,
-        AttributeError,
-        ArithmeticError,
-        RecursionError,
-        OSError,
-        csv.Error,
-    ):
+    except InputError:
         return Run(paths, "", "broken")
 
 
-def _units_apart(config: Mapping[str, Any]) -> int:
-    """Number of tasks that train one after another, each its own rounds; 1 where none do."""
-    return 1 if config.get("tasks") is None else int(config["tasks"]) - len(config.get("leave_out", ()))
+def _record(path: Path) -> _Record:
+    return facts_from(_Record, read_yaml(path), f"{path}: broken", "make the run anew")
+
+
+def made_by_then(path: Path) -> MadeBy | None:
+    """Read how a run was made, from its config.yaml; None where that does not say.
+
+    >>> made_by_then(Path("results/dense/config.yaml")).inputs
+    {'data': 'digits'}
+    """
+    return _record(path).made
 
 
 def _training(paths: RunPaths, command: str, state: State, total: int) -> Run:
-    rows = list(_rows(paths.results / "metrics.csv"))
-    train = [row for row in rows if row["split"] == "train"]
-    val = [float(row["accuracy"]) for row in rows if row["split"] == "val"]
-    tests = [row for row in rows if row["split"] == "test"]
-    test, tested = (float(tests[-1]["accuracy"]), int(tests[-1]["examples"])) if tests else (math.nan, 0)
-    done, seconds = (int(train[-1][UNITS[command]]), float(rows[-1]["seconds"])) if train else (0, 0.0)
-    best, left = max(val, default=math.nan), math.nan
-    if len(train) > 1 and state == "running":
-        first, took = int(train[0][UNITS[command]]), seconds - float(train[0]["seconds"])
-        left = took / (done - first) * (total - done)
-    loss = float(train[-1]["loss"]) if train else math.nan
-    sent = float(rows[-1]["bytes_down"]) + float(rows[-1]["bytes_up"]) if rows else 0.0
+    rows = _rows(paths.results / "metrics.csv")
+    train, val, tests = ([row for row in rows if row.split == split] for split in ("train", "val", "test"))
+    accuracies = [share for row in val if not math.isnan(share := known(row.accuracy))]
+    test, tested = (known(tests[-1].accuracy), tests[-1].examples or 0) if tests else (math.nan, 0)
+    done, seconds = (train[-1].step, rows[-1].seconds) if train else (0, 0.0)
+    best, left = max(accuracies, default=math.nan), math.nan
+    if len(train) > 1 and state == "running" and (steps := done - train[0].step) > 0:
+        left = max(0.0, seconds - train[0].seconds) / steps * max(0, total - done)
+    loss = known(train[-1].loss) if train else math.nan
+    sent = known(rows[-1].bytes_down) + known(rows[-1].bytes_up) if rows else 0.0
     return Run(paths, command, state, done, total, loss, best, test, tested, sent, seconds, left)
 
 
-def _rows(path: Path) -> Iterator[dict[str, str]]:
+def _rows(path: Path) -> list[_Line]:
     """Whole lines of a table that may be written to at this moment."""
-    content = path.read_bytes() if path.is_file() else b""
-    yield from csv.DictReader(io.StringIO(content[: content.rfind(b"\n") + 1].decode()))
+    if not path.exists():
+        return []
+    content = read_file(path, str(path), most=MOST_BYTES)
+    content = content[: content.rfind(b"\n") + 1]
+    return table_of(_Line, content, path, most_rows=MOST_ROWS, first="step")[1] if content else []
 
 
 def _edit(paths: RunPaths, state: State, total: int) -> Run:
     path = paths.checkpoints / "last.json"
-    saved: Any = json.loads(path.read_bytes()) if path.is_file() else {}
-    rows = saved.get("rows", [])
-    done, seconds = (int(rows[-1]["iteration"]), float(rows[-1]["seconds"])) if rows else (0, 0.0)
-    left = seconds / done * (total - done) if done and state == "running" else math.nan
-    return Run(paths, "editing", state, done, total, seconds=seconds, left=left)
+    if not path.exists():
+        return Run(paths, "editing", state, 0, total)
+    last = read_facts(Edited, read_file(path, str(path), most=MOST_JSON), str(path)).rows[-1]
+    left = last.seconds / last.iteration * max(0, total - last.iteration) if last.iteration else math.nan
+    left = left if state == "running" else math.nan
+    return Run(paths, "editing", state, last.iteration, total, seconds=last.seconds, left=left)
 
 
 def all_runs(root: Path) -> list[RunPaths]:
     """List every run under ``root``, the newest first."""
-    configs = sorted((root / "results").glob("*/config.yaml"), key=lambda path: path.stat().st_mtime, reverse=True)
+    configs = sorted((root / "results").glob("*/config.yaml"), key=_written, reverse=True)
     return [RunPaths(root, path.parent.name) for path in configs]
+
+
+def _written(path: Path) -> float:
+    """Time at which a file was written; 0 where it is gone."""
+    try:
+        return path.stat().st_mtime
+    except OSError:
+        return 0.0
 
 
 def run_folder(path: Path, results: Path) -> Path:
@@ -144,8 +219,7 @@ def named_run(path: Path, root: Path) -> RunPaths:
     if path.parent.name in ("checkpoints", "plots"):
         candidates.append(path.parents[1] / "results" / path.name)
     for folder in candidates:
-        at = folder.resolve()
-        if (folder / "config.yaml").is_file() and at.parent.name == "results":
+        if (folder / "config.yaml").is_file() and (at := folder.resolve()).parent.name == "results":
             here = root if at.parents[1] == root.resolve() else at.parents[1]
             return RunPaths(here, at.name)
     there = [paths.name for paths in all_runs(root)]
@@ -171,18 +245,15 @@ def check_one_data_set(run_dirs: Sequence[Path]) -> None:
 def _data_set(run_dir: Path) -> tuple[str, set[str]] | None:
     """The data set of a run in words, and what tells it: one of these suffices."""
     path = run_dir / "config.yaml"
-    config = read_yaml(path) if path.is_file() else {}
-    name, made_by = config.get("dataset"), config.get("made_by")
-    if not isinstance(name, str):
+    if not path.is_file():
         return None
-    if name not in ("folder", "csv"):
-        return name, {name}
-    record: dict[str, Any] = made_by if isinstance(made_by, dict) else {}
-    place, inputs = Path(str(record.get("folder", ""))) / str(config.get("data_dir")), record.get("inputs")
-    return f"the {'table' if name == 'csv' else 'folder'} {place}", {
-        str(place),
-        *([str(inputs.get("data"))] if isinstance(inputs, dict) else []),
-    }
+    record = _record(path)
+    name, made_by = record.dataset, record.made or MadeBy()
+    if name is None or name not in ("folder", "csv"):
+        return None if name is None else (name, {name})
+    place, data = Path(made_by.folder) / str(record.data_dir), made_by.inputs.get("data")
+    same = {str(place), *([] if data is None else [data])}
+    return f"the {'table' if name == 'csv' else 'folder'} {place}", same
 
 
 def comparable(paths: RunPaths, looked_at: int = 10) -> str | None:

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from fedtalos.app.run.recorder import code_commit
+from fedtalos.checkpoint import tensors_under
 from fedtalos.training.editing.task_vectors import TaskVector
 from fedtalos.training.editing.vector_facts import facts_of
 from fedtalos.training.masked_parameters import MaskedParameters
@@ -18,13 +19,16 @@ class Start:
     """Values of what moves of a model, and its head, as they were when training began."""
 
     def __init__(self, moving: MaskedParameters, saved: Mapping[str, Tensor]) -> None:
-        """Take it from a checkpoint's tensors, or where these have none from the model as it is."""
+        """Take it from a checkpoint's tensors, or where these have none from the model as it is.
+
+        Raises InputError where they are of another model.
+        """
         self.moving = moving
-        kept = {name.removeprefix(_PREFIX): tensor for name, tensor in saved.items() if name.startswith(_PREFIX)}
         head = moving.model.head
-        self.theta = kept.get("theta", moving.vector()).detach().cpu().clone()
-        self.weight = kept.get("weight", head.weight).detach().cpu().clone()
-        self.bias = kept.get("bias", head.bias).detach().cpu().clone()
+        now = {"theta": moving.vector(), "weight": head.weight, "bias": head.bias}
+        if any(name.startswith(_PREFIX) for name in saved):
+            now = tensors_under(saved, _PREFIX, {name: tensor.shape for name, tensor in now.items()})
+        self.theta, self.weight, self.bias = (now[name].detach().cpu().clone() for name in ("theta", "weight", "bias"))
 
     def tensors(self) -> dict[str, Tensor]:
         """Tensors to keep in checkpoints."""

@@ -3,6 +3,7 @@
 import importlib.util
 import logging
 import os
+import re
 import secrets
 import time
 from collections.abc import Mapping
@@ -10,7 +11,8 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from fedtalos.app.run.paths import RunPaths
-from fedtalos.errors import InputError, install
+from fedtalos.errors import InputError, install, shown
+from fedtalos.facts import read_file
 from fedtalos.files import write_atomic
 
 WANDB_NAME = 128
@@ -87,7 +89,19 @@ def wandb_id(results: Path) -> str:
     path = results / ".wandb_id"
     if not path.is_file():
         write_atomic(path, secrets.token_hex(8))
-    return path.read_text(encoding="ascii").strip()
+    return kept_id(path)
+
+
+def kept_id(path: Path) -> str:
+    """Read the id by which a tracker knows a run; InputError where the file holds anything else.
+
+    >>> kept_id(Path("results/mine/.wandb_id"))
+    '4f2a9c01d3b7e856'
+    """
+    found = read_file(path, str(path), most=100, advice="remove it").strip()
+    if not re.fullmatch(rb"[A-Za-z0-9_-]{1,64}", found):
+        raise InputError(f"{path}: expected a tracker's id, got {shown(found)}; remove it")
+    return found.decode()
 
 
 class MlflowTracker:
@@ -107,7 +121,7 @@ class MlflowTracker:
         try:
             self._client = mlflow.MlflowClient(tracking_uri=place)
             if kept.is_file():
-                self._id = kept.read_text(encoding="ascii").strip()
+                self._id = kept_id(kept)
                 self._client.update_run(self._id, status="RUNNING")
                 return
             known = self._client.get_experiment_by_name("fedtalos")

@@ -4,28 +4,44 @@ from dataclasses import dataclass
 from functools import reduce
 from operator import add
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+from annotated_types import MaxLen
 from torch import Tensor
 
 from fedtalos.app.config.files import override, read_yaml
 from fedtalos.app.config.schema import FederatedConfig
 from fedtalos.app.federation import clients_of
 from fedtalos.app.load import Loaded, load
-from fedtalos.app.merging import merged_by
+from fedtalos.app.merging import Merger
 from fedtalos.app.moving import moving_parameters
-from fedtalos.app.run.apart import APART
+from fedtalos.app.run.apart import APART, shapes_of_start
 from fedtalos.app.run.kept import Kept, Unit, groups_of, ids_of, units_of
 from fedtalos.app.run.paths import RunPaths, plain_name
+from fedtalos.app.run.progress import Saved
 from fedtalos.app.run.resume import from_here, working_folder
-from fedtalos.checkpoint import Checkpoint, find_checkpoint, load_checkpoint
+from fedtalos.checkpoint import Checkpoint, find_checkpoint, load_checkpoint, tensors_under
 from fedtalos.errors import InputError
+from fedtalos.facts import Number, Word, facts_from, open_schema
 from fedtalos.models.heads import ClosedForm, best_head, closed_form, set_head
+from fedtalos.models.weights.checkpoints import ModelFacts
 from fedtalos.training.editing.task_vectors import TaskVector, scaled
 from fedtalos.training.entries import named_tensors
 from fedtalos.training.federated.clients import Clients
 from fedtalos.training.head_fitting import fit_to_sums, holder_sums
 from fedtalos.training.masked_parameters import MaskedParameters
+
+
+@open_schema
+@dataclass(frozen=True)
+class Merged:
+    """Facts of a summary on how the vectors became one."""
+
+    alpha: Number
+    refit: Word
+    """Kind of the head that was fitted on the merged model, or none."""
+    units: Annotated[tuple[Word, ...], MaxLen(2**16)]
+    """Names of the tasks or clients."""
 
 
 @dataclass(frozen=True)
@@ -51,9 +67,10 @@ class TrainedApart:
     def without(self, out: list[int]) -> Tensor:
         """The values (A,) that the run would have been merged to from the other units' vectors."""
         rest = [number for number in range(len(self.units)) if number not in out]
-        images = [sum(len(self.clients[client]) for client in self.units[number].members) for number in rest]
-        config = self.loaded.config
-        merged = merged_by(config.apart.merge, [self.vectors[n] for n in rest], images, config.run.seed)
+        first, tensors = f"{APART}head.", self.checkpoint.tensors
+        head = (tensors[f"{first}weight"], tensors[f"{first}bias"])
+        merger = Merger(self.loaded, self.clients, self.moving, self.start, head)
+        merged = merger.merged([self.units[n] for n in rest], [self.vectors[n] for n in rest])
         return self.start + scaled(merged.values, self.alpha).to(self.start.device)
 
     def fit_head_without(self, out: list[int]) -> str:
@@ -66,7 +83,7 @@ class TrainedApart:
             return "fitted anew to the others' sums over this model's features: exact, but they had to send again"
         if (kind := closed_form(loaded.config.model.head)) is None:
             return "as it was: it is not fitted to sums, so nothing can be taken out of it"
-        total = reduce(add, (self.kept.read_sums(unit.name) for unit in rest))
+        total = reduce(add, (self.kept.read_sums(unit.name, kind, model) for unit in rest))
         now = self.moving.vector()
         self.moving.write(self.start)  # the sums are over the start's features
         set_head(model, *best_head(kind, total, *loaded.features.features(model, val)), source=kind)
@@ -83,40 +100,35 @@ def read_trained_apart(name: str, root: Path, changes: dict[str, Any]) -> Traine
     if not paths.started:
         raise InputError(f"run {name}: there is none in {root / 'results'}; give the name of a finished run")
     summary = read_yaml(paths.results / "summary.yaml") if paths.finished else {}
-    merged = summary.get("merged")
-    if not paths.finished or not isinstance(merged, dict):
+    if not paths.finished or not isinstance(summary.get("merged"), dict):
         why = "kept no vectors" if paths.finished else "is not finished"
         raise InputError(f"run {name}: {why}; give a finished run of `federated` with --tasks or --one_shot")
     path = find_checkpoint(Path(name), root / "checkpoints", "last")
     checkpoint = load_checkpoint(path)
-    try:
-        options, alpha, names = checkpoint.facts["options"], float(merged["alpha"]), list(merged["units"])
-        refit = closed_form(str(merged["refit"]))
-        assert f"{APART}start" in checkpoint.tensors
-    except (KeyError, TypeError, ValueError, AssertionError) as error:
-        raise InputError(f"run {name}: its summary or checkpoint is of another version; make it anew") from error
+    merged = facts_from(Merged, summary["merged"], f"run {name}: its summary is of another version", "make it anew")
+    options = checkpoint.stated(Saved, "make it anew").options
     options = from_here(options, "federated", working_folder(paths)) | changes
     loaded = load(override(FederatedConfig(), {**options, "output_dir": str(root)}, str(path)))
     config = loaded.config
     groups = groups_of(config, loaded.data)
     clients = clients_of(loaded.data.train, config.split, config.run.seed, groups)
     units, kept = units_of(config, clients, groups), Kept(paths)
-    if [unit.name for unit in units] != names:
+    if [unit.name for unit in units] != list(merged.units):
         raise InputError(f"run {name}: its summary names other tasks or clients than its options; make it anew")
     restore(loaded, checkpoint, name)
     moving = moving_parameters(loaded)
-    vectors = [kept.read(unit.name) for unit in units]
-    if any(len(vector) != len(moving) for vector in vectors):
-        raise InputError(f"run {name}: its vectors are of another mask than its options; make it anew")
-    return TrainedApart(loaded, checkpoint, clients, moving, units, vectors, kept, alpha, refit)
+    tensors_under(checkpoint.tensors, APART, shapes_of_start(moving))
+    vectors = [kept.read(unit.name, moving) for unit in units]
+    refit = closed_form(merged.refit)
+    return TrainedApart(loaded, checkpoint, clients, moving, units, vectors, kept, merged.alpha, refit)
 
 
 def restore(loaded: Loaded[FederatedConfig], checkpoint: Checkpoint, name: str) -> None:
     """Load a run's last model into the one that is loaded; InputError where it is another."""
-    if list(map(str, checkpoint.facts.get("classes", ()))) != list(loaded.data.classes):
+    if checkpoint.stated(ModelFacts, "make it anew").classes != tuple(loaded.data.classes):
         raise InputError(f"run {name}: has other classes; give one of the same data set")
     for tensor_name, tensor in named_tensors(loaded.model).items():
         saved = checkpoint.tensors.get(tensor_name)
-        if saved is None or saved.shape != tensor.shape:
+        if saved is None or saved.shape != tensor.shape or not saved.is_floating_point():
             raise InputError(f"run {name}: its {tensor_name} is not this model's; give one of the same model")
         tensor.copy_(saved)

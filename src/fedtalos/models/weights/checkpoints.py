@@ -70,9 +70,9 @@ def _check_is(path: Path, facts: ModelFacts, tensors: Mapping[str, Tensor]) -> N
     else:
         with torch.device("meta"):  # shapes alone
             net = bare_model(facts.model.name)
-        held = sum(tensor.numel() for name, tensor in tensors.items() if name.startswith("net."))
+        shapes = {f"net.{name}": parameter.shape for name, parameter in net.named_parameters()}
+        same = {name: tensor.shape for name, tensor in tensors.items() if name.startswith("net.")} == shapes
         head = tensors.get("head.weight")
-        same = sum(parameter.numel() for parameter in net.parameters()) == held
         same = same and head is not None and head.dim() == 2 and len(head) == facts.model.num_classes
     if not same or len(facts.classes) != facts.model.num_classes:
         raise InputError(

@@ -14,8 +14,6 @@ import numpy as np
 import torch
 from annotated_types import MaxLen
 from numpy.typing import NDArray
-from safetensors import SafetensorError
-from safetensors.numpy import load as load_safetensors
 from safetensors.numpy import save as save_safetensors
 from torch import Tensor
 
@@ -27,15 +25,16 @@ from fedtalos.facts import (
     Shapes,
     Share,
     Word,
-    header_of,
     open_schema,
     read_facts,
     read_file,
+    refusal,
     schema,
 )
 from fedtalos.files import UNSEALED, is_sealed, sealed, write_atomic
 from fedtalos.models.backbone import Backbone
 from fedtalos.models.vision_transformer import WIDTH_DEPTH_HEADS
+from fedtalos.tensor_file import metadata_of, read_arrays
 from fedtalos.training.editing.eligible import Eligible, eligible_masks, eligible_shapes
 from fedtalos.training.entries import Mask
 
@@ -204,20 +203,16 @@ def read_mask_file(path: Path) -> tuple[Mask, MaskFacts]:
         raise InputError(f"mask {path}: no such file; `fedtalos editing` writes one under masks/")
     broken, advice = f"mask {path}: not a readable fedtalos mask file", "make it anew with `fedtalos editing`"
     content = read_file(path, f"mask {path}", most=MOST_ENTRIES // 8 + MOST_HEADER, advice=advice)
-    try:
-        text = header_of(content, _HEADER)
-    except (KeyError, TypeError, ValueError, RecursionError) as error:
-        raise InputError(f"{broken}; {advice}") from error
+    text = metadata_of(content, _HEADER, broken, advice)
     if (made_in := read_facts(_AnyHeader, text, broken, advice).facts.format) != FORMAT:
         raise InputError(f"mask {path}: format {shown(made_in)}, this version reads {FORMAT}; make it anew")
     if not is_sealed(content):
         raise InputError(f"mask {path}: not what was written (checksum); {advice}")
     header = read_facts(_Header, text, broken, advice)
     try:
-        return _checked(load_safetensors(content), header.shapes, header.facts), header.facts
-    except (SafetensorError, KeyError, TypeError, ValueError) as error:
-        why = f" ({error})" if type(error) is ValueError else ""
-        raise InputError(f"{broken}{why}; {advice}") from error
+        return _checked(read_arrays(content, broken, advice), header.shapes, header.facts), header.facts
+    except (KeyError, TypeError, ValueError) as error:
+        raise refusal(broken, str(error) if type(error) is ValueError else "tensors are missing", advice) from error
 
 
 def _checked(bits: Mapping[str, NDArray[np.uint8]], shapes: Mapping[str, tuple[int, ...]], facts: MaskFacts) -> Mask:
@@ -286,7 +281,7 @@ def unpacked(bits: NDArray[np.uint8], shape: Sequence[int]) -> Tensor:
     count = math.prod(shape)
     if bits.dtype != np.uint8 or bits.size != -(-count // 8):  # else numpy pads with zeros
         raise ValueError("a shape that is not that of the bits")
-    return torch.from_numpy(np.unpackbits(bits, count=count).astype(bool).reshape(shape))
+    return torch.from_numpy(np.unpackbits(bits, count=count).view(bool).reshape(shape))
 
 
 def check_mask(path: Path, mask: Mask, facts: MaskFacts, model: Backbone, *, force: bool = False) -> None:

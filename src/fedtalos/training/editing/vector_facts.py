@@ -6,12 +6,15 @@ Shapes: C classes, D width.
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated
+
+from annotated_types import Interval, MaxLen
 
 from fedtalos._version import __version__
-from fedtalos.facts import ClassNames, Count, Number, Share, Word, schema
+from fedtalos.facts import ClassNames, Count, Word, schema
 from fedtalos.models.backbone import Backbone
 from fedtalos.models.heads import Head
+from fedtalos.models.weights.pixels import Interpolation, Middle, Width
 
 SEVERAL = "several"
 """Said of a sum of vectors where these disagree."""
@@ -28,15 +31,15 @@ class VectorFacts:
 
     weights: Word
     """Fingerprint of the base's weights, as ``model.origin`` has it."""
-    model: dict[Word, Word | Count]
+    model: Annotated[dict[Word, Word | Count], MaxLen(20)]
     """Sizes of the base."""
     parameters: Count
     """Entries of the base, head included."""
-    mean: tuple[Number, Number, Number] = (0.5, 0.5, 0.5)
+    mean: tuple[Middle, Middle, Middle] = (0.5, 0.5, 0.5)
     """Mean by channel of the pixels that the base takes."""
-    std: tuple[Number, Number, Number] = (0.5, 0.5, 0.5)
-    interpolation: Literal["bilinear", "bicubic"] = "bilinear"
-    crop: Share = 1.0
+    std: tuple[Width, Width, Width] = (0.5, 0.5, 0.5)
+    interpolation: Interpolation = "bilinear"
+    crop: Annotated[float, Interval(gt=0, le=1)] = 1.0
     head: Word = "unknown"
     """Fingerprint of the base's head."""
     classes: ClassNames = ()
@@ -48,7 +51,7 @@ class VectorFacts:
     version: Word = __version__
     commit: Word = "unknown"
     """Git commit of the code that made it."""
-    made_from: tuple[Word, ...] = ()
+    made_from: Annotated[tuple[Word, ...], MaxLen(2**14)] = ()
     """Fingerprints of the vectors that it was made of."""
 
     def __post_init__(self) -> None:

@@ -1,6 +1,7 @@
 """Task vectors on disk: safetensors, a bit per entry of what moves and a float32 for each that does, and facts."""
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -9,18 +10,17 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from safetensors import SafetensorError
-from safetensors.numpy import load as load_safetensors
 from safetensors.numpy import save as save_safetensors
 
 from fedtalos.errors import InputError, shown
-from fedtalos.facts import Count, Shapes, Word, header_of, open_schema, read_facts, read_file, schema
+from fedtalos.facts import Count, Shapes, Word, open_schema, read_facts, read_file, refusal, schema
 from fedtalos.facts import check_fits as check_memory
 from fedtalos.files import UNSEALED, is_sealed, sealed, write_atomic
 from fedtalos.models.backbone import Backbone
 from fedtalos.models.heads import Head
+from fedtalos.tensor_file import metadata_of, read_arrays
+from fedtalos.training.editing.mask_file import MOST_ENTRIES, packed, unpacked
 from fedtalos.training.editing.mask_file import fingerprint as mask_fingerprint
-from fedtalos.training.editing.mask_file import packed, unpacked
 from fedtalos.training.editing.task_vectors import TaskVector, check_fits
 from fedtalos.training.editing.vector_facts import VectorFacts, head_fingerprint
 
@@ -81,21 +81,18 @@ def load_vector(path: Path | str, model: Backbone | None = None) -> TaskVector:
     path = Path(path)
     if not path.is_file():
         raise InputError(f"vector {path}: no such file; runs with save_vector write one under vectors/")
-    broken = f"vector {path}: not a readable fedtalos vector"
-    content = read_file(path, f"vector {path}", most=check_memory(path, f"vector {path}", times=3))
-    try:
-        text = header_of(content, _HEADER)
-    except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
-        raise InputError(f"{broken}; make it anew") from error
-    if (made_in := read_facts(_Format, text, broken).format) != FORMAT:
+    broken, advice = f"vector {path}: not a readable fedtalos vector", "make it anew"
+    content = read_file(path, f"vector {path}", most=check_memory(path, f"vector {path}", times=4))
+    text = metadata_of(content, _HEADER, broken, advice)
+    if (made_in := read_facts(_Format, text, broken, advice).format) != FORMAT:
         raise InputError(f"vector {path}: format {shown(made_in)}, this version reads {FORMAT}; make it anew")
     if not is_sealed(content):
         raise InputError(f"vector {path}: not what was written (checksum); make it anew")
-    header = read_facts(_Header, text, broken)
+    header = read_facts(_Header, text, broken, advice)
     try:
-        vector = _checked(load_safetensors(content), header)
-    except (SafetensorError, KeyError, TypeError, ValueError) as error:
-        raise InputError(f"{broken}; make it anew") from error
+        vector = _checked(read_arrays(content, broken, advice), header)
+    except (KeyError, TypeError, ValueError) as error:
+        raise refusal(broken, str(error) if type(error) is ValueError else "tensors are missing", advice) from error
     if model is not None:
         check_fits(vector, model)
     return vector
@@ -106,6 +103,8 @@ def _checked(arrays: Mapping[str, NDArray[Any]], header: _Header) -> TaskVector:
 
     A seal says that nothing changed, not that whoever wrote it meant well.
     """
+    if sum(map(math.prod, header.shapes.values())) > MOST_ENTRIES:
+        raise ValueError("more entries than any model here has")
     mask = {name: unpacked(arrays[f"{_MASK}{name}"], list(shape)) for name, shape in header.shapes.items()}
     for array in (arrays[_VALUES], *(arrays[name] for name in _HEAD if name in arrays)):
         if array.dtype != np.float32 or not np.isfinite(array).all():
