@@ -15,7 +15,7 @@ import fedtalos as ft
 
 ROOT = Path(__file__).parents[2]
 SRC = ROOT / "src" / "fedtalos"
-EXAMPLE = ROOT / "examples" / "cifar100_federated.py"
+EXAMPLE, VECTORS = (ROOT / "examples" / name for name in ("cifar100_federated.py", "task_vectors.py"))
 
 
 def read(name: str) -> str:
@@ -83,10 +83,11 @@ def test_the_lines_of_a_page_run(page, tmp_path, monkeypatch, capsys, without_wi
     assert capsys.readouterr().out
 
 
-def test_the_notebook_is_its_script():
+@pytest.mark.parametrize("example", [EXAMPLE, VECTORS], ids=lambda path: path.stem)
+def test_the_notebook_is_its_script(example):
     make = runpy.run_path(str(ROOT / "examples" / "make_notebook.py"))
-    script = EXAMPLE.read_text(encoding="utf-8")
-    found = json.loads(EXAMPLE.with_suffix(".ipynb").read_text(encoding="utf-8"))
+    script = example.read_text(encoding="utf-8")
+    found = json.loads(example.with_suffix(".ipynb").read_text(encoding="utf-8"))
     assert found == json.loads(make["notebook"](script)), "run: python examples/make_notebook.py"
     code = "".join("".join(cell["source"]) for cell in found["cells"] if cell["cell_type"] == "code")
     said = [line for line in script.splitlines() if line and not line.startswith("#")]
@@ -103,3 +104,19 @@ def test_the_notebooks_lines_run(tmp_path, monkeypatch, capsys, without_windows)
     said = capsys.readouterr().out
     assert [word in said for word in ("everything: test", "TaLoS, 10 %: test", "random, 10 %: test")] == [True] * 3
     assert (tmp_path / "plots" / "cifar100_federated.png").stat().st_size > 10_000
+
+
+@pytest.mark.slow
+@pytest.mark.draws
+def test_what_the_notebook_of_task_vectors_says_is_so(tmp_path, monkeypatch, capsys, without_windows):
+    """Adding both vectors and a head that fits beat the base; subtracting gives it back; one task is forgotten."""
+    monkeypatch.chdir(tmp_path)
+    found = runpy.run_path(str(VECTORS))
+    said, rows = capsys.readouterr().out, {name: sum(row) / len(row) for name, row in found["rows"].items()}
+    assert rows["sum, head fitted anew"] > rows["base"]
+    assert rows["one round"] > rows["base"]
+    forgot = next(row for name, row in found["rows"].items() if name.startswith("less the second"))
+    assert forgot[1] < found["rows"]["sum, head fitted anew"][1] - 0.3
+    assert found["error"] < 1e-6
+    assert "MB up" in said
+    assert (tmp_path / "plots" / "task_vectors.png").stat().st_size > 10_000

@@ -1,5 +1,6 @@
 """Runs of tasks and of one round, and what forgetting takes out of them again."""
 
+import copy
 import shlex
 from pathlib import Path
 
@@ -9,7 +10,11 @@ import yaml
 from commands import SMALL, interrupt_after, refused
 from safetensors.torch import load_file
 
+import fedtalos as ft
+from fedtalos.app.run.trained_apart import read_trained_apart
 from fedtalos.cli import main
+from fedtalos.models.heads import set_head
+from fedtalos.training.masked_parameters import MaskedParameters
 
 RUN = [*SMALL, "--num_clients", "4", "--local_steps", "2", "--batch_size", "8", "--threads", "1"]
 TASKS = ["federated", *RUN, "--tasks", "2", "--num_rounds", "2", "--client_fraction", "0.5"]
@@ -91,6 +96,38 @@ def test_one_round_has_a_round_a_client_and_counts_vectors_and_sums(inside):
     assert 0 <= said["own_vector_test_accuracy"]["mean"] <= 1
 
 
+@pytest.mark.parametrize("rule", ["fisher", "regmean"])
+def test_rules_that_weigh_by_clients_images_are_the_librarys_and_count_what_is_sent(inside, rule):
+    """Of a run without tasks every client weighs by its own images, under the model that it trained."""
+    run(ONE_SHOT, f"--merge {rule} --run_name weighed --trainable all")
+    trained = read_trained_apart("weighed", Path(), {"device": "cpu"})
+    train, base, weights = trained.loaded.data.train, copy.deepcopy(trained.loaded.model), []
+    set_head(base, *(trained.checkpoint.tensors[f"apart/head.{part}"] for part in ("weight", "bias")))
+    MaskedParameters(base, trained.moving.entries.masks).write(trained.start)
+    for vector, ids in zip(trained.vectors, trained.clients, strict=True):
+        own = ft.apply(base, vector)
+        if rule == "regmean":
+            weights.append(ft.input_moments(own, train.subset(ids)))
+        else:
+            layers = {name: mask for name, mask in vector.mask.items() if not name.endswith(("token", "embed"))}
+            weights.append(ft.fisher_scores(own, ft.scored_batches(own, train, ids), layers))
+    given = {"scores" if rule == "fisher" else "moments": weights}
+    expected = trained.start + 0.5 * ft.merge(trained.vectors, rule, **given).values
+    torch.testing.assert_close(trained.moving.vector(), expected)
+
+    moving, inputs = trained.moving, sum(t.shape[-1] for n, t in weights[0].items() if n in trained.moving.parameters)
+    sums = 8 * (97 * 98 // 2 + 97 * 10)
+    sent = 4 * (moving.nbytes + 2 * sums + (moving.nbytes if rule == "fisher" else 4 * inputs))
+    assert summary("weighed")["megabytes_sent"]["up"] == pytest.approx(sent / 1e6, abs=1e-3)
+
+    kept = [number for number in range(4) if number != 1]
+    left = ft.merge(
+        [trained.vectors[n] for n in kept], rule, **{name: [w[n] for n in kept] for name, w in given.items()}
+    )
+    torch.testing.assert_close(trained.without([1]), trained.start + 0.5 * left.values)
+    torch.testing.assert_close(trained.moving.vector(), expected)  # left as it was
+
+
 @pytest.mark.parametrize("calls", [1, 2, 3])
 def test_a_run_that_was_stopped_ends_as_one_that_was_not(inside, monkeypatch, calls):
     with monkeypatch.context() as patched:
@@ -149,6 +186,7 @@ def test_a_client_is_forgotten_and_compared_with_retraining(inside, capsys):
         ("two --task 0 --name two", "exists"),
         ("two --task 0 --retrained nobody", "nobody"),
         ("two --task 0 --alpha nan", "alpha"),
+        ("two --task 0 --alpha much", "--alpha: input should be a valid number"),
     ],
 )
 def test_what_cannot_be_forgotten_is_refused_and_nothing_is_written(inside, capsys, words, says):
@@ -172,6 +210,7 @@ def test_what_cannot_be_forgotten_is_refused_and_nothing_is_written(inside, caps
         ("--one_shot --workers 2", "leave it out"),
         ("--one_shot --aggregation median", "leave one of them out"),
         ("--one_shot --merge_alpha inf", "merge_alpha"),
+        ("--one_shot --merge_alpha much", "merge_alpha"),
     ],
 )
 def test_tasks_that_cannot_be_are_refused(tmp_path, monkeypatch, capsys, words, says):

@@ -164,13 +164,28 @@ def test_alpha_by_validation_never_falls_below_the_base(here, capsys):
     assert torch.equal(found.values, (own.values.double() * alpha).float())
 
 
+def test_applied_by_validation_it_is_the_factor_that_merging_finds(here, capsys):
+    main(["vector", "apply", "pre", "vectors/frozen.safetensors", "--alpha", "auto", "--name", "edited"])
+    alpha = float(re.search(r"^alpha ([\d.]+)$", capsys.readouterr().out, re.MULTILINE)[1])
+    main(["vector", "apply", "pre", "vectors/frozen.safetensors", "--alpha", f"{alpha:g}", "--name", "same"])
+    edited, same = (
+        ft.load_trained(Path("checkpoints", name, "last.json"), device="cpu")[0] for name in ("edited", "same")
+    )
+    assert all(torch.equal(first, second) for first, second in zip(edited.parameters(), same.parameters(), strict=True))
+
+
 @pytest.mark.draws
 def test_show_prints_and_draws(here, capsys):
-    main(["vector", "show", "vectors/frozen.safetensors", "vectors/moved.safetensors"])
+    main(["vector", "show", "vectors/frozen.safetensors", "vectors/moved.safetensors", "--base", "pre"])
     said = capsys.readouterr().out
     assert all(word in said for word in ("federated frozen", "moves %", "cosine (overlap of supports)", "fc1", "head"))
     drawn = Path("plots/frozen-vs-moved")
-    assert {path.name for path in drawn.iterdir()} == {"frozen_norms.png", "moved_norms.png", "cosines.png"}
+    assert {path.name for path in drawn.iterdir()} == {
+        "frozen_norms.png",
+        "moved_norms.png",
+        "cosines.png",
+        "disentanglement.png",
+    }
 
 
 def test_disentanglement_is_drawn():
@@ -197,17 +212,22 @@ V, M, S = (f"vectors/{name}.safetensors" for name in ("frozen", "moved", "strang
         (f"show {V} {S}", "different bases"),
         ("show broken.safetensors", "not a readable fedtalos vector"),
         (f"show {V} --name a/b", "without slashes"),
+        (f"show {V} --base pre", "give two"),
+        (f"show {V} --eval_limit 5", "is of --base"),
         (f"apply pre {S} --name n", "not made on this model: weights"),
         (f"apply stranger {V} --name n", "not made on this model: weights"),
         (f"apply pre {V} {S} --name n", "different bases"),
         (f"apply nobody {V} --name n", "nobody"),
         (f"apply pre {V} --name n --alpha nan", "alpha"),
         (f"apply pre {V} --name n --alpha inf", "alpha"),
+        (f"apply pre {V} --name n --alpha much", "alpha"),
+        (f"apply pre {V} --name n --eval_limit 5", "is of --alpha auto"),
         (f"apply pre {V} --name frozen", "exists: move it away"),
         ("apply pre --name n", "expected one or more vector files"),
         (f"negate {V} --name frozen", "exists: move it away"),
         (f"merge {V} {S} --name n", "different bases"),
         (f"merge {V} --name n --method average", "method"),
+        (f"merge {V} --name n --method fisher", "federated --merge fisher"),
         (f"merge {V} --name n --share 0.5", "is of --method ties"),
         (f"merge {V} --name n --method ties --share 0", "share"),
         (f"merge {V} --name n --method consensus --votes 2", "votes"),

@@ -14,6 +14,7 @@ from fedtalos.training.federated.partition import split_clients
 from fedtalos.training.federated.personal import personalised, with_own_vectors
 from fedtalos.training.federated.tasks import clients_of_tasks, split_by_task
 from fedtalos.training.head_fitting import fit_head
+from fedtalos.training.line_search import search_alpha
 from fedtalos.training.local_training import LocalTraining
 from fedtalos.training.masked_parameters import MaskedParameters, head_mask
 from fedtalos.training.task_accuracy import accuracy_of_head, probe_accuracy
@@ -101,11 +102,24 @@ def test_training_apart_goes_on_where_it_was_stopped(moving, pictures, stop, onw
 def test_one_round_of_the_mean_is_a_round_of_fedavg(moving, pictures):
     """Of clients of one size, the mean of their vectors is what FedAvg's round moves, given the same draws."""
     clients, start = split_clients(pictures, 3), moving.vector()
-    found = one_shot(moving, clients, local=LOCAL, val=pictures, merge=lambda v: v.mean(0), alphas=(1.0,), head=None)
+    found = one_shot(moving, clients, local=LOCAL, val=pictures, merge=lambda v: v.mean(0), alpha=1.0, head=None)
     after = moving.vector()
     assert after.equal(start + found.merged)
     torch.testing.assert_close(found.merged, found.vectors.mean(0))
     assert found.bytes_up == found.bytes_down == 3 * moving.nbytes
+
+
+def test_the_factor_is_measured_with_a_head_fitted_to_the_servers_images(moving, pictures):
+    clients, start = split_by_task(pictures, 2, ((0, 1, 4), (2, 3))), moving.vector()
+    found = one_shot(moving, clients, local=LOCAL, val=pictures, calibration=pictures, seed=3)
+    assert found.bytes_up == moving.nbytes * 2 + fit_head(moving.model, pictures, holders=clients, val=pictures)
+
+    def accuracy(alpha):
+        moving.write(start + alpha * found.merged)
+        fit_head(moving.model, pictures, val=pictures)
+        return evaluate(moving, pictures).accuracy
+
+    assert search_alpha(accuracy).alpha == found.alpha
 
 
 def test_one_shot_repeats_to_the_bit_fits_the_head_and_is_never_worse_than_its_start(moving, pictures):
@@ -162,5 +176,5 @@ def test_average_accuracy_and_backward_transfer():
 
 def test_only_what_moves_is_sent(vit, pictures):
     moving = MaskedParameters(vit, head_mask(vit))
-    found = one_shot(moving, split_clients(pictures, 2), local=LOCAL, val=pictures, alphas=(0.0, 1.0), head=None)
+    found = one_shot(moving, split_clients(pictures, 2), local=LOCAL, val=pictures, alpha=0.5, head=None)
     assert found.vectors.shape == (2, len(moving))

@@ -1,35 +1,127 @@
-"""Merging the vectors of a run, and the factor that its validation images choose."""
+"""The vectors of a run merged: what rules want of the clients' images, and the factor that validation images choose."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import reduce
 
-from fedtalos.app.config.apart import MergeRule
+from torch import Tensor, nn
+
 from fedtalos.app.config.schema import FederatedConfig
 from fedtalos.app.load import Loaded
+from fedtalos.app.run.kept import Unit
 from fedtalos.data.images import LabelledImages
 from fedtalos.models.backbone import Backbone
+from fedtalos.models.heads import ClosedForm, Head, set_head
 from fedtalos.training.editing.alpha_search import best_alpha
+from fedtalos.training.editing.fisher import fisher_scores, scored_batches
 from fedtalos.training.editing.merging import merge
+from fedtalos.training.editing.merging_by_data import input_moments
 from fedtalos.training.editing.task_vectors import TaskVector
 from fedtalos.training.evaluation import evaluate
+from fedtalos.training.federated.clients import Clients
+from fedtalos.training.head_fitting import fit_head
+from fedtalos.training.masked_parameters import MaskedParameters
+
+Weights = dict[str, Tensor]
+"""Parameter name -> numbers that a rule weighs a unit's values by: sums over its clients' images, so they add up."""
 
 
-def merged_by(rule: MergeRule, vectors: Sequence[TaskVector], images: Sequence[int], seed: int) -> TaskVector:
-    """One vector of several by a rule that looks at no images; ``images`` are how many each was trained on."""
-    return merge(vectors, rule, weights=images if rule == "mean" else None, seed=seed)
+@dataclass(frozen=True)
+class Merger:
+    """Makes one vector of those of a run's units, by the run's rule, from where they started."""
+
+    loaded: Loaded[FederatedConfig]
+    clients: Clients
+    moving: MaskedParameters
+    start: Tensor
+    """Values (A,) and head that every unit started from."""
+    head: Head
+
+    def merged(self, units: Sequence[Unit], vectors: Sequence[TaskVector]) -> TaskVector:
+        """One vector of several; the model is left as it was.
+
+        The mean counts images. Fisher and RegMean weigh by sums over the images of the units' clients, each taken with
+        the unit's own model.
+        """
+        rule, seed = self.loaded.config.apart.merge, self.loaded.config.run.seed
+        match rule:
+            case "mean":
+                images = [sum(len(self.clients[client]) for client in unit.members) for unit in units]
+                return merge(vectors, rule, weights=images)
+            case "fisher":
+                return merge(vectors, rule, scores=self._sums(units, vectors, self._scores))
+            case "regmean":
+                return merge(vectors, rule, moments=self._sums(units, vectors, self._moments))
+        return merge(vectors, rule, seed=seed)
+
+    def traffic(self, units: Sequence[Unit]) -> tuple[int, int]:
+        """Bytes that the rule takes beyond the vectors, down to clients and up from them.
+
+        A client that trained by itself has its vector's model; several get what they came to together.
+        """
+        rule, clients = self.loaded.config.apart.merge, sum(len(unit.members) for unit in units)
+        if rule not in ("fisher", "regmean"):
+            return 0, 0
+        layers = (self.moving.model.get_submodule(name.rpartition(".")[0]) for name in self.moving.parameters)
+        inputs = {layer: layer.in_features for layer in layers if isinstance(layer, nn.Linear)}
+        sums = self.moving.nbytes if rule == "fisher" else 4 * sum(inputs.values())
+        asked = sum(len(unit.members) for unit in units if len(unit.members) > 1)
+        return self.moving.nbytes * asked, sums * clients
+
+    def _sums(
+        self, units: Sequence[Unit], vectors: Sequence[TaskVector], of_client: Callable[[int], Weights]
+    ) -> list[Weights]:
+        """Each unit's sums over its clients, under its own model with the first head."""
+        model, now, found = self.loaded.model, self.moving.vector(), []
+        weight, bias = (parameter.detach().clone() for parameter in model.head.parameters())
+        for unit, vector in zip(units, vectors, strict=True):
+            set_head(model, *self.head, source=model.head_source)  # where the head moves, the next line has it
+            self.moving.write(self.start + vector.values.to(self.start.device))
+            found.append(reduce(_added, map(of_client, unit.members)))
+        set_head(model, weight, bias, source=model.head_source)
+        self.moving.write(now)
+        return found
+
+    def _scores(self, client: int) -> Weights:
+        model, ids, seed = self.loaded.model, self.clients[client], self.loaded.config.run.seed
+        masks = {name: mask for name, mask in self.moving.entries.masks.items() if _scored(model, name)}
+        return fisher_scores(model, scored_batches(model, self.loaded.data.train, ids, seed=seed), masks)
+
+    def _moments(self, client: int) -> Weights:
+        return input_moments(self.loaded.model, self.loaded.data.train.subset(self.clients[client]))
 
 
-def factor(loaded: Loaded[FederatedConfig], merged: TaskVector, val: LabelledImages | None = None) -> float:
+def _scored(model: nn.Module, name: str) -> bool:
+    """True for parameters that have Fisher scores; embeddings have none, and are averaged."""
+    return isinstance(model.get_submodule(name.rpartition(".")[0]), nn.Linear | nn.LayerNorm | nn.Conv2d)
+
+
+def _added(first: Weights, second: Weights) -> Weights:
+    return {name: tensor + second[name] for name, tensor in first.items()}
+
+
+def factor(
+    loaded: Loaded[FederatedConfig],
+    merged: TaskVector,
+    val: LabelledImages | None = None,
+    *,
+    refit: ClosedForm | None = None,
+) -> float:
     """The factor on a merged vector: as asked, or by accuracy on ``val`` (None: the validation images).
 
+    Where a head will be fitted anew (``refit``: its kind), the first head would ask for too small a factor. Then each
+    factor is measured with a head fitted to the server's calibration images, which nobody has to send anything for.
     The model holds the vectors' base, and is left as it was.
     """
     asked = loaded.config.apart.merge_alpha
     if asked != "auto":
         return asked
-    images = loaded.limited("val") if val is None else val
+    images, calibration = loaded.limited("val") if val is None else val, loaded.data.calibration
     batch_size, precision = loaded.config.data.eval_batch_size, loaded.config.run.arithmetic
 
     def accuracy(edited: Backbone) -> float:
+        if refit is not None and len(calibration):
+            fit_head(edited, calibration, refit, val=images)
         return evaluate(edited, images, batch_size=batch_size, precision=precision).accuracy
 
     return best_alpha(loaded.model, merged, accuracy).alpha

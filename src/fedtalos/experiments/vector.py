@@ -6,6 +6,7 @@ from pathlib import Path
 from rich.console import Console
 
 from fedtalos.app.config.vector import (
+    ValidationOptions,
     VectorApplyConfig,
     VectorConfig,
     VectorMakeConfig,
@@ -18,17 +19,18 @@ from fedtalos.app.run.paths import RunPaths, plain_name
 from fedtalos.app.vectors.base import base_of, save_edited
 from fedtalos.app.vectors.made import made_of
 from fedtalos.app.vectors.tables import norm_report, pairs_report
-from fedtalos.app.vectors.validated import validated_alpha
+from fedtalos.app.vectors.validated import ALPHAS, interference, validated_alpha
 from fedtalos.errors import InputError
 from fedtalos.notes import noted
 from fedtalos.training.editing.describe_vectors import described, norm_table
 from fedtalos.training.editing.merging import merge
-from fedtalos.training.editing.task_vectors import TaskVector, apply, changed, check_together, scaled
+from fedtalos.training.editing.task_vectors import TaskVector, apply, changed, check_together, scaled, weighted_sum
 from fedtalos.training.editing.vector_file import load_vector, save_vector
 
 OF_METHOD = {"share": "ties", "drop": "dare", "seed": "dare", "votes": "consensus", "selectivity": "consensus"}
 OF_METHOD |= {"first": "lines", "last": "lines"}
-OF_AUTO = ("base", "dataset", "data_dir", "eval_limit")
+OF_IMAGES = ("dataset", "data_dir", "eval_limit")
+SUMS = {"fisher": "scores", "regmean": "moments"}
 
 
 def run(config: VectorConfig, console: Console) -> None:
@@ -40,7 +42,7 @@ def run(config: VectorConfig, console: Console) -> None:
         case VectorShowConfig() as tool:
             written = show(tool, console)
         case VectorApplyConfig() as tool:
-            written = apply_to_base(tool)
+            written = apply_to_base(tool, console)
         case VectorNegateConfig() as tool:
             written = negate(tool)
         case VectorMergeConfig() as tool:
@@ -60,17 +62,24 @@ def make(config: VectorMakeConfig) -> list[Path]:
 
 
 def show(config: VectorShowConfig, console: Console) -> list[Path]:
-    """Print facts and norms of each vector, and cosines and overlaps of several; draw norms and cosines."""
+    """Print facts and norms of each vector, and cosines and overlaps of several; draw norms, cosines, interference."""
     from fedtalos.app.figures import vectors as figures  # slow to import
-    from fedtalos.app.figures.draw import mask_names, name_together
+    from fedtalos.app.figures.draw import mask_names, name_together, write_figures
 
+    _check_images(config, asked=config.base is not None, what="--base")
     vectors = _load(config.vectors)
     check_together(vectors)
     names = mask_names(config.vectors)
     if len(set(names)) < len(names):
         raise InputError("vectors: expected each with its own name; rename or choose")
     folder = name_together(names) if config.name is None else plain_name("--name", config.name)
-    drawn = figures.plot_vectors(dict(zip(names, vectors, strict=True)), config.output_dir / "plots" / folder)
+    errors = None
+    if config.base is not None:
+        errors = interference(base_of(config.base, vectors, config.output_dir), config.base, vectors, config)
+    plots = config.output_dir / "plots" / folder
+    drawn = figures.plot_vectors(dict(zip(names, vectors, strict=True)), plots)
+    if errors is not None:
+        drawn += write_figures({"disentanglement": figures.disentanglement(ALPHAS, errors, *names)}, plots)
     for path, vector in zip(config.vectors, vectors, strict=True):
         say_facts(console, {"vector": str(path), **described(vector)})
         console.print(norm_report(norm_table(vector)))
@@ -79,18 +88,23 @@ def show(config: VectorShowConfig, console: Console) -> list[Path]:
     return drawn
 
 
-def apply_to_base(config: VectorApplyConfig) -> list[Path]:
+def apply_to_base(config: VectorApplyConfig, console: Console) -> list[Path]:
     """Write the checkpoint of a base with vectors added.
 
     Raises InputError for vectors of other bases, a base that is not theirs, and a name that is taken.
     """
+    _check_images(config, asked=config.alpha == "auto", what="--alpha auto")
     folder = RunPaths(config.output_dir, plain_name("--name", config.name)).checkpoints
     if folder.exists():
         raise InputError(f"{folder} exists: move it away, or choose another --name")
     vectors = _load(config.vectors)
     base = base_of(config.base, vectors, config.output_dir)
-    edited = apply(base.model, *vectors, alpha=config.alpha)
-    said = {"base": config.base, "alpha": config.alpha, "vectors": [vector.fingerprint for vector in vectors]}
+    alpha = config.alpha
+    if alpha == "auto":
+        total = weighted_sum(vectors, [1.0] * len(vectors), "sum")
+        alpha = validated_alpha(base, config.base, total, config, console)
+    edited = apply(base.model, *vectors, alpha=alpha)
+    said = {"base": config.base, "alpha": alpha, "vectors": [vector.fingerprint for vector in vectors]}
     return [save_edited(base, edited, folder, said)]
 
 
@@ -108,9 +122,18 @@ def merged(config: VectorMergeConfig, console: Console) -> list[Path]:
         value = getattr(config, name)
         if value != VectorMergeConfig.model_fields[name].default and config.method != method:
             raise InputError(f"--{name} {value}: is of --method {method}, not of {config.method}; leave it out")
-    for name in OF_AUTO if config.alpha != "auto" else ():
-        if getattr(config, name) is not None:
-            raise InputError(f"--{name} {getattr(config, name)}: is of --alpha auto; give that, or leave it out")
+    if config.method in SUMS:
+        raise InputError(
+            f"--method {config.method}: weighs by {SUMS[config.method]} of clients' images, which vectors do not "
+            f"hold; give it to a run (federated --merge {config.method}), or call ft.merge in Python"
+        )
+    _check_images(config, asked=config.alpha == "auto", what="--alpha auto")
+    if config.alpha != "auto" and config.base is not None:
+        raise InputError(f"--base {config.base}: is of --alpha auto; give that, or leave it out")
+    if config.alpha == "auto" and config.base is None:
+        raise InputError(
+            "--alpha auto: is chosen by accuracy on validation images; give --base, what the vectors change"
+        )
 
     def of_all() -> TaskVector:
         found = merge(
@@ -124,12 +147,22 @@ def merged(config: VectorMergeConfig, console: Console) -> list[Path]:
             first=config.first,
             last=config.last,
         )
-        alpha = validated_alpha(config, found, console) if config.alpha == "auto" else config.alpha
+        alpha = config.alpha
+        if alpha == "auto":
+            source = str(config.base)
+            alpha = validated_alpha(base_of(source, [found], config.output_dir), source, found, config, console)
         return (
             found if alpha == 1 else changed(found, scaled(found.values, alpha), f"{alpha:g} x {found.facts.command}")
         )
 
     return _written(config.name, config.output_dir, of_all)
+
+
+def _check_images(config: ValidationOptions, *, asked: bool, what: str) -> None:
+    """Refuse options on validation images where nothing looks at any; ``what`` would."""
+    for name in () if asked else OF_IMAGES:
+        if (value := getattr(config, name)) is not None:
+            raise InputError(f"--{name} {value}: is of {what}; give that, or leave it out")
 
 
 def _load(paths: tuple[Path, ...]) -> list[TaskVector]:

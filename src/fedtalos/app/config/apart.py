@@ -8,8 +8,9 @@ from pydantic import Field
 from fedtalos.app.config.options import EVERYDAY, Options, unset
 from fedtalos.data.class_groups import GroupOrder
 
-MergeRule = Literal["sum", "mean", "ties", "dare", "magmax", "consensus", "lines", "tsv", "iso_c"]
-"""Rules that look at nothing but the vectors."""
+MergeRule = Literal["sum", "mean", "ties", "dare", "magmax", "consensus", "lines", "fisher", "regmean", "tsv", "iso_c"]
+Factor = Annotated[Literal["auto"] | float, tyro.conf.arg(constructor=str, metavar="auto|X")]
+"""A factor on a vector; a string until it is checked, so that what is no number is refused in one sentence."""
 
 
 class ApartOptions(Options):
@@ -31,9 +32,10 @@ class ApartOptions(Options):
     )
     merge: Annotated[MergeRule, tyro.conf.arg(constructor=str, metavar="RULE")] = Field(
         "sum",
-        description="how vectors become one: sum, mean (by images), ties, dare, magmax, consensus, lines, tsv, iso_c",
+        description="how vectors become one: sum, mean (by images), ties, dare, magmax, consensus, lines, fisher or "
+        "regmean (by sums over the clients' images), tsv, iso_c",
     )
-    merge_alpha: Literal["auto"] | float = Field(
+    merge_alpha: Factor = Field(
         "auto", description="factor on the merged vector; auto: by accuracy on the validation images"
     )
     refit_head: bool = Field(

@@ -6,6 +6,7 @@ from typing import Annotated, ClassVar, Literal
 import tyro
 from pydantic import Field
 
+from fedtalos.app.config.apart import Factor
 from fedtalos.app.config.options import Options, unset
 
 
@@ -22,7 +23,7 @@ class ForgetConfig(Options):
     )
     task: Annotated[int | None, unset("N", "none")] = Field(None, ge=0, description="number of the task to forget")
     client: Annotated[int | None, unset("N", "none")] = Field(None, ge=0, description="number of the client to forget")
-    alpha: Literal["auto"] | float = Field(
+    alpha: Factor = Field(
         "auto",
         description="factor by which the vector is subtracted beyond leaving it out; auto: the least target accuracy "
         "that leaves --keep of control, by the validation images",

@@ -6,7 +6,7 @@ from typing import Annotated, ClassVar, Literal
 import tyro
 from pydantic import Field, SkipValidation
 
-from fedtalos.app.config.apart import MergeRule
+from fedtalos.app.config.apart import Factor, MergeRule
 from fedtalos.app.config.dataset import Dataset
 from fedtalos.app.config.options import Options, unset
 
@@ -41,7 +41,22 @@ class VectorMakeConfig(Options):
     device: Device = Field("auto", description=DEVICE)
 
 
-class VectorShowConfig(Options):
+class ValidationOptions(Options):
+    """Images that vectors are tried on."""
+
+    dataset: Annotated[Dataset | None, unset("NAME", "that of the base's run")] = Field(
+        None, description="images to try vectors on"
+    )
+    data_dir: Annotated[Path | None, unset("PATH", "where the base's run had it")] = Field(
+        None, description="where the data set is"
+    )
+    eval_limit: Annotated[int | None, unset("N", "as the base's run had it")] = Field(
+        None, ge=1, description="try them on N images only"
+    )
+    device: Device = Field("auto", description=DEVICE)
+
+
+class VectorShowConfig(ValidationOptions):
     """Show what vectors say of themselves, their norms by block and kind, and the cosines between several."""
 
     command: ClassVar[str] = "show"
@@ -50,17 +65,24 @@ class VectorShowConfig(Options):
     name: Annotated[str | None, unset("NAME", "the names of the vectors")] = Field(
         None, description="name of the folder under plots/"
     )
-    output_dir: Path = Field(Path(), description="folder that holds plots/")
+    base: Annotated[str | None, tyro.conf.arg(metavar="BASE"), unset("BASE", "none")] = Field(
+        None, description=f"draw, too, how two vectors disturb each other on validation images; {BASE}"
+    )
+    output_dir: Path = Field(Path(), description="folder that holds plots/, and checkpoints/")
 
 
-class VectorApplyConfig(Options):
+class VectorApplyConfig(ValidationOptions):
     """Add vectors to the model that they were made on, and write a checkpoint."""
 
     command: ClassVar[str] = "apply"
 
     base: Base = Field(description=BASE)
     vectors: Vectors = Field(description="vector files of one base")
-    alpha: float = Field(1.0, description="factor on the sum of the vectors; below 0 it subtracts them")
+    alpha: Factor = Field(
+        1.0,
+        description="factor on the sum of the vectors; below 0 it subtracts them; auto: by accuracy on the validation "
+        "images",
+    )
     name: NewName = Field(description="name of the new folder under checkpoints/")
     output_dir: Path = Field(Path(), description="folder that holds checkpoints/")
 
@@ -75,7 +97,7 @@ class VectorNegateConfig(Options):
     output_dir: Path = Field(Path(), description="folder that holds vectors/")
 
 
-class VectorMergeConfig(Options):
+class VectorMergeConfig(ValidationOptions):
     """Make one vector of several by a rule of the literature (docs/editing.md)."""
 
     command: ClassVar[str] = "merge"
@@ -83,9 +105,10 @@ class VectorMergeConfig(Options):
     vectors: Vectors = Field(description="vector files of one base")
     method: Annotated[MergeRule, tyro.conf.arg(constructor=str, metavar="RULE")] = Field(
         "sum",
-        description="sum, mean, ties, dare, magmax, consensus, lines, tsv or iso_c (fisher and regmean are in Python)",
+        description="sum, mean, ties, dare, magmax, consensus, lines, tsv or iso_c; fisher and regmean want clients' "
+        "images, so they are rules of federated --merge",
     )
-    alpha: Literal["auto"] | float = Field(
+    alpha: Factor = Field(
         1.0, description="factor on the merged vector; auto: by accuracy on the validation images, which needs --base"
     )
     share: float = Field(0.2, gt=0, le=1, description="ties: share of each vector's support that is kept")
@@ -101,17 +124,7 @@ class VectorMergeConfig(Options):
     base: Annotated[str | None, tyro.conf.arg(metavar="BASE"), unset("BASE", "none")] = Field(
         None, description=f"alpha auto: {BASE}"
     )
-    dataset: Annotated[Dataset | None, unset("NAME", "that of the base's run")] = Field(
-        None, description="alpha auto: images to validate on"
-    )
-    data_dir: Annotated[Path | None, unset("PATH", "where the base's run had it")] = Field(
-        None, description="where the data set is"
-    )
-    eval_limit: Annotated[int | None, unset("N", "as the base's run had it")] = Field(
-        None, ge=1, description="alpha auto: validate on N images only"
-    )
     output_dir: Path = Field(Path(), description="folder that holds checkpoints/ and vectors/")
-    device: Device = Field("auto", description=DEVICE)
 
 
 VectorTool = VectorMakeConfig | VectorShowConfig | VectorApplyConfig | VectorNegateConfig | VectorMergeConfig

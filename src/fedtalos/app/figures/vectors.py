@@ -62,7 +62,7 @@ def cosine_matrix(names: Sequence[str], found: Floats) -> Figure:
     labels = [textwrap.fill(f"{number}  {name}", 28) for number, name in zip(numbers, names, strict=True)]
     axes.set_yticks(range(len(names)), labels=labels, fontsize=9, parse_math=False)
     axes.set(xlabel="vector")
-    annotate(axes, image, found, "{:.2f}")
+    annotate(axes, image, np.round(found, 2) + 0.0, "{:.2f}")  # no -0.00
     figure.colorbar(image, ax=axes, label="cosine", pad=0.02)
     axes.set_title("Cosines between vectors")
     return figure

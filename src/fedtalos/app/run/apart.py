@@ -13,13 +13,12 @@ from torch import Tensor
 from fedtalos.app.config.schema import FederatedConfig
 from fedtalos.app.federation import algorithm_of, engine_of, local_training, transforms_of
 from fedtalos.app.load import Loaded
-from fedtalos.app.merging import factor, merged_by
+from fedtalos.app.merging import Merger, factor
 from fedtalos.app.run.first_head import HeadRounds, fit_first_head
 from fedtalos.app.run.kept import Kept, Unit, groups_of, ids_of, units_of
 from fedtalos.app.run.session import Session
 from fedtalos.app.run.task_table import write_task_table
-from fedtalos.errors import InputError
-from fedtalos.models.heads import ClosedForm, Head, closed_form
+from fedtalos.models.heads import ClosedForm, Head, closed_form, set_head
 from fedtalos.training.editing.task_vectors import TaskVector, scaled
 from fedtalos.training.federated.apart import train_apart, unit_seed
 from fedtalos.training.federated.client_sampling import sample_clients
@@ -65,9 +64,7 @@ class Apart:
         session, loaded = self.session, self.loaded
         session.state = self._state
         if not session.fresh:
-            saved = session.restored(APART)
-            if saved.keys() != {"start", "head.weight", "head.bias"} or saved["start"].shape != self.start.shape:
-                raise InputError("the checkpoint's start is not of this run; start a run of another name")
+            saved = session.restored(APART, shapes_of_start(self.moving))
             self.start, self.head = saved["start"], (saved["head.weight"], saved["head.bias"])
             return
         holders = ids_of(self.clients, self.units)
@@ -123,28 +120,32 @@ class Apart:
 
     def vectors(self, prefix: str = "") -> list[TaskVector]:
         """Vectors of the units, read from their files."""
-        return [self.kept.read(prefix + unit.name) for unit in self.units]
+        return [self.kept.read(prefix + unit.name, self.moving) for unit in self.units]
 
     def own_vectors(self) -> dict[int, Tensor]:
         """Vectors (A,) of clients that trained by themselves; none where tasks did."""
         if self.groups:
             return {}
-        return {unit.members[0]: self.kept.read(unit.name).values for unit in self.units}
+        return {unit.members[0]: self.kept.read(unit.name, self.moving).values for unit in self.units}
 
     def merge(self) -> dict[str, Any]:
         """Merge the vectors into the model, fit the head on that, and say what came of it."""
         options, session, vectors = self.config.apart, self.session, self.vectors()
-        images = [sum(len(self.clients[client]) for client in unit.members) for unit in self.units]
-        merged = merged_by(options.merge, vectors, images, self.config.run.seed)
+        model = self.loaded.model
+        set_head(model, *self.head, source=model.head_source)  # a run that goes on may hold the refitted one
         self.moving.write(self.start)
-        alpha = factor(self.loaded, merged)
+        merger = Merger(self.loaded, self.clients, self.moving, self.start, self.head)
+        merged = merger.merged(self.units, vectors)
+        alpha = factor(self.loaded, merged, refit=self.kind if options.refit_head else None)
         theta = self.start + scaled(merged.values, alpha).to(self.start.device)
         self.moving.write(theta)
+        down, up = merger.traffic(self.units)
         if options.refit_head:
             asked, sent = self.refit(self.units)
-            if session.progress.validated != session.done:  # else they were counted before the run was stopped
-                session.progress.bytes_down += self.moving.nbytes * asked  # the merged vector
-                session.progress.bytes_up += sent
+            down, up = down + self.moving.nbytes * asked, up + sent  # the merged vector, and sums over its features
+        if session.progress.validated != session.done:  # else they were counted before the run was stopped
+            session.progress.bytes_down += down
+            session.progress.bytes_up += up
         table = {}
         if self.groups:
             table = write_task_table(
@@ -198,6 +199,12 @@ class Apart:
 def rounds_of_a_unit(config: FederatedConfig) -> int:
     """Rounds that every unit trains."""
     return 1 if config.apart.one_shot else config.federation.num_rounds
+
+
+def shapes_of_start(moving: MaskedParameters) -> dict[str, tuple[int, ...]]:
+    """Shapes of what a checkpoint holds of the start, under APART."""
+    weight, bias = moving.model.head.parameters()
+    return {"start": (len(moving),), "head.weight": tuple(weight.shape), "head.bias": tuple(bias.shape)}
 
 
 def head_of(moving: MaskedParameters) -> Head:

@@ -1,36 +1,14 @@
-"""The factor alpha that a vector is applied with: searched on held-out images, log-spaced and then refined."""
+"""The factor alpha that a vector is applied with, searched on held-out images."""
 
 import copy
-import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
-from fedtalos.errors import InputError
 from fedtalos.models.backbone import Backbone
-from fedtalos.notes import note
 from fedtalos.training.editing.task_vectors import TaskVector, check_fits, write_edit
+from fedtalos.training.line_search import GRID, REFINEMENTS, BestAlpha, search_alpha
 
 Measure = Callable[[Backbone], float]
 """A model -> a number that is to be large, such as its accuracy on validation images."""
-
-GRID = (0.1, 0.18, 0.32, 0.56, 1.0, 1.8)
-REFINEMENTS = 2
-"""Times that the best alpha's two neighbours move halfway towards it; each takes two evaluations."""
-
-
-@dataclass(frozen=True)
-class BestAlpha:
-    """The best alpha, and all that were tried.
-
-    >>> found = best_alpha(model, tau, accuracy)
-    >>> found.alpha, found.value, found.tried[0.0]
-    (0.42, 0.79, 0.71)
-    """
-
-    alpha: float
-    value: float
-    tried: dict[float, float]
-    """alpha -> what was measured, in the order of alpha; 0 is among them."""
 
 
 def best_alpha(
@@ -41,56 +19,22 @@ def best_alpha(
     grid: Sequence[float] = GRID,
     refinements: int = REFINEMENTS,
 ) -> BestAlpha:
-    """Search the alpha with which the model plus alpha times the vector measures best; 11 evaluations.
+    """Search the alpha with which the model plus alpha times the vector measures best; 11 evaluations at most.
 
-    0 is tried too, so by this measure the result never falls below the base. Of equals the smallest is taken, and what
-    measures NaN is taken for the worst. Where the best is the largest or smallest of the ``grid``, that is noted, for a
-    better one may lie beyond. Measure on images that are held out of training and of the test.
+    0 is tried too, so by this measure the result never falls below the base. Where the best lies at the edge of the
+    ``grid``, that is noted. Measure on images that are held out of training and of the test. ``search_alpha`` says in
+    which order factors are tried.
 
     Raises InputError for a grid that is not of numbers above 0, and for a vector of another model.
 
     >>> found = best_alpha(model, merged, lambda edited: evaluate(edited, data.val).accuracy)
     >>> edited = apply(model, merged, alpha=found.alpha)
     """
-    points = sorted(set(grid))
-    if not points or not all(math.isfinite(alpha) and alpha > 0 for alpha in points):
-        raise InputError(f"grid {tuple(grid)}: expected numbers above 0, such as {GRID}")
     check_fits(vector, model)
-    edited, tried = copy.deepcopy(model), dict[float, float]()
+    edited = copy.deepcopy(model)
 
-    def best() -> float:
-        return max(sorted(tried), key=tried.__getitem__)
+    def at(alpha: float) -> float:
+        write_edit(edited, model, vector, alpha)
+        return measure(edited)
 
-    def try_(alpha: float) -> None:
-        if alpha not in tried:
-            write_edit(edited, model, vector, alpha)
-            value = measure(edited)
-            tried[alpha] = -math.inf if math.isnan(value) else value
-
-    for alpha in (0.0, *points):
-        try_(alpha)
-    for _ in range(refinements):
-        below = max((alpha for alpha in tried if alpha < best()), default=None)
-        above = min((alpha for alpha in tried if alpha > best()), default=None)
-        for other in (below, above):
-            if other is not None:
-                try_(_between(best(), other))
-    _note_edge(best(), points, tried)
-    return BestAlpha(best(), tried[best()], dict(sorted(tried.items())))
-
-
-def _between(one: float, other: float) -> float:
-    """The middle of two factors by their logarithms; where one is 0, half of the other."""
-    middle = math.sqrt(one * other) if one and other else (one + other) / 2
-    return float(f"{middle:.4g}")  # short to write down
-
-
-def _note_edge(best: float, points: Sequence[float], tried: dict[float, float]) -> None:
-    """Note that a better alpha may lie outside the grid, or that none helps."""
-    if best == 0:
-        worse = all(value < tried[0.0] for alpha, value in tried.items() if alpha)
-        note("alpha", f"0, the base itself, is best of {len(tried)}" + ("; every other is worse" if worse else ""))
-    elif best == points[-1]:
-        note("alpha", f"{best:g} is the largest of the grid, and best; a better one may lie beyond")
-    elif best <= points[0]:
-        note("alpha", f"{best:g} is best, at the lower edge of the grid; it is hardly more than the base")
+    return search_alpha(at, grid=grid, refinements=refinements)

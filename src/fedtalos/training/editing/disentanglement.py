@@ -1,6 +1,6 @@
 """Weight disentanglement: how far two vectors' effects stay out of each other's way.
 
-Source: Ortiz-Jimenez, Favero and Frossard, 2023, arXiv 2305.12827, section 4, equation 5.
+Source: Ortiz-Jimenez, Favero and Frossard, 2023, arXiv 2305.12827, the weight disentanglement error.
 Shapes: N images, G factors, C classes.
 """
 

@@ -18,12 +18,14 @@ from fedtalos.training.feature_cache import view_of
 
 
 def fisher_merge(vectors: Sequence[TaskVector], scores: Sequence[Mapping[str, Tensor]]) -> TaskVector:
-    """Average vectors, entry by entry, by Fisher scores (Matena and Raffel, 2022, arXiv 2111.09832, eq. 4).
+    """Average vectors, entry by entry, by Fisher scores (Fisher merging; Matena and Raffel, 2022, arXiv 2111.09832).
 
         tau = sum of F_v tau_v over sum of F_v
 
     ``scores`` are each vector's own, by parameter name (``fisher_scores`` of its model on its images): of an entry
-    outside a vector's support they say how much that task minds a change of it. Where all are 0 it is the mean.
+    outside a vector's support they say how much that task minds a change of it. Where all are 0 it is the mean. Scores
+    count as they come: sums over images, so that a task of more images weighs more. The authors' code first divides
+    each model's by their 2-norm, and lets no score of the first model be below 1e-6.
 
     >>> merged = fisher_merge([tau_of_cats, tau_of_dogs], [scores_of_cats, scores_of_dogs])
     """
@@ -40,7 +42,10 @@ def fisher_merge(vectors: Sequence[TaskVector], scores: Sequence[Mapping[str, Te
 def regmean(vectors: Sequence[TaskVector], moments: Sequence[Mapping[str, Tensor]]) -> TaskVector:
     """Average linear weights, column by column, by their inputs' second moments (Jin et al., 2023, arXiv 2212.09849).
 
-        W = (sum of G_v)^-1 sum of G_v W_v,  with the diagonal of G_v = X_v^T X_v   (eq. 2, all off-diagonal entries 0)
+        W = (sum of G_v)^-1 sum of G_v W_v,  with the diagonal of G_v = X_v^T X_v alone
+
+    RegMean itself multiplies what lies off the diagonal by a factor of its own; here that is 0, so a layer of I inputs
+    costs I numbers and not I^2.
 
     ``moments`` are each vector's own, by the name of the weight, one for each input (``input_moments``). What has none,
     biases and norms, is averaged plainly, as in the paper.

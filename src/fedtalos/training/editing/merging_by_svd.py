@@ -21,10 +21,11 @@ MatrixRule = Callable[[Tensor], Tensor]
 
 
 def tsv_merge(vectors: Sequence[TaskVector]) -> TaskVector:
-    """Merge task singular vectors (TSV-M; Gargiulo et al., 2025, arXiv 2412.00081, algorithm 1).
+    """Merge task singular vectors (TSV-Merge; Gargiulo et al., 2025, arXiv 2412.00081).
 
-    Of each vector's matrix the R / V largest singular values stay; their left and right singular vectors, of all
-    vectors together, are replaced by the nearest orthonormal ones (eq. 6, Procrustes), so that tasks do not interfere.
+    Of each vector's matrix the R / V largest singular values stay (rounded down, but one at least); their left and
+    right singular vectors, of all vectors together, are replaced by the nearest orthonormal ones (Procrustes), so that
+    tasks do not interfere. On dense vectors this is what the authors' code gives.
 
     >>> merged = tsv_merge([tau_of_cats, tau_of_dogs])
     """
@@ -34,7 +35,8 @@ def tsv_merge(vectors: Sequence[TaskVector]) -> TaskVector:
 def iso_c(vectors: Sequence[TaskVector]) -> TaskVector:
     """Sum the matrices and make all their singular values the mean one (Iso-C; Marczak et al., 2025, arXiv 2502.04959).
 
-    With the sum U S V^T it is mean(S) U V^T (algorithm 1), so that no direction of many tasks outweighs that of few.
+    With the sum U S V^T it is mean(S) U V^T, so that no direction of many tasks outweighs that of few. On dense vectors
+    this is what the authors' code gives.
 
     >>> merged = iso_c([tau_of_cats, tau_of_dogs])
     """

@@ -30,7 +30,7 @@ class Course:
     def backward_transfer(self) -> float:
         """Mean change of a task's accuracy from when it was learnt to the end; below 0: forgetting; nan of one task.
 
-        Lopez-Paz and Ranzato, NeurIPS 2017 (arXiv 1706.08840), equation 3.
+        Lopez-Paz and Ranzato, NeurIPS 2017 (arXiv 1706.08840), BWT.
         """
         if len(self.accuracy) < 2:
             return float("nan")

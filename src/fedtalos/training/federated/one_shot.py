@@ -18,11 +18,9 @@ from fedtalos.training.federated.clients import Clients
 from fedtalos.training.federated.fedavg import FedAvg
 from fedtalos.training.federated.traffic import Traffic
 from fedtalos.training.head_fitting import fit_head
+from fedtalos.training.line_search import search_alpha
 from fedtalos.training.local_training import LocalTraining
 from fedtalos.training.masked_parameters import MaskedParameters
-
-ALPHAS = (0.0, 0.05, 0.1, 0.2, 0.3, 0.4, 0.6, 0.8, 1.0)
-"""Factors on the merged vector to choose from."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,7 +35,7 @@ class OneShot:
 
 
 def summed(vectors: Tensor) -> Tensor:
-    """Add vectors (U, A) up: task arithmetic (Ilharco et al., ICLR 2023, arXiv 2212.04089).
+    """Add vectors (U, A) up: task arithmetic (Ilharco et al., 2023, arXiv 2212.04089, section 4).
 
     >>> summed(torch.ones(3, 2))
     tensor([3., 3.])
@@ -52,22 +50,27 @@ def one_shot(
     *,
     local: LocalTraining,
     val: LabelledImages,
+    calibration: LabelledImages | None = None,
     units: Sequence[Sequence[int]] | None = None,
     merge: Callable[[Tensor], Tensor] = summed,
-    alphas: Sequence[float] = ALPHAS,
+    alpha: float | None = None,
     head: ClosedForm | None = "ridge",
     seed: int = 0,
 ) -> OneShot:
     """Train federatedly in one round; in the end the model holds start + alpha x merged, and a head fitted on that.
 
     Every unit (None: every client) trains once from the model as it is. ``merge`` makes one vector (A,) of theirs
-    (U, A); ``alphas`` are its factors, of which the one is taken that ``val`` is best with. Then the clients send sums
-    over the merged model's features, without training, and ``head`` is fitted to them (None: it stays). With a 0 among
-    ``alphas`` the backbone is never worse on ``val`` than it was.
+    (U, A); ``alpha`` is its factor (None: the one that ``val`` is best with, searched as ``best_alpha`` does; 0 is
+    tried, so the backbone is never worse on ``val`` than it was). Then the clients send sums over the merged model's
+    features, without training, and ``head`` is fitted to them (None: it stays).
 
-    >>> found = one_shot(model, clients, mask, local=LocalTraining(epochs=2, learning_rate=1e-3), val=data.val)
+    The first head asks for too small a factor where a head is fitted afterwards. With images of the server's own
+    (``calibration``) every factor is measured with a head that is fitted to them.
+
+    >>> local = LocalTraining(epochs=2, learning_rate=1e-3)
+    >>> found = one_shot(model, clients, mask, local=local, val=data.val, calibration=data.calibration)
     >>> found.alpha, evaluate(model, data.test).accuracy
-    (0.4, 0.544)
+    (0.75, 0.381)
     """
     moving = MaskedParameters.of(model, mask)
     start, vectors, traffic = moving.vector(), dict[int, Tensor](), Traffic(moving, FedAvg(), len(clients))
@@ -80,9 +83,11 @@ def one_shot(
 
     def accuracy(alpha: float) -> float:
         moving.write(start + alpha * merged)
+        if head is not None and calibration is not None:
+            fit_head(moving.model, calibration, head, val=val)
         return evaluate(moving, val).accuracy
 
-    alpha = max(alphas, key=accuracy)
+    alpha = search_alpha(accuracy).alpha if alpha is None else alpha
     moving.write(start + alpha * merged)
     down, up = (sum(column) for column in zip(*sent, strict=True))
     if head is not None:
