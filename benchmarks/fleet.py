@@ -2,9 +2,11 @@
 
 python benchmarks/fleet.py wires              # accuracy and bytes by wire, digits, in one process
 python benchmarks/fleet.py scale              # server memory and seconds at 10, 100 and 1 000 stand-ins for nodes
-python benchmarks/fleet.py loopback           # real nodes over Flower; needs its environment (docs/fleet.md)
+python benchmarks/fleet.py loopback           # our count of bytes against the network's; needs Flower (docs/fleet.md)
+python benchmarks/fleet.py nodes              # seconds and memory of 3, 6 and 12 real nodes; needs Flower
 """
 
+import csv
 import logging
 import resource
 import socket
@@ -12,10 +14,12 @@ import sys
 import tempfile
 import threading
 import time
-from contextlib import chdir
+from collections.abc import Sequence
+from contextlib import chdir, suppress
 from pathlib import Path
 
 import numpy as np
+import psutil
 import torch
 from rich.console import Console
 
@@ -24,16 +28,20 @@ from fedtalos.app.config.files import override, read_yaml
 from fedtalos.app.config.fleet import FleetNodeConfig, FleetRunConfig, Wire
 from fedtalos.app.config.schema import FederatedConfig
 from fedtalos.data.images import LabelledImages
-from fedtalos.fleet.demo import DIGITS, NODES, make_random_mask
+from fedtalos.fleet.commands import server
+from fedtalos.fleet.demo import DIGITS, NODES, child_environment, fleet, make_random_mask, node_command, set_up
 from fedtalos.fleet.engine import on_nodes
 from fedtalos.fleet.in_process import InProcess
 from fedtalos.fleet.letter import Letter
 from fedtalos.fleet.members import Members
 from fedtalos.fleet.node import Node
+from fedtalos.fleet.processes import Child
 from fedtalos.fleet.rounds import Terms, run_rounds
+from fedtalos.fleet.submission import submit
 from fedtalos.models.load import build_model
 from fedtalos.models.vision_transformer import Architecture
 from fedtalos.training.editing.controls import random_mask
+from fedtalos.training.editing.mask_file import save_mask
 from fedtalos.training.federated.clients import Clients
 from fedtalos.training.federated.fedavg import fedavg
 from fedtalos.training.local_training import LocalTraining
@@ -43,7 +51,7 @@ QUIET = Console(quiet=True)
 WIRES: tuple[Wire, ...] = ("float32", "float16", "bfloat16", "int8")
 
 
-def wires(rounds: int = 20, seeds: int = 3) -> None:
+def wires(rounds: int = 10, seeds: int = 3) -> None:
     """Accuracy and bytes of the demo's run by wire, over seeds."""
     print("| wire | moves | test accuracy (%), mean of seeds, lowest, highest | up (MB) |\n|---|---|---|---|")
     for masked in (False, True):
@@ -92,14 +100,14 @@ class Echo:
         return Letter("update", {"loss_sum": 1.0, "correct": 1, "examples": 2}, {"values": values})
 
 
-def scale() -> None:
+def scale(counts: Sequence[int] = (10, 100, 1000)) -> None:
     """Messages, bytes, memory and seconds of a round, ViT-Ti, and what a wide area network would add."""
     print("| nodes | moves | messages | MB down | MB up | peak memory (MB) | s | s at 100 Mbit/s | s at 10 Mbit/s |")
     print("|---|---|---|---|---|---|---|---|---|")
     model = build_model(Architecture("tiny", 32, 4, num_classes=100))
     for density in (0.1, None):
         moving = MaskedParameters(model, None if density is None else random_mask(model, density))
-        for count in (10, 100, 1000):
+        for count in counts:
             members = Members(InProcess(map(Echo, range(count))), count, deadline=60)
             members.prepare(Letter("begin", {"bench": count}), b"")
             members.gather(patience=600)
@@ -120,26 +128,92 @@ def scale() -> None:
             print(f"| {' | '.join(map(str, cells))} | {seconds:.1f} | {line[0]:.0f} | {line[1]:.0f} |", flush=True)
 
 
-def loopback(rounds: int = 5) -> None:
-    """Seconds of a round over Flower, and our count of bytes against that of a forwarder in between."""
-    from fedtalos.fleet.commands import server, submit
-    from fedtalos.fleet.demo import child_environment, node_command, set_up
-    from fedtalos.fleet.processes import Child
+def loopback(rounds: int = 3) -> None:
+    """Bytes that we count against those of a forwarder between node and server, by what moves."""
+    print("| model | moves | messages | way | counted (MB) | on the network (MB) | more | s a round |")
+    print("|---|---|---|---|---|---|---|---|")
+    for size in ("micro", "tiny"):
+        for masked in (True, False):
+            sent, seen, seconds = one_node(size, masked, rounds)
+            moves = "a tenth" if masked else "all"
+            for way in ("down", "up"):
+                more = f"{100 * (seen[way] / sent[way] - 1):.1f} %"
+                cells = [size, moves, rounds + 3, way, f"{sent[way]:.2f}", f"{seen[way]:.2f}", more, f"{seconds:.0f}"]
+                print(f"| {' | '.join(map(str, cells))} |", flush=True)
 
+
+def one_node(size: str, masked: bool, rounds: int) -> tuple[dict[str, float], dict[str, float], float]:
+    """Megabytes counted and seen, by way, and seconds of a round, of a run with one node on loopback with TLS.
+
+    Its messages are hello, begin, begin with the still part, and one a round.
+    """
     with tempfile.TemporaryDirectory() as folder, chdir(folder):
-        place = set_up(Path("place"), {**DIGITS, "model_size": "tiny", "num_rounds": rounds, "num_clients": 1})
+        values = {**DIGITS, "model_size": size, "num_rounds": rounds, "num_clients": 1, "local_steps": 1}
+        values |= {"batch_size": 8, "eval_every": rounds, "partition": "iid"}
+        if masked:
+            architecture = Architecture(size, 8, 4, num_classes=10)
+            model = build_model(architecture, seed=0)
+            save_mask(Path("m.safetensors"), random_mask(model, density=0.1), model, criterion="random")
+            values["mask"] = str(Path("m.safetensors").resolve())
+        place = set_up(Path("place"), values)
         with server(place, QUIET, log=Path("server.log")), Forwarder(place.port) as between:
             more = ["--dataset", "digits", "--holds", "part", "--server", f"127.0.0.1:{between.port}"]
             with Child(node_command(place, 0, more), child_environment(), Path("node.log")):
-                submit(FleetRunConfig(folder=place.folder, run_name="run", output_dir=Path()), QUIET)
-        summary = read_yaml(Path("results/run/summary.yaml"))
-    sent = summary["megabytes_sent"]
-    print("| way | counted (MB) | on the network (MB) | more |\n|---|---|---|---|")
-    for way, seen in (("down", between.down / 1e6), ("up", between.up / 1e6)):
-        print(f"| {way} | {sent[way]:.2f} | {seen:.2f} | {100 * (seen / sent[way] - 1):.2f} % |")
-    print(
-        f"{summary['seconds'] / rounds:.1f} s a round, all told, of one node with {summary['moving_parameters']} values"
-    )
+                while not between.up:
+                    time.sleep(1)
+                time.sleep(20)  # until it has introduced itself; then it only asks for work
+                before, start = (between.down, between.up), time.monotonic()
+                time.sleep(40)
+                idle = (between.down + between.up - sum(before)) / (time.monotonic() - start)
+                print(f"a node that waits: {60 * idle / 1e3:.1f} kB a minute, both ways", flush=True)
+                before = between.down, between.up
+                options = FleetRunConfig(folder=place.folder, run_name="run", output_dir=Path(), patience=600)
+                submit(options, QUIET)
+                seen = {"down": (between.down - before[0]) / 1e6, "up": (between.up - before[1]) / 1e6}
+        return read_yaml(Path("results/run/summary.yaml"))["megabytes_sent"], seen, seconds_a_round()
+
+
+def seconds_a_round() -> float:
+    """Median of the seconds of a run's rounds after its first."""
+    with Path("results/run/metrics.csv").open() as lines:
+        ends = [float(row["seconds"]) for row in csv.DictReader(lines) if row["split"] == "train"]
+    return float(np.median(np.diff(ends)))
+
+
+def nodes(rounds: int = 4) -> None:
+    """Seconds of a round, and memory of all processes together, by number of nodes on this machine."""
+    print("| nodes | s a round | memory of all processes at most (MB, PSS) |\n|---|---|---|")
+    for count in (3, 6, 12):
+        with tempfile.TemporaryDirectory() as folder, chdir(folder), Memory() as memory:
+            values = {**DIGITS, "num_clients": count, "num_rounds": rounds, "eval_every": rounds}
+            with fleet(Path("place"), values, QUIET) as place:
+                options = FleetRunConfig(folder=place.folder, run_name="run", output_dir=Path(), patience=900)
+                submit(options, QUIET)
+            print(f"| {count} | {seconds_a_round():.0f} | {memory.peak / 1e6:,.0f} |", flush=True)
+
+
+class Memory:
+    """Watches the memory of this process's children, shared pages counted once (PSS); ``peak`` in bytes."""
+
+    def __init__(self) -> None:
+        self.peak, self._over = 0, threading.Event()
+        self._watching = threading.Thread(target=self._watch)
+
+    def __enter__(self) -> "Memory":
+        self._watching.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._over.set()
+        self._watching.join()
+
+    def _watch(self) -> None:
+        while not self._over.wait(2):
+            total = 0
+            for child in psutil.Process().children(recursive=True):
+                with suppress(psutil.Error):
+                    total += child.memory_full_info().pss
+            self.peak = max(self.peak, total)
 
 
 class Forwarder:
@@ -179,4 +253,4 @@ class Forwarder:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    {"wires": wires, "scale": scale, "loopback": loopback}[sys.argv[1]]()
+    {"wires": wires, "scale": scale, "loopback": loopback, "nodes": nodes}[sys.argv[1]]()

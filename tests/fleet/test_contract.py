@@ -10,9 +10,11 @@ from local_post import LocalPost
 from rich.console import Console
 
 from fedtalos.app.config.fleet import FleetNodeConfig
-from fedtalos.app.config.schema import FederatedConfig
+from fedtalos.app.config.schema import EditingConfig, FederatedConfig
 from fedtalos.checkpoint import load_checkpoint
 from fedtalos.cli import main, parse
+from fedtalos.errors import InputError
+from fedtalos.experiments import fleet_editing
 from fedtalos.fleet.node import Node
 from fedtalos.fleet.rounds import Terms, run_rounds
 
@@ -84,3 +86,40 @@ def test_a_fleet_gives_the_bytes_of_a_simulation(options):
     if "--client_evaluation" in options:
         by_client = [Path("results", run, "client_accuracy.csv").read_text() for run in ("alone", "fleet")]
         assert by_client[0] == by_client[1]
+
+
+EDITING = [
+    *shlex.split("editing --calibration federated --dataset digits --model_size micro --image_size 8 --patch_size 4"),
+    *shlex.split("--weights none --train_limit 300 --num_clients 4 --eval_limit 40 --calibration_images 60"),
+    *shlex.split("--num_iterations 2 --threads 1 --device cpu --precision fp32"),
+]
+
+
+def mask_in_a_fleet(options: str, post: LocalPost) -> LocalPost:
+    config = parse([*EDITING, "--run_name", "fleet", *options.split()])
+    assert isinstance(config, EditingConfig)
+    fleet_editing.run(config, post, Terms(patience=60), Console(quiet=True))
+    return post
+
+
+@pytest.mark.parametrize(
+    "options", ["--head ridge", "--head ncm --criterion most_sensitive --granularity row --calibration_clients 3"]
+)
+def test_a_mask_of_a_fleet_has_the_bytes_of_a_simulation(options):
+    main([*EDITING, "--run_name", "alone", *options.split()])
+    post = mask_in_a_fleet(options, LocalPost(nodes()))
+    for file in ("{}.safetensors", "{}.head.safetensors"):
+        alone, fleet = (Path("masks", file.format(run)).read_bytes() for run in ("alone", "fleet"))
+        assert alone == fleet
+    scores = [letter for letter in post.seen if letter.kind == "scores"]
+    assert scores
+    assert all(set(letter.arrays) == {"scores"} and not letter.facts for letter in scores)
+    counted = sum(letter.nbytes for letter in post.seen)
+    assert int(Path("results/fleet/iterations.csv").read_text().splitlines()[-1].split(",")[4]) == counted
+
+
+def test_a_mask_is_of_all_who_were_to_score():
+    with pytest.raises(InputError, match="client 0 sent no scores"):
+        mask_in_a_fleet("--head ncm", LocalPost(nodes(admit=("head",))))
+    mask_in_a_fleet("--head ncm --num_iterations 2 --resume", LocalPost(nodes()))
+    assert Path("masks/fleet.safetensors").exists()

@@ -84,6 +84,9 @@ def test_the_still_part_has_every_frozen_value_and_the_mask(vit, density):
         read_still_part(content[:-9], shapes_of(moving))
     with pytest.raises(InputError, match="other tensors"):
         read_still_part(content, {"head.weight": [2, 2]})
+    for shape in ([2**20, 2**11], [-1]):  # refused before memory is taken
+        with pytest.raises(InputError, match="entries"):
+            read_still_part(content, {**shapes_of(moving), "head.weight": shape})
 
 
 @folders

@@ -132,8 +132,54 @@ def test_a_node_whose_disk_is_lost_is_made_ready_anew():
 
 
 def test_a_run_waits_for_its_nodes_and_no_longer_than_its_patience():
-    with pytest.raises(InputError, match="0 of 4 nodes came within"):
+    with pytest.raises(InputError, match="0 of 4 nodes are there"):
         in_a_fleet(post=LocalPost([]), terms=Terms(patience=0.2))
+
+
+class Renumbered(LocalPost):
+    """Node 101 is killed after round 1, and comes back as 201 while the network still lists 101."""
+
+    def nodes(self) -> set[int]:
+        if any(letter.kind == "update" for letter in self.seen):
+            self.by_number[201] = self.by_number[101]
+        return super().nodes()
+
+    def answer(self, number: int, letter: Letter) -> Letter | NoAnswer:
+        gone = number == 101 and 201 in self.by_number
+        return NoAnswer("stopped") if gone else super().answer(number, letter)
+
+
+def test_a_node_that_comes_back_with_another_number_takes_part_again():
+    in_a_fleet(f"{EVERYBODY} --num_clients 2 --num_rounds 4", post=Renumbered(nodes(2)))
+    assert left_out() == {"no answer": 1}
+
+
+class Away(LocalPost):
+    """All nodes are away for so many looks at the network, from the end of round 1 on."""
+
+    def __init__(self, looks: int) -> None:
+        super().__init__(nodes(2))
+        self.looks = looks
+
+    def nodes(self) -> set[int]:
+        away = bool(self.looks) and any(letter.kind == "update" for letter in self.seen)
+        self.looks -= away
+        return set() if away else super().nodes()
+
+
+TWO = f"{EVERYBODY} --num_clients 2 --num_rounds 2"
+
+
+def test_rounds_do_not_pass_while_everybody_is_away():
+    with pytest.raises(InputError, match="0 of 2 nodes are there after"):
+        in_a_fleet(TWO, post=Away(1000), terms=Terms(patience=0.2))
+    in_a_fleet(f"{TWO} --resume", post=Away(0))
+    assert left_out() == {}
+
+
+def test_a_round_waits_for_nodes_that_are_away_for_a_while():
+    in_a_fleet(TWO, post=Away(5), terms=Terms(patience=60, min_nodes=2))
+    assert left_out() == {}
 
 
 def test_a_run_goes_on_without_nodes_that_never_came():

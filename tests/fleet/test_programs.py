@@ -1,18 +1,24 @@
 """What stands between Flower's programs and ours: who may ask a SuperLink for what, and the desk of a node."""
 
 import asyncio
+import logging
+import re
+import shlex
+import textwrap
 import threading
 from pathlib import Path
 
 import pytest
+import yaml
 
 from fedtalos.app.config.fleet import FleetInitConfig
-from fedtalos.errors import InputError
+from fedtalos.cli import parse
+from fedtalos.errors import InputError, TrainingError
 from fedtalos.fleet.desk import Desk, ask_desk
 from fedtalos.fleet.letter import Letter
-from fedtalos.fleet.place import Place, make_place
+from fedtalos.fleet.place import Place, add_editing, make_place
 from fedtalos.fleet.processes import by_hand, program
-from fedtalos.fleet.programs import for_nodes_alone
+from fedtalos.fleet.programs import Ended, for_nodes_alone, in_one_sentence
 
 
 @pytest.mark.parametrize(
@@ -103,3 +109,61 @@ def test_a_folder_or_config_that_is_none_is_refused(tmp_path, config):
     config.write_text("dataset: digits\n")
     with pytest.raises(InputError, match="num_clients"):
         make_place(FleetInitConfig(folder=tmp_path / "fleet", config=config, tls=False))
+
+
+def test_a_config_that_a_fleet_cannot_run_is_refused_when_it_is_set_up(tmp_path, config):
+    for wrong, why in (("one_shot: true", "one_shot"), ("head: linear", "head linear")):
+        config.write_text(f"dataset: digits\nnum_clients: 2\n{wrong}\n")
+        with pytest.raises(InputError, match=why):
+            make_place(FleetInitConfig(folder=tmp_path / "fleet", config=config, tls=False))
+    config.write_text("dataset: digits\nnum_clients: 2\n")
+    with pytest.raises(InputError, match="expected an address"):
+        make_place(FleetInitConfig(folder=tmp_path / "fleet", config=config, host="no host", tls=False))
+    place = make_place(FleetInitConfig(folder=tmp_path / "fleet", config=config, tls=False))
+    for wrong, why in (("num_clients: 3", "the fleet has 2 nodes"), ("calibration: central", "central")):
+        config.write_text(f"dataset: digits\n{wrong}\n")
+        with pytest.raises(InputError, match=why):
+            add_editing(place, config)
+    config.write_text("dataset: digits\n")
+    add_editing(place, config)
+    assert yaml.safe_load((place.app / "editing.yaml").read_text())["calibration"] == "federated"
+
+
+def test_certificates_of_ones_own_have_to_be_a_pair(tmp_path, config):
+    pytest.importorskip("cryptography")
+    place = make_place(FleetInitConfig(folder=tmp_path / "made", config=config))
+    given = {"server_certificate": place.certificate, "server_key": place.server_key, "ca": place.ca}
+    make_place(FleetInitConfig(folder=tmp_path / "given", config=config, **given))
+    assert (tmp_path / "given/certificates/server.crt").read_bytes() == place.certificate.read_bytes()
+    with pytest.raises(InputError, match="unlocked PEM"):
+        make_place(FleetInitConfig(folder=tmp_path / "other", config=config, **given | {"ca": config}))
+    with pytest.raises(InputError, match="is not the key"):
+        make_place(
+            FleetInitConfig(folder=tmp_path / "other", config=config, **given | {"server_certificate": place.ca})
+        )
+
+
+@pytest.mark.parametrize(("error", "status"), [(InputError("give\nmore"), 2), (TrainingError("no more"), 1)])
+def test_an_error_of_ours_comes_through_flower_as_it_was(error, status):
+    ended = Ended(f"status {status}: {error}")
+    read = Ended.read(f"ServerApp failed with exception: {ended}")
+    assert (type(read), str(read)) == (type(error), str(error))
+    assert Ended.read("ServerApp failed with exception: 'theta'") is None
+    record = logging.LogRecord("flwr", 40, "", 0, "%s raised", ("x",), (type(ended), ended, None))
+    assert in_one_sentence(record)
+    assert (record.getMessage(), record.exc_info) == (str(ended), None)
+
+
+def test_commands_in_the_docs_are_commands_that_there_are():
+    page = (Path(__file__).parents[2] / "docs" / "fleet.md").read_text(encoding="utf-8")
+    commands = re.findall(r"(?:^    |command: |fedtalos-fleet )fedtalos (fleet .*)$", page, re.MULTILINE)
+    assert len(commands) > 8
+    for words in commands:
+        parse(shlex.split(words))
+    compose = re.search(r"^    services:\n(?:    .*\n)+", page, re.MULTILINE)
+    assert compose
+    services = yaml.safe_load(textwrap.dedent(compose[0]))["services"]
+    assert services.keys() == {"server", "node0", "node1"}
+    for service in services.values():
+        assert service["image"] == "fedtalos-fleet"
+        assert all(volume.split(":")[1].startswith("/data/") for volume in service["volumes"])

@@ -17,7 +17,7 @@ from fedtalos.fleet.processes import require_flower
 def run(config: FleetConfig, console: Console) -> None:
     """Do what the command line asks for."""
     require_flower()
-    from fedtalos.fleet import commands, demo
+    from fedtalos.fleet import commands, demo, submission
     from fedtalos.fleet.place import make_place
 
     match config.tool:
@@ -29,6 +29,6 @@ def run(config: FleetConfig, console: Console) -> None:
         case FleetNodeConfig() as tool:
             commands.join(tool, console)
         case FleetRunConfig() as tool:
-            commands.submit(tool, console)
+            submission.submit(tool, console)
         case FleetDemoConfig() as tool:
             demo.run_demo(tool, console)

@@ -10,6 +10,7 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 
+from fedtalos.errors import InputError
 from fedtalos.files import write_atomic
 
 DAYS = 365
@@ -43,6 +44,18 @@ def make_certificates(folder: Path, host: str) -> None:
     write_atomic(folder / "ca.crt", ca.public_bytes(serialization.Encoding.PEM))
     write_atomic(folder / "server.crt", server.public_bytes(serialization.Encoding.PEM))
     write_secret(folder / "server.key", _private(server_key, serialization.PrivateFormat.PKCS8))
+
+
+def check_pair(certificate: bytes, key: bytes, ca: bytes) -> None:
+    """InputError unless these are a certificate, its own key and the certificate of a CA, in PEM and unlocked."""
+    try:
+        mine = x509.load_pem_x509_certificate(certificate).public_key()
+        private = serialization.load_pem_private_key(key, password=None)
+        x509.load_pem_x509_certificates(ca)
+    except (ValueError, TypeError) as error:
+        raise InputError(f"server_certificate, server_key, ca: expected unlocked PEM files ({error})") from error
+    if mine != private.public_key():
+        raise InputError("server_key: is not the key of server_certificate")
 
 
 def make_node_key(folder: Path, client: int) -> None:

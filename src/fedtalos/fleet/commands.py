@@ -1,4 +1,4 @@
-"""Server, node and run of a fleet: Flower's commands with what its folder says, printed so that hands can type them."""
+"""Server and node of a fleet: Flower's commands with what its folder says, printed so that hands can type them."""
 
 import json
 import socket
@@ -6,12 +6,15 @@ import subprocess
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 
 from rich.console import Console
 
-from fedtalos.app.config.fleet import FleetNodeConfig, FleetRunConfig, FleetServerConfig
+from fedtalos.app.config.files import override
+from fedtalos.app.config.fleet import FleetNodeConfig, FleetServerConfig
+from fedtalos.app.config.schema import FederatedConfig
+from fedtalos.app.load import check_files
 from fedtalos.app.run.display import say
 from fedtalos.app.run.interruption import safe_point
 from fedtalos.errors import InputError, TrainingError
@@ -19,13 +22,14 @@ from fedtalos.files import write_atomic
 from fedtalos.fleet.desk import Desk
 from fedtalos.fleet.node import Node
 from fedtalos.fleet.place import Place
-from fedtalos.fleet.processes import Child, by_hand, environment, flower, program, require_flower
+from fedtalos.fleet.processes import Child, by_hand, environment, program, require_flower
+from fedtalos.fleet.task import own_options
 
-STARTUP = 60.0
+STARTUP = 120.0
 """Seconds within which a SuperLink listens."""
 TRIES, REFUSED, PAUSE = 5, 60.0, 5.0
 """A node is refused where it ends so often in a row within so many seconds; between two starts it waits."""
-ANSWER = 30.0
+ANSWER = 120.0
 """Seconds within which one of Flower's commands ends; without a server they try on for ever."""
 
 
@@ -42,6 +46,7 @@ def serve(options: FleetServerConfig, console: Console) -> None:
 def server(place: Place, console: Console, *, listen: str = "127.0.0.1", log: Path | None = None) -> Iterator[Child]:
     """Run a SuperLink inside, with the fleet's nodes registered."""
     require_flower()
+    check_free(listen, place.port)
     words = program("superlink", "--host", listen, "--port", str(place.port))
     if place.tls:
         words += ["--ssl-ca-certfile", str(place.ca), "--ssl-certfile", str(place.certificate)]
@@ -55,6 +60,20 @@ def server(place: Place, console: Console, *, listen: str = "127.0.0.1", log: Pa
         if place.tls:
             call(program("register", *sorted((place.folder / "keys").glob("client_*.pub"))), home)
         yield child
+
+
+def check_free(host: str, port: int) -> None:
+    """InputError where nothing can listen at an address."""
+    kind = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(kind) as one:
+        one.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as servers do: a port that was just left is free
+        try:
+            one.bind((host, port))
+        except OSError as error:
+            raise InputError(
+                f"cannot listen at {host}, port {port} ({error.strerror}): end what listens there, or write another "
+                "port into every fleet.yaml"
+            ) from error
 
 
 def flower_home(place: Place) -> Path:
@@ -81,14 +100,14 @@ def wait_for_port(child: Child, port: int) -> None:
     raise TrainingError(f"fleet: the server did not start; is port {port} taken? {child.tail()}")
 
 
-def call(words: Sequence[str], home: Path) -> str:
-    """Run one of Flower's commands to its end; returns what it printed.
+def call(words: Sequence[str], home: Path, within: float = ANSWER) -> str:
+    """Run one of Flower's commands to its end, for so many seconds at most; returns what it printed.
 
     Raises TrainingError with its words where it fails.
     """
     try:
         done = subprocess.run(
-            words, env=environment(home), capture_output=True, text=True, stdin=subprocess.DEVNULL, timeout=ANSWER
+            words, env=environment(home), capture_output=True, text=True, stdin=subprocess.DEVNULL, timeout=within
         )
     except subprocess.TimeoutExpired as error:
         raise TrainingError("fleet: the server does not answer; is it running?") from error
@@ -103,8 +122,9 @@ def join(options: FleetNodeConfig, console: Console) -> None:
     require_flower()
     place = Place.read(options.folder)
     state = options.state_dir or options.folder / "state" / f"client_{options.client}"
-    node = Node(options, state)
     words = node_words(place, options)
+    check_files(override(FederatedConfig(), own_options(options, state) | {"dataset": options.dataset}, "fleet node"))
+    node = Node(options, state)
     say(console, by_hand(words))
     stopped = threading.Event()
     with Desk() as desk:
@@ -141,6 +161,8 @@ def _keep_running(words: list[str], known: dict[str, str], desk: Desk, stopped: 
 def node_words(place: Place, options: FleetNodeConfig) -> list[str]:
     """Words that start Flower's SuperNode for a client; InputError where its files are missing."""
     words = program("supernode", "--superlink", options.server or place.address, "--port", str(free_port()))
+    if options.client >= place.clients:
+        raise InputError(f"client {options.client}: the fleet's nodes are 0 to {place.clients - 1}")
     if not place.tls:
         return [*words, "--insecure"]
     for path in (place.ca, place.node_key(options.client)):
@@ -160,67 +182,3 @@ def free_port() -> int:
     with socket.socket() as one:
         one.bind(("127.0.0.1", 0))
         return int(one.getsockname()[1])
-
-
-def submit(options: FleetRunConfig, console: Console) -> None:
-    """Submit a run, show what it prints, and fail where it failed."""
-    require_flower()
-    place = Place.read(options.folder)
-    output = (options.folder / "runs" if options.output_dir is None else options.output_dir).resolve()
-    output.mkdir(parents=True, exist_ok=True)
-    asked = {
-        "run-name": options.run_name or "",
-        "resume": options.resume,
-        "output-dir": str(output),
-        "deadline": options.deadline,
-        "patience": options.patience,
-        "min-nodes": options.min_nodes,
-        "wire": options.wire,
-    }
-    said = " ".join(f"{name}={json.dumps(value)}" for name, value in asked.items())
-    words = flower("run", place.app, "fleet", "--run-config", said)
-    say(console, " ".join(["flwr", *words[1:5], json.dumps(said)]))
-    home = flower_home(place)
-    answer = json.loads(call([*words, "--format", "json"], home))
-    if not answer.get("success"):
-        raise TrainingError(f"fleet run: Flower did not take the run: {answer}")
-    follow(str(answer["run-id"]), place, home)
-
-
-def follow(run: str, place: Place, home: Path) -> None:
-    """Show what a run prints until it has ended; TrainingError where it failed, and stop it where this is stopped."""
-    ended = False
-    try:
-        with Child(flower("log", run, "fleet", "--stream"), environment(home)) as log:
-            while log.running:
-                safe_point()
-                check_reachable(place)
-                time.sleep(1)
-        while (status := status_of(run, home)).partition(":")[0] != "finished":
-            safe_point()
-            time.sleep(1)
-        ended = True
-    finally:
-        if not ended:
-            with suppress(TrainingError):  # the server may be what is gone
-                call(flower("stop", run, "fleet"), home)
-    if status != "finished:completed":
-        raise TrainingError(f"fleet run: the run ended as {status}; what it printed says why")
-
-
-def check_reachable(place: Place, tries: int = 5) -> None:
-    """TrainingError where nobody listens at the server's port any more: Flower would try on for long."""
-    for _ in range(tries):
-        try:
-            with socket.create_connection(("127.0.0.1", place.port), timeout=10):
-                return
-        except OSError:
-            time.sleep(1)
-    raise TrainingError("fleet run: the server is gone; start it again, and go on with --resume")
-
-
-def status_of(run: str, home: Path) -> str:
-    """A run's status in Flower's words, such as "running" or "finished:completed"."""
-    answer = json.loads(call(flower("list", "fleet", "--run-id", run, "--format", "json"), home))
-    runs = answer.get("runs") or [{}]
-    return str(runs[0].get("status", "unknown"))

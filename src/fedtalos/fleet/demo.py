@@ -18,9 +18,10 @@ from fedtalos.app.run.display import say
 from fedtalos.app.run.paths import RunPaths
 from fedtalos.app.run.recorder import write_yaml
 from fedtalos.errors import TrainingError
-from fedtalos.fleet.commands import free_port, server, submit
+from fedtalos.fleet.commands import free_port, server
 from fedtalos.fleet.place import Place, make_place
 from fedtalos.fleet.processes import Child
+from fedtalos.fleet.submission import submit
 from fedtalos.models.load import build_model
 from fedtalos.models.vision_transformer import Architecture
 from fedtalos.training.editing.controls import random_mask

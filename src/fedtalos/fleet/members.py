@@ -16,8 +16,8 @@ POLL = 0.05
 """Seconds between two looks at the post."""
 GRACE = 15.0
 """Seconds after the deadline by which the network itself has to have said that there is no answer."""
-SMALL = 30.0
-"""Deadline of letters that need no work, in seconds; without work there is nothing to wait for longer."""
+SMALL = 120.0
+"""Deadline of letters that need no work, in seconds: on a slow machine Flower's programs start in half a minute."""
 
 
 @dataclass(frozen=True)
@@ -80,19 +80,24 @@ class Members:
         for node, client in asked.items():
             self._ask(node, self._begin, client)
 
-    def gather(self, patience: float, at_least: int = 1) -> None:
-        """Wait until every client has its node, or ``at_least`` so many have when the ``patience`` (seconds) is over.
+    def gather(self, patience: float, at_least: int = 1, wanted: int | None = None) -> None:
+        """Wait until ``wanted`` clients (None: all) have nodes, or ``at_least`` have when the ``patience`` is over.
 
-        Raises InputError where there are fewer.
+        Patience is in seconds; nodes that are being made ready then may finish where too few are. Raises InputError
+        where there are fewer.
         """
-        until = time.monotonic() + patience
-        while len(self.by_client) < self.num_clients and time.monotonic() < until:
-            self.refresh()
+        start, waited, wanted = time.monotonic(), 0.0, self.num_clients if wanted is None else wanted
+        self.refresh()
+        while (count := len(self.by_client)) < wanted:
+            waited = time.monotonic() - start
+            if waited > patience and (count >= at_least or not self._joining or waited > patience + self.deadline):
+                break
             self._pause()
-        if len(self.by_client) < at_least:
+            self.refresh()
+        if count < at_least:
             raise InputError(
-                f"{len(self.by_client)} of {self.num_clients} nodes came within {patience:g} s, and at least "
-                f"{at_least} are needed; start the others, or give a longer patience or a lower min_nodes"
+                f"{count} of {self.num_clients} nodes are there after {waited:.0f} s, and at least {at_least} are "
+                "needed; start the others, or give a longer patience or a lower min_nodes"
             )
 
     def refresh(self) -> None:
@@ -111,9 +116,13 @@ class Members:
         self._joining = {ticket: asked for ticket, asked in self._joining.items() if asked.until > now}
 
     def drop(self, client: int, why: str) -> None:
-        """Count a client's node as gone; it is greeted again while the network knows it."""
+        """Count a client's node as gone; it is greeted again while the network knows it, as are those left out so far.
+
+        One of them may be the same client's: without TLS a node comes back with another number.
+        """
         if self.by_client.pop(client, None) is not None:
             self._note(f"client {client}: its node {why}")
+            self._refused.clear()
 
     def _ask(self, node: int, letter: Letter, client: int | None) -> None:
         deadline = SMALL if client is None else self.deadline
@@ -132,8 +141,9 @@ class Members:
         """
         nodes = {client: self.by_client[client].node for client in letters}
         tickets = self.send({nodes[client]: letter for client, letter in letters.items()}, self.deadline)
+        until = time.monotonic() + self.deadline + GRACE
         for client, node in nodes.items():
-            answer = self.wait(tickets[node]) if node in tickets else NoAnswer("its letter could not be sent")
+            answer = self.wait(tickets[node], until) if node in tickets else NoAnswer("its letter could not be sent")
             if isinstance(answer, NoAnswer):
                 self.drop(client, f"gave no answer ({answer.why})")
             elif answer.kind in ("refused", "unprepared"):
@@ -146,15 +156,14 @@ class Members:
         self.bytes_down = self.bytes_up = 0
         return counted
 
-    def wait(self, ticket: str) -> Letter | NoAnswer:
-        """Wait for an answer until its deadline is over, and count its bytes."""
-        until = time.monotonic() + self.deadline + GRACE
-        while time.monotonic() < until:
-            if (answer := self.post.collect([ticket]).get(ticket)) is not None:
-                self.bytes_up += answer.nbytes if isinstance(answer, Letter) else 0
-                return answer
+    def wait(self, ticket: str, until: float) -> Letter | NoAnswer:
+        """Wait for an answer until a moment, count its bytes, and return it; one that is there already is taken."""
+        while (answer := self.post.collect([ticket]).get(ticket)) is None:
+            if time.monotonic() > until:
+                return NoAnswer("no answer in time")
             self._pause()
-        return NoAnswer("no answer in time")
+        self.bytes_up += answer.nbytes if isinstance(answer, Letter) else 0
+        return answer
 
     def _take(self, asked: _Asked, answer: Letter | NoAnswer) -> None:
         """Take a step of the joining: hello, begin, begin with the still part, member."""

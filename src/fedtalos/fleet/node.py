@@ -13,6 +13,7 @@ from fedtalos._version import __version__
 from fedtalos.app.config.fleet import FleetNodeConfig
 from fedtalos.errors import InputError, TrainingError
 from fedtalos.files import write_atomic
+from fedtalos.fleet.calibration import scores_of_client
 from fedtalos.fleet.letter import Letter, fact, vector
 from fedtalos.fleet.questions import evaluate, sums_for_head
 from fedtalos.fleet.still import sha256
@@ -39,6 +40,7 @@ class Node:
             "train": self._train,
             "evaluate": evaluate,
             "head": sums_for_head,
+            "score": scores_of_client,
         }
 
     def answer(self, letter: Letter) -> Letter:
@@ -80,7 +82,7 @@ class Node:
             path = self.state / "runs" / f"{run}.json"
             if not path.is_file():
                 return Letter("unprepared")
-            begun = self._begin(Letter.of(path.read_text(encoding="utf-8"), {}))
+            begun = self._begin(Letter.of(path.read_text(encoding="utf-8", errors="replace"), {}))
             if begun.kind != "begun":
                 return Letter("unprepared")
         assert self._task is not None

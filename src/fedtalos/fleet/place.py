@@ -7,16 +7,21 @@ DIR/app/                  the app that runs are submitted as: pyproject.toml, tw
 DIR/README.md             what to do with it
 """
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
 from fedtalos.app.config.files import flatten, from_file, override, read_yaml
 from fedtalos.app.config.fleet import FleetInitConfig
-from fedtalos.app.config.schema import FederatedConfig
+from fedtalos.app.config.schema import EditingConfig, FederatedConfig
 from fedtalos.app.run.recorder import write_yaml
 from fedtalos.errors import InputError
 from fedtalos.files import write_atomic
+from fedtalos.fleet.calibration import refuse_what_asks_no_client
+from fedtalos.fleet.rounds import refuse_what_a_fleet_has_not
 
+CONFIG, EDITING = "config.yaml", "editing.yaml"
+"""Files beside the app: options of ``federated``, and of ``editing`` where a mask is made."""
 PYPROJECT = """[build-system]
 requires = ["hatchling"]
 build-backend = "hatchling.build"
@@ -42,6 +47,7 @@ clientapp = "client_app:app"
 
 [tool.flwr.app.config]
 run-name = ""
+editing = false
 resume = false
 output-dir = "."
 deadline = 600.0
@@ -53,7 +59,7 @@ SERVER_APP = '''"""The server's side of a run."""
 
 from pathlib import Path
 
-from fedtalos.fleet.app import server_app
+from fedtalos.experiments.fleet_lead import server_app
 
 app = server_app(Path(__file__).parent)
 '''
@@ -148,6 +154,12 @@ def make_place(options: FleetInitConfig) -> Place:
     if values.get("num_clients") is None:
         raise InputError(f"{options.config}: expected num_clients, the number of nodes")
     config = override(FederatedConfig(), values, str(options.config))
+    try:
+        refuse_what_a_fleet_has_not(config)
+    except InputError as error:
+        raise InputError(f"{options.config}: {error}") from error
+    if not re.fullmatch(r"[A-Za-z0-9.:_-]+", options.host):
+        raise InputError(f"host {options.host!r}: expected an address, or a name of letters, digits, dots and dashes")
     theirs = (options.server_certificate, options.server_key, options.ca)
     if any(theirs) and (not all(theirs) or not options.tls):
         raise InputError("server_certificate, server_key and ca belong together, with tls; give all three, or none")
@@ -156,10 +168,11 @@ def make_place(options: FleetInitConfig) -> Place:
             raise InputError(f"{given}: no such file; give a certificate and its key in PEM, and that of their CA")
     place = Place(folder, options.host, options.port, config.split.num_clients, options.tls)
     if options.tls:
-        from fedtalos.fleet.certificates import make_certificates, make_node_key, write_secret  # needs cryptography
+        from fedtalos.fleet.certificates import check_pair, make_certificates, make_node_key, write_secret
     if options.tls and not any(theirs):
         make_certificates(folder / "certificates", options.host)
     elif options.tls:
+        check_pair(*(path.read_bytes() for path in theirs if path is not None))
         for mine, path in zip((place.certificate, place.server_key, place.ca), theirs, strict=True):
             assert path is not None
             write_secret(mine, path.read_bytes())
@@ -174,10 +187,26 @@ def make_place(options: FleetInitConfig) -> Place:
     return place
 
 
+def add_editing(place: Place, path: Path) -> None:
+    """Put the options of ``editing`` beside the app, for a run that makes a mask of all nodes' scores.
+
+    Raises InputError where they are none, or are of other clients than the fleet's.
+    """
+    values = {"calibration": "federated", "num_clients": place.clients, **from_file(path, "editing")}
+    config = override(EditingConfig(), values, str(path))
+    if config.split.num_clients != place.clients:
+        raise InputError(f"{path}: num_clients {config.split.num_clients}: the fleet has {place.clients} nodes")
+    try:
+        refuse_what_asks_no_client(config)
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from error
+    write_yaml(place.app / EDITING, absolute(values))
+
+
 def absolute(values: dict[str, object]) -> dict[str, object]:
     """Options with the paths that are there written in full: a run is led from another folder."""
     found = dict(values)
-    for option in ("data_dir", "mask", "weights", "head", "cache_dir"):
+    for option in ("data_dir", "mask", "weights", "head", "checkpoint", "cache_dir"):
         value = values.get(option)
         if isinstance(value, str) and (option == "data_dir" or Path(value).expanduser().exists()):
             found[option] = str(Path(value).expanduser().resolve())
@@ -192,4 +221,4 @@ def _write_app(place: Place, values: dict[str, object]) -> None:
     write_atomic(place.app / "server_app.py", SERVER_APP)
     write_atomic(place.app / "client_app.py", CLIENT_APP)
     write_atomic(place.app / "LICENSE", "Apache-2.0\n")
-    write_yaml(place.app / "config.yaml", values)
+    write_yaml(place.app / CONFIG, values)

@@ -43,9 +43,10 @@ def environment(home: Path, more: Mapping[str, str] | None = None) -> dict[str, 
     Flower starts flwr-clientapp and flwr-serverapp by their bare names; those on the path run what is installed here.
     """
     shims = home.resolve() / "bin"
-    for name in ("clientapp", "serverapp"):
+    ours = {"clientapp": program("clientapp"), "serverapp": [sys.executable, "-m", "fedtalos.experiments.fleet_lead"]}
+    for name, words in ours.items():
         path = shims / f"flwr-{name}"
-        write_atomic(path, f'#!/bin/sh\nexec {shlex.join(program(name))} "$@"\n')
+        write_atomic(path, f'#!/bin/sh\nexec {shlex.join(words)} "$@"\n')
         path.chmod(0o755)
     places = [str(shims), str(Path(sys.executable).parent), os.environ.get("PATH", "")]
     known = {**os.environ, **QUIET, "FLWR_HOME": str(home.resolve()), "PATH": os.pathsep.join(places)}

@@ -6,12 +6,16 @@ registrations from its own machine alone. This module knows names inside flwr 1.
 """
 
 import ipaddress
+import logging
 import os
+import re
 import sys
 from collections.abc import Awaitable, Callable
 from importlib import import_module
 from pathlib import Path
 from typing import Any
+
+from fedtalos.errors import InputError, TrainingError
 
 Scope = dict[str, Any]
 Asgi = Callable[[Scope, Any, Any], Awaitable[None]]
@@ -46,18 +50,39 @@ def clientapp() -> None:
     import_module("flwr.supernode.cli.flwr_clientapp").flwr_clientapp()
 
 
-def serverapp() -> None:
-    """Run flwr-serverapp with our app, and of the one that was submitted its config alone."""
+def serverapp(app_of: Callable[[Path], Any]) -> None:
+    """Run flwr-serverapp with our app, made for the folder of the one that was submitted; that one is not run."""
     runtime: Any = import_module("flwr.superlink.runtime.run_serverapp")
-    from fedtalos.fleet.app import server_app
 
     def run(*, grid: Any, context: Any, server_app_dir: str, server_app_attr: str) -> Any:  # noqa: ARG001
-        server_app(Path(server_app_dir))(grid=grid, context=context)
+        try:
+            app_of(Path(server_app_dir))(grid=grid, context=context)
+        except (InputError, TrainingError) as error:
+            raise Ended(f"status {2 if isinstance(error, InputError) else 1}: {error}") from None
         return context
 
     runtime.run_ = run
+    logging.getLogger("flwr").addFilter(in_one_sentence)
     _end_with_parent()  # else it looks for a killed SuperLink for ever, and holds the run
     import_module("flwr.superlink.cli.flwr_serverapp").flwr_serverapp()
+
+
+class Ended(Exception):  # noqa: N818  it is read by people
+    """A run's end by an error of ours, as the status that ``fleet run`` is to exit with, and a sentence."""
+
+    @staticmethod
+    def read(details: str) -> InputError | TrainingError | None:
+        """Read the error from what Flower says of a run that failed; None where it ended by another."""
+        found = re.search(r"status ([12]): (.*)", details, re.DOTALL)
+        return None if found is None else {"1": TrainingError, "2": InputError}[found[1]](found[2].strip())
+
+
+def in_one_sentence(record: logging.LogRecord) -> bool:
+    """Have Flower log an end by an error of ours without the way there."""
+    error = record.exc_info[1] if record.exc_info else None
+    if isinstance(error, Ended):
+        record.msg, record.args, record.exc_info = str(error), (), None
+    return True
 
 
 def register() -> None:
@@ -101,7 +126,6 @@ PROGRAMS = {
     "superlink": superlink,
     "supernode": supernode,
     "clientapp": clientapp,
-    "serverapp": serverapp,
     "register": register,
 }
 

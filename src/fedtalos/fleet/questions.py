@@ -5,12 +5,12 @@ Shapes: A entries that move, D width of the features, C classes.
 
 from functools import reduce
 from operator import add
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from fedtalos.app.config.schema import FederatedConfig
 from fedtalos.app.load import Loaded
 from fedtalos.errors import InputError
 from fedtalos.fleet.letter import Letter, fact, vector
@@ -76,9 +76,7 @@ def accuracy_of_clients(moving: MaskedParameters, members: Members) -> dict[int,
     return found
 
 
-def fit_head_from_sums(
-    loaded: Loaded[FederatedConfig], moving: MaskedParameters, members: Members, kind: ClosedForm
-) -> None:
+def fit_head_from_sums(loaded: Loaded[Any], moving: MaskedParameters, members: Members, kind: ClosedForm) -> None:
     """Give the model a head from the sums of all clients' features; InputError where a client sends none.
 
     Sources: as ``fit_head``, whose head it is, bit for bit.

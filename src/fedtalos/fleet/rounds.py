@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 from rich.console import Console
 
-from fedtalos.app.config.files import flatten
+from fedtalos.app.config.files import flatten, groups
 from fedtalos.app.config.fleet import Wire
-from fedtalos.app.config.schema import FederatedConfig
+from fedtalos.app.config.schema import EditingConfig, FederatedConfig
 from fedtalos.app.federation import algorithm_of, local_training, privacy_spent, transforms_of
 from fedtalos.app.load import Loaded, load
 from fedtalos.app.moving import moving_parameters
@@ -66,7 +66,7 @@ def run_rounds(config: FederatedConfig, post: Post, terms: Terms, console: Conso
         rate = local_training(config).rate
         members = members_of(config, post, terms, console)
         with Session(loaded, paths, console, unit="round", total=total, rate=rate) as session:
-            algorithm.state |= session.restored(ALGORITHM)
+            algorithm.state |= session.restored(ALGORITHM, len(moving))
             session.state = lambda: {f"{ALGORITHM}{name}": tensor for name, tensor in algorithm.state.items()}
             evaluate = partial(evaluate_split, loaded, moving)
             gather(loaded, moving, paths.name, members, terms)
@@ -88,9 +88,7 @@ def run_rounds(config: FederatedConfig, post: Post, terms: Terms, console: Conso
             session.finish(evaluate, {**figures(session, moving), **spent, **by_client})
 
 
-def gather(
-    loaded: Loaded[FederatedConfig], moving: MaskedParameters, name: str, members: Members, terms: Terms
-) -> None:
+def gather(loaded: Loaded[Any], moving: MaskedParameters, name: str, members: Members, terms: Terms) -> None:
     """Make the nodes ready for the model as it is, those that are not."""
     members.prepare(begin_letter(loaded, moving, name), still_part(moving))
     members.gather(terms.patience, terms.min_nodes)
@@ -145,18 +143,19 @@ def rounds_on_nodes(
         ):
             done = round_.number
             yield round_
-            members.refresh()
+            if done < federation.num_rounds:  # else rounds would pass with nobody in them
+                members.gather(terms.patience, terms.min_nodes, wanted=terms.min_nodes)
             if (members.sizes != sizes).any():
                 break
 
 
-def clients_of_sizes(loaded: Loaded[FederatedConfig], sizes: np.ndarray[Any, np.dtype[np.int64]]) -> Clients:
+def clients_of_sizes(loaded: Loaded[Any], sizes: np.ndarray[Any, np.dtype[np.int64]]) -> Clients:
     """Clients by their numbers of images alone, which is all that the server knows of them."""
     offsets = np.concatenate([[0], np.cumsum(sizes)])
     return Clients(loaded.data.train, np.zeros(0, np.int64), offsets)
 
 
-def members_of(config: FederatedConfig, post: Post, terms: Terms, console: Console) -> Members:
+def members_of(config: FederatedConfig | EditingConfig, post: Post, terms: Terms, console: Console) -> Members:
     """The run's nodes, as yet unknown."""
 
     def pause() -> None:
@@ -166,14 +165,14 @@ def members_of(config: FederatedConfig, post: Post, terms: Terms, console: Conso
     return Members(post, config.split.num_clients, deadline=terms.deadline, note=partial(say, console), pause=pause)
 
 
-def begin_letter(loaded: Loaded[FederatedConfig], moving: MaskedParameters, run: str) -> Letter:
-    """Everything that a node has to know before its first round, but for the still part of the model itself."""
-    facts = loaded.facts()
+def begin_letter(loaded: Loaded[Any], moving: MaskedParameters, run: str) -> Letter:
+    """Everything that a node has to know before its first work, but for the still part of the model itself."""
+    facts, known = loaded.facts(), groups(FederatedConfig)
     return Letter(
         "begin",
         {
             "name": run,
-            "options": flatten(loaded.config),
+            "options": {name: value for name, value in flatten(loaded.config).items() if name in known},
             "still": sha256(still_part(moving)),
             "shapes": shapes_of(moving),
             "model": json.loads(json.dumps({key: value for key, value in facts.items() if key != "classes"})),
@@ -197,6 +196,9 @@ def refuse_what_a_fleet_has_not(config: FederatedConfig) -> None:
         raise InputError(
             f"workers {config.federation.workers}: a fleet's clients have machines of their own; leave it out"
         )
+    if config.apart.asked:
+        asked = "one_shot" if config.apart.one_shot else "tasks"
+        raise InputError(f"{asked}: vectors that train apart are made in a simulation alone; leave it out")
     if config.model.head == "linear":
         raise InputError("head linear: a fleet does not train it alone; ridge and ncm come from the clients' sums")
     if config.personal.personalise_steps:

@@ -19,6 +19,8 @@ from fedtalos.fleet.letter import Arrays
 from fedtalos.training.entries import Mask, named_tensors
 from fedtalos.training.masked_parameters import MaskedParameters
 
+MOST_ENTRIES = 2**30
+"""Entries of a model that a node takes, all in all: what moves takes no bytes in a letter, and 5 each in memory."""
 Shapes = Mapping[str, list[int]]
 
 
@@ -57,10 +59,11 @@ def read_still_part(content: bytes, shapes: Shapes) -> tuple[dict[str, Tensor], 
         if not {name.partition("/")[2] for name in arrays} == set(shapes):
             raise ValueError("it speaks of other tensors")
         tensors, masks = dict[str, Tensor](), Mask()
+        counts = {name: math.prod(shape) for name, shape in shapes.items()}
+        if not 0 <= min(counts.values(), default=0) <= sum(counts.values()) <= MOST_ENTRIES:
+            raise ValueError(f"its tensors have more than {MOST_ENTRIES} entries, or fewer than none")
         for name, shape in shapes.items():
-            count = math.prod(shape)
-            if count > 1 << 33:
-                raise ValueError(f"{name} is too large")
+            count = counts[name]
             bits = arrays.get(f"mask/{name}")
             moves = torch.zeros(count, dtype=torch.bool)
             if bits is not None:

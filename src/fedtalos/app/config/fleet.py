@@ -9,7 +9,7 @@ from pydantic import Field, SkipValidation
 from fedtalos.app.config.dataset import Dataset
 from fedtalos.app.config.options import Options, unset
 
-Work = Literal["train", "evaluate", "head"]
+Work = Literal["train", "evaluate", "head", "score"]
 """Work that a server may ask of a node."""
 Wire = Literal["float32", "float16", "bfloat16", "int8"]
 Folder = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="DIR")]
@@ -59,7 +59,7 @@ class FleetNodeConfig(Options):
         "simulation gives to it (part), to try out",
     )
     admit: tuple[Work, ...] = Field(
-        ("train", "evaluate", "head"), description="work that the node does; it refuses what is left out"
+        ("train", "evaluate", "head", "score"), description="work that the node does; it refuses what is left out"
     )
     server: Annotated[str | None, unset("HOST:PORT", "that of fleet.yaml")] = Field(
         None, description="address of the server"
@@ -76,7 +76,7 @@ class FleetNodeConfig(Options):
 
 
 class FleetRunConfig(Options):
-    """Submit a run to the server, show its rounds, and say where its results are."""
+    """Submit a run to the server, rounds or a mask, show it, and say where its results are."""
 
     command: ClassVar[str] = "run"
 
@@ -87,6 +87,9 @@ class FleetRunConfig(Options):
     resume: bool = Field(False, description="continue the run called --run_name, or else the newest unfinished one")
     output_dir: Annotated[Path | None, unset("DIR", "DIR/runs")] = Field(
         None, description="folder on the server's machine for results/, checkpoints/ and plots/"
+    )
+    editing: Annotated[Path | None, unset("FILE", "train by the fleet's config")] = Field(
+        None, description="YAML file with the options of editing: make a mask from all nodes' scores, and train nothing"
     )
     deadline: float = Field(600.0, gt=0, le=86400, description="seconds until a node's answer counts as lost")
     patience: float = Field(120.0, ge=0, le=86400, description="seconds to wait for all nodes before the first round")

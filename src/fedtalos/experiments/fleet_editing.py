@@ -1,0 +1,102 @@
+"""Make a mask over a fleet: the edit of ``editing --calibration federated``, its scores from nodes' own images."""
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+from rich.console import Console
+
+from fedtalos.app.config.schema import EditingConfig
+from fedtalos.app.load import Loaded, load
+from fedtalos.app.run.beginning import introduction_to_edit
+from fedtalos.app.run.books import Books
+from fedtalos.app.run.display import Display, say, say_facts
+from fedtalos.app.run.folders import begun, open_run
+from fedtalos.experiments.editing import Edit, finish, scoring_clients
+from fedtalos.fleet.calibration import ScoresOfNodes, refuse_what_asks_no_client
+from fedtalos.fleet.members import Members
+from fedtalos.fleet.post import Post
+from fedtalos.fleet.questions import fit_head_from_sums
+from fedtalos.fleet.rounds import Terms, clients_of_sizes, gather, members_of
+from fedtalos.models.heads import closed_form, save_head
+from fedtalos.training.editing.eligible import eligible_entries
+from fedtalos.training.editing.ranking import entries_kept, group_entries
+from fedtalos.training.editing.sensitivity import chunk_that_fits, draw_holders
+from fedtalos.training.editing.talos import refine, refuse_untrained_head
+from fedtalos.training.federated.clients import Clients
+from fedtalos.training.masked_parameters import MaskedParameters
+
+
+def run(config: EditingConfig, post: Post, terms: Terms, console: Console) -> None:
+    """Make a mask with the nodes that the post reaches; it is that of a simulation, bit for bit.
+
+    Raises InputError for an edit that asks no client, and where a node that is to score does not.
+    """
+    refuse_what_asks_no_client(config)
+    with begun(config, console) as paths:
+        loaded = load(config)
+        moving = MaskedParameters(loaded.model, head_of(loaded), features=loaded.features)
+        members = members_of(config, post, terms, console)
+        everyone = replace(terms, min_nodes=config.split.num_clients)
+        gather(loaded, moving, paths.name, members, everyone)
+        edit = prepare(loaded, clients_of_sizes(loaded, members.sizes))
+        config, options = edit.loaded.config, edit.loaded.config.editing
+        open_run(config, paths, loaded.origin(), console)
+        scored = sum(len(holder.ids) for holder in edit.holders)
+        say_facts(console, introduction_to_edit(edit.loaded, len(edit.eligible), len(edit.holders), scored))
+        if kind := closed_form(config.model.head):
+            say(console, f"fitting the {kind} head from clients' sums")
+            fit_head_from_sums(loaded, moving, members, kind)
+            save_head(paths.head, loaded.model)
+        books = Books(paths, edit.eligible, edit.groups, 0, (0, 0))
+        score = ScoresOfNodes(config, moving, edit.eligible, edit.holders, members)
+        with Display(console, "iteration", options.num_iterations, books.done) as display:
+            for iteration in refine(
+                score,
+                edit.eligible,
+                density=1 - options.target_sparsity,
+                iterations=options.num_iterations,
+                seed=config.run.seed,
+                start=(books.done, books.kept),
+                groups=edit.groups,
+            ):
+                books.record(iteration, options.eligible)
+                count_bytes(books, members)
+                display.show(iteration.number, f"{100 * iteration.density:.1f} % of {len(edit.eligible)} may move")
+        finish(edit, paths, books, console)
+
+
+def head_of(loaded: Loaded[EditingConfig]) -> dict[str, torch.Tensor]:
+    """A mask of the head alone: it is what nodes are told anew where it is fitted."""
+    named = loaded.model.head.named_parameters(prefix="head")
+    return {name: torch.ones_like(parameter, dtype=torch.bool, requires_grad=False) for name, parameter in named}
+
+
+def prepare(loaded: Loaded[EditingConfig], clients: Clients) -> Edit:
+    """Settle what is chosen among, and who scores how many images; ``clients`` are known by their sizes alone."""
+    config, options = loaded.config, loaded.config.editing
+    if closed_form(config.model.head) is None:
+        refuse_untrained_head(loaded.model)
+    eligible = eligible_entries(loaded.model, options.eligible)
+    entries_kept(1 - options.target_sparsity, len(eligible))
+    chunk = options.fisher_chunk or chunk_that_fits(loaded.model, loaded.data.train)
+    options = options.model_copy(update={"fisher_chunk": chunk})
+    holders = [
+        replace(holder, ids=np.arange(clients.sizes[holder.number])) for holder in scoring_clients(config, clients)
+    ]
+    return Edit(
+        replace(loaded, config=config.model_copy(update={"editing": options})),
+        eligible,
+        group_entries(eligible, options.granularity, loaded.model.architecture),
+        clients,
+        draw_holders(holders, options.calibration_images, config.run.seed),
+    )
+
+
+def count_bytes(books: Books, members: Members) -> None:
+    """Add the bytes of the letters of an iteration to its row, to those before it."""
+    before: dict[str, Any] = books.rows[-2] if len(books.rows) > 1 else {"bytes_down": 0, "bytes_up": 0}
+    for way, sent in zip(("bytes_down", "bytes_up"), members.bytes_since(), strict=True):
+        books.rows[-1][way] = before[way] + sent
+    books.save()
