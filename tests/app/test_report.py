@@ -16,7 +16,7 @@ import torch
 from commands import refused
 
 from fedtalos.app.figures.records import History, Row
-from fedtalos.app.report.contents import Method, RunRecord, curves, headlines, methods_of, report_of
+from fedtalos.app.report.contents import Method, RunRecord, curves, headlines, methods_of, read_records, report_of
 from fedtalos.app.report.mistakes import classes_of
 from fedtalos.app.report.page import LARGEST, page, write_report
 from fedtalos.app.report.pictures import map_of
@@ -146,6 +146,17 @@ def test_a_run_that_is_not_finished_has_no_report(in_a_folder_of_its_own, capsys
     (run / "metrics.csv").write_text("epoch,split,loss,accuracy,bytes_down,bytes_up\n")
     assert "no finished run" in refused(["report", "a"], capsys)
     assert "no such run" in refused(["report", "b"], capsys)
+
+
+@pytest.mark.parametrize("summary", ["test_accuracy: much", "seconds: long", "energy_wh: {card: [1]}"])
+def test_a_summary_of_other_things_than_numbers_is_refused(in_a_folder_of_its_own, summary) -> None:
+    run = Path("results/a")
+    run.mkdir(parents=True)
+    (run / "config.yaml").write_text("command: centralized\n")
+    (run / "metrics.csv").write_text("epoch,split,loss,accuracy,bytes_down,bytes_up\n")
+    (run / "summary.yaml").write_text(summary)
+    with pytest.raises(InputError, match=r"summary.yaml: broken"):
+        read_records(RunPaths(Path(), "a"))
 
 
 @pytest.mark.slow

@@ -13,7 +13,7 @@ from fedtalos.data import downloads
 ROOT = Path(__file__).parents[2]
 SOURCES = {str(path.relative_to(ROOT / "src")): path.read_text("utf-8") for path in (ROOT / "src").rglob("*.py")}
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
-MODULES = {"yaml": "pyyaml", "PIL": "pillow", "sklearn": "scikit-learn"}
+MODULES = {"yaml": "pyyaml", "PIL": "pillow", "sklearn": "scikit-learn", "pynvml": "nvidia-ml-py"}
 """What is imported under another name than it is installed by."""
 
 

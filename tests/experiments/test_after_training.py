@@ -14,6 +14,7 @@ from PIL import Image
 from fedtalos.app.figures import draw
 from fedtalos.cli import main
 from fedtalos.data.dataset_loader import load_dataset
+from fedtalos.experiments import report
 from fedtalos.models.weights.read import load_weights
 
 EDIT = ["editing", *SMALL, "--criterion", "random", "--head", "random", "--num_iterations", "1", "--run_name", "m"]
@@ -121,6 +122,22 @@ def test_explain_draws_a_figure_for_each_photo(capsys):
     assert Path(drawn[0]).read_bytes() == Path(drawn[1]).read_bytes()
 
 
+# report
+
+
+def test_a_run_ends_with_the_page_that_report_makes(capsys, monkeypatch):
+    page = Path("plots/a/report.html")
+    at_the_end = page.read_text()
+    said(["report", "a"], capsys)
+    begin, end = "<h1>", "<h2>How it was made"  # what follows names files, of which there are more by now
+    assert "<h2>Classes" in at_the_end
+    assert at_the_end[at_the_end.index(begin) : at_the_end.index(end)] in page.read_text()
+    monkeypatch.setattr(report, "MOST_CLASSES", 5)
+    assert "10 classes are too many for a page" in refused(["report", "a"], capsys)
+    said(["report", "a", "--no_classes"], capsys)
+    assert "<h2>Classes" not in page.read_text()
+
+
 # export
 
 
@@ -187,6 +204,7 @@ def test_a_card_shows_odd_names_as_they_are(capsys, monkeypatch):
         (["export", "a", "--license", "My Own"], "--license 'My Own': expected a short name"),
         (["export", "a", "--folder", "photos"], "photos is there already"),
         (["push", "a", "--hub", "mine"], "--hub mine: expected OWNER/REPO"),
+        (["report", "a", "a"], "report: expected different runs, got one of them twice"),
         (["evaluate", "a", "--folder", "nope"], "nope is no folder"),
         (["evaluate", "a", "--folder", "photos", "--split", "val"], "--split val both say which images"),
         (["evaluate", "a", "--folder", "photos/0"], "photos/0 holds"),

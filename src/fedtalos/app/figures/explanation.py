@@ -34,7 +34,7 @@ def explanation(explained: Explained) -> Figure:
     Rollout's goes from its least patch to its greatest, since shares of attention lie close together.
     Grad-CAM's begins at 0.
     """
-    figure = new_figure(3.15)
+    figure = new_figure(3.2)
     photo, rollout, cam = figure.subplots(1, 3)
     for axes, title in (
         (photo, explained.name),
@@ -47,7 +47,8 @@ def explanation(explained: Explained) -> Figure:
     _over(rollout, explained.pixels, explained.rollout, least=float(explained.rollout.min()))
     _over(cam, explained.pixels, explained.cam, least=0.0)
     if not explained.cam.any():
-        cam.text(0.5, 0.04, "no patch speaks for it", transform=cam.transAxes, ha="center", color="white")
+        dark = {"facecolor": "black", "alpha": 0.6, "linewidth": 0}  # behind it, for photos may be white
+        cam.text(0.5, 0.04, "no patch speaks for it", transform=cam.transAxes, ha="center", color="white", bbox=dark)
     return figure
 
 

@@ -4,12 +4,13 @@ import csv
 import io
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from statistics import fmean
-from typing import Any
+from typing import Annotated, Any
 
 import yaml
+from annotated_types import MaxLen
 
 from fedtalos.app.config.files import read_yaml
 from fedtalos.app.figures.records import History, read_history
@@ -22,7 +23,7 @@ from fedtalos.app.run.split_file import read_split, split_title
 from fedtalos.app.run.units import duration, megabytes, percent, thousands
 from fedtalos.app.sweep.tables import Spread
 from fedtalos.errors import InputError
-from fedtalos.facts import read_file
+from fedtalos.facts import Count, Number, Word, facts_from, open_schema, read_file
 from fedtalos.metrics import wilson
 from fedtalos.training.editing.describe import density_table
 from fedtalos.training.editing.mask_file import read_mask_file
@@ -33,6 +34,21 @@ MOST_POINTS = 400
 """Points of a curve; of more, evenly spaced ones are shown."""
 SAME = {"seed", "command", "made_by", *MAY_DIFFER}
 """Keys of config.yaml in which runs may differ that are one method's."""
+Named = Annotated[dict[Word, Number | None], MaxLen(100)]
+"""Numbers by name; None where one is not known."""
+
+
+@open_schema
+@dataclass(frozen=True)
+class _Summary:
+    """Facts of summary.yaml that the page shows."""
+
+    test_accuracy: Named = field(default_factory=dict)
+    val_accuracy: Named = field(default_factory=dict)
+    megabytes_sent: Annotated[dict[Word, Number], MaxLen(100)] = field(default_factory=dict)
+    energy_wh: Named = field(default_factory=dict)
+    seconds: Number = math.nan
+    images_trained_on: Count = 0
 
 
 @dataclass(frozen=True)
@@ -69,8 +85,11 @@ def read_records(paths: RunPaths, summary: Mapping[str, Any] | None = None) -> R
     """
     if summary is None and not paths.finished:
         raise InputError(f"{paths.results}: no finished run; `fedtalos runs` lists them, and --resume finishes one")
-    found = read_yaml(paths.results / "summary.yaml") if summary is None else summary
-    return RunRecord(paths, read_yaml(paths.config), found, read_history(paths.results))
+    path = paths.results / "summary.yaml"
+    found = facts_from(
+        _Summary, read_yaml(path) if summary is None else summary, f"{path}: broken", "make the run anew"
+    )
+    return RunRecord(paths, read_yaml(paths.config), asdict(found), read_history(paths.results))
 
 
 def methods_of(runs: Sequence[RunRecord]) -> list[Method]:
@@ -101,6 +120,9 @@ def headlines(method: Method) -> dict[str, str]:
     seconds = _mean([float(run.summary.get("seconds", math.nan)) for run in method.runs])
     images = _mean([float(run.summary.get("images_trained_on", 0)) for run in method.runs])
     found |= {"took": duration(seconds), "trained on": f"{thousands(images)} images"}
+    for part in ("processors", "card"):
+        energy = _mean(_of(method, "energy_wh", part))
+        found |= {} if math.isnan(energy) else {f"energy of the {part}": f"{energy:.3g} Wh"}
     return found
 
 

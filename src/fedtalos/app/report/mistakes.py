@@ -14,6 +14,8 @@ from fedtalos.training.confusion import Confusion
 
 PAIRS, EACH = 12, 6
 """Most confused pairs that are shown, and images of each."""
+MOST_CLASSES = 1000
+"""Classes of which there is a matrix; of more it would be neither read nor sent."""
 SIDE = 48
 """Pixels a side of a thumbnail, at most."""
 

@@ -18,8 +18,8 @@
     element("text", attributes, parent).textContent = text;
   }
 
-  // Round numbers between two ends: steps of 1, 2 or 5 times a power of ten, or the powers of ten themselves.
-  function ticks(low, high, log) {
+  // Round numbers between two ends: steps of 1, 2 or 5 times a power of ten, `least` at least, or the powers themselves.
+  function ticks(low, high, log, least = 0) {
     const found = [];
     if (log) {
       for (let e = Math.floor(Math.log10(low)); e <= Math.ceil(Math.log10(high)); e++) {
@@ -27,7 +27,7 @@
       }
     } else {
       const rough = (high - low) / 5, power = 10 ** Math.floor(Math.log10(rough));
-      const step = [1, 2, 5, 10].find((digit) => digit * power >= rough) * power;
+      const step = Math.max(least, [1, 2, 5, 10].find((digit) => digit * power >= rough) * power);
       for (let k = Math.ceil(low / step); k * step <= high + step * 1e-9; k++) found.push(k * step);
     }
     return found.filter((tick) => tick >= low - 1e-9 && tick <= high + 1e-9);
@@ -68,7 +68,7 @@
       element("line", { class: "grid", x1: LEFT, x2: width - RIGHT, y1: toY(tick), y2: toY(tick) }, svg);
       label(svg, short(tick), { x: LEFT - 6, y: toY(tick) + 4, "text-anchor": "end" });
     }
-    for (const tick of ticks(left, right, log)) {
+    for (const tick of ticks(left, right, log, x ? 0 : 1)) { // there is no half a round
       element("line", { class: "grid", x1: toX(tick), x2: toX(tick), y1: TOP, y2: HEIGHT - BOTTOM }, svg);
       label(svg, short(tick), { x: toX(tick), y: HEIGHT - BOTTOM + 16, "text-anchor": "middle" });
     }

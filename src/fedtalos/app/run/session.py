@@ -5,10 +5,10 @@ Centralized and federated share it: an epoch is a round without clients.
 
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 from rich.console import Console
 from torch import Tensor
@@ -16,10 +16,12 @@ from torch import Tensor
 from fedtalos.app.config.files import FileError, flatten
 from fedtalos.app.config.schema import CentralizedConfig, FederatedConfig
 from fedtalos.app.load import Loaded
+from fedtalos.app.report.mistakes import MOST_CLASSES, classes_of
 from fedtalos.app.run.bars import bar
 from fedtalos.app.run.beginning import introduction
 from fedtalos.app.run.display import Display, say, say_facts
 from fedtalos.app.run.ending import Reached, say_end, stopped_early
+from fedtalos.app.run.energy import EnergyMeter
 from fedtalos.app.run.folders import open_run, say_decisions
 from fedtalos.app.run.interruption import Interrupted, deferred, with_safe_points
 from fedtalos.app.run.paths import RunPaths
@@ -29,10 +31,11 @@ from fedtalos.app.run.resume import differing, from_here, working_folder
 from fedtalos.app.run.start import Start
 from fedtalos.app.run.trackers import open_tracker
 from fedtalos.app.run.units import percent
-from fedtalos.checkpoint import load_checkpoint, save_checkpoint
+from fedtalos.checkpoint import load_checkpoint, save_checkpoint, tensors_under
 from fedtalos.data.class_names import check_same_classes
 from fedtalos.errors import InputError, TrainingError, shown
 from fedtalos.metrics import Metrics
+from fedtalos.training.confusion import Confusion, confusion
 from fedtalos.training.editing.vector_file import save_vector
 from fedtalos.training.entries import named_tensors
 from fedtalos.training.federated.clients import Clients
@@ -41,6 +44,7 @@ from fedtalos.training.federated.processes import WorkerLostError
 from fedtalos.training.loop import Batches
 from fedtalos.training.masked_parameters import MaskedParameters
 
+Found = TypeVar("Found")
 Evaluate = Callable[[str], Metrics]
 """Split -> metrics of the model as it is."""
 
@@ -75,6 +79,7 @@ class Session:
         self.config, self.model = loaded.config, loaded.model
         self.unit, self.total, self.rate = unit, total, rate
         self.progress, self.saved = Progress(), dict[str, Tensor]()
+        self.energy = EnergyMeter(loaded.device)
         self.state: Callable[[], dict[str, Tensor]] = dict
         self.start: Start | None = None
         self._showing = False
@@ -146,20 +151,15 @@ class Session:
                 raise InputError(f"the checkpoint's {name} is not this model's; start a run of another name")
             tensor.copy_(found)
 
-    def restored(self, prefix: str, entries: int | None = None) -> dict[str, Tensor]:
+    def restored(self, prefix: str, sizes: int | Mapping[str, Sequence[int]]) -> dict[str, Tensor]:
         """Tensors that the checkpoint holds under ``prefix``, on the model's device.
 
-        Raises InputError where one is not of so many ``entries``, finite numbers, if that is said.
+        Raises InputError where they are not of so many entries each, or not those of these names and shapes.
         """
-        for name, tensor in self.saved.items():
-            fits = tensor.shape == (entries,) and tensor.is_floating_point() and bool(tensor.isfinite().all())
-            if entries is not None and name.startswith(prefix) and not fits:
-                raise InputError(f"the checkpoint's {shown(name)} is not of this run; start a run of another name")
-        return {
-            name.removeprefix(prefix): tensor.to(self.loaded.device)
-            for name, tensor in self.saved.items()
-            if name.startswith(prefix)
-        }
+        names = [name.removeprefix(prefix) for name in self.saved if name.startswith(prefix)]
+        shapes = dict.fromkeys(names, (sizes,)) if isinstance(sizes, int) else sizes
+        found = tensors_under(self.saved, prefix, shapes)
+        return {name: tensor.to(self.loaded.device) for name, tensor in found.items()}
 
     def introduce(
         self, moving: MaskedParameters, clients: Clients | None = None, algorithm: FedAvg | None = None
@@ -271,8 +271,9 @@ class Session:
             vector = self.start.vector(self.loaded.data.classes, f"{self.config.command} {self.paths.name}")
             save_vector(self.paths.vector, vector)
             extra = {**extra, "vector": str(self.paths.vector)}
-        last = self._timed(evaluate, "test")
-        best = last
+        few = len(self.loaded.data.classes) <= MOST_CLASSES
+        answers = self._timed(self._answers_to, "test") if few else None
+        last = best = self._timed(evaluate, "test") if answers is None else answers.metrics
         if progress.best != progress.done:
             self._restore(load_checkpoint(self.paths.checkpoints / "best.json").tensors)
             best = self._timed(evaluate, "test")
@@ -290,13 +291,18 @@ class Session:
             "seconds": round(seconds, 2),
             "evaluation_share": _share(progress.evaluation_seconds / seconds),
         }
+        if self.fresh and (joules := self.energy.read()):  # of a run that went on, the first part is not known
+            summary["energy_wh"] = {part: round(took / 3600, 3) for part, took in joules.items()}
         from fedtalos.app.figures import draw  # slow to import, and no part of the run's seconds
         from fedtalos.app.report import contents, page
 
         say_decisions(self.paths, self.console)  # before the summary, which ends the run
         drawn = draw.plot_run(self.paths.results, self.paths.plots)
         records = contents.read_records(self.paths, summary)
-        drawn.append(page.write_report(self.paths.plots / "report.html", contents.report_of([records])))
+        images, names = self.loaded.limited("test"), self.loaded.data.classes
+        classes = None if answers is None else classes_of(answers, images, names, "test")
+        report = contents.report_of([records], classes)
+        drawn.append(page.write_report(self.paths.plots / "report.html", report))
         write_yaml(self.paths.results / "summary.yaml", summary)
         if self.enough and progress.done < self.total:
             say(self.console, stopped_early(progress, self.unit, self.total))
@@ -312,17 +318,24 @@ class Session:
         }
         say_end(self.console, self.paths, summary, reached, files, progress, self.unit)
 
-    def _timed(self, evaluate: Evaluate, split: str) -> Metrics:
+    def _answers_to(self, split: str) -> Confusion:
+        """Let the model answer to a split; the metrics are those of ``evaluate``, to the byte."""
+        images, config = self.loaded.limited(split), self.config
+        size, precision = config.data.eval_batch_size, config.run.arithmetic
+        return confusion(self.model, images, batch_size=size, precision=precision, watch=self.evaluating)
+
+    def _timed(self, evaluate: Callable[[str], Found], split: str) -> Found:
         start, images = time.perf_counter(), len(self.loaded.limited(split))
         what = {"val": "validating", "test": "testing"}.get(split, split)
         shown = self.display.step(what, images) if self._showing else bar(what, images, "images")
         with shown as self._advance:
-            metrics = evaluate(split)
+            found = evaluate(split)
         self.progress.evaluation_seconds += time.perf_counter() - start
-        return metrics
+        return found
 
     def _row(self, split: str, metrics: Metrics, rate: float | None = None) -> None:
         progress = self.progress
+        self.energy.read()
         self.recorder.record(
             progress.done,
             split,
