@@ -1,4 +1,4 @@
-"""What validation images say of vectors: the alpha that is best, and how two of them disturb each other."""
+"""Alpha, and how two vectors disturb each other, measured on validation images."""
 
 from collections.abc import Sequence
 
