@@ -2,12 +2,17 @@
 
 import asyncio
 import logging
+import os
 import re
 import shlex
+import signal
+import subprocess
+import sys
 import textwrap
 import threading
 from pathlib import Path
 
+import psutil
 import pytest
 import yaml
 
@@ -167,3 +172,18 @@ def test_commands_in_the_docs_are_commands_that_there_are():
     for service in services.values():
         assert service["image"] == "fedtalos-fleet"
         assert all(volume.split(":")[1].startswith("/data/") for volume in service["volumes"])
+
+
+def test_what_a_killed_program_started_ends_even_if_nobody_takes_leave_of_it():
+    """The parent stays a zombie, as under a script that does not wait; its child and grandchild end."""
+    child = (
+        "import subprocess, time; from fedtalos.fleet import programs; programs._end_with_parent(programs._end_all); "
+    )
+    child += "print(subprocess.Popen(['sleep', '60']).pid, flush=True); time.sleep(60)"
+    parent = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {child!r}], start_new_session=True)"
+    with subprocess.Popen([sys.executable, "-c", parent], stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        grandchild = psutil.Process(int(process.stdout.readline()))
+        around = [grandchild, *grandchild.parents()[:1]]
+        os.kill(process.pid, signal.SIGKILL)
+        assert not psutil.wait_procs(around, timeout=20)[1]

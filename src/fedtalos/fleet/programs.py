@@ -9,7 +9,10 @@ import ipaddress
 import logging
 import os
 import re
+import signal
 import sys
+import threading
+import time
 from collections.abc import Awaitable, Callable
 from importlib import import_module
 from pathlib import Path
@@ -29,13 +32,13 @@ def superlink() -> None:
     program: Any = import_module("flwr.superlink.cli.flower_superlink")
     run = program.uvicorn.run
     program.uvicorn.run = lambda app, **options: run(app=for_nodes_alone(app), **options)
-    _end_with_parent()
+    _end_with_parent(_end_all)
     program.flower_superlink()
 
 
 def supernode() -> None:
     """Run flower-supernode, and end with the process that started it."""
-    _end_with_parent()
+    _end_with_parent(_end_all)
     import_module("flwr.supernode.cli.flower_supernode").flower_supernode()
 
 
@@ -117,9 +120,26 @@ def _is_here(scope: Scope) -> bool:
         return False
 
 
-def _end_with_parent() -> None:
-    """End this program soon after the one that started it has ended, however that came."""
-    import_module("flwr.supercore.app_utils").start_parent_process_monitor(os.getppid())
+def _end_with_parent(end: Callable[[], None] = lambda: signal.raise_signal(signal.SIGINT)) -> None:
+    """End this program soon after the one that started it has ended, however that came, and even if nobody notes it."""
+    parent = os.getppid()
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(0.2)
+        end()
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def _end_all() -> None:
+    """Kill this program and all that it started.
+
+    What a killed node leaves running would go on taking letters, with nobody at the desk, and keep its successor out.
+    """
+    if os.getpgrp() == os.getpid():
+        os.killpg(os.getpgrp(), signal.SIGKILL)
+    os.kill(os.getpid(), signal.SIGKILL)
 
 
 PROGRAMS = {
