@@ -111,10 +111,13 @@ def round_seconds(name: str) -> list[float]:
 
 
 def test_nodes_are_killed_at_random_and_the_run_ends():
-    """30 kills of nodes that come back: a round ends soon after its deadline, and in peace nobody is missing."""
+    """30 kills of nodes that come back: no round hangs, and once they are over nobody is missing.
+
+    A round may last until its deadline, after waiting for a node to be there again, which has a deadline of its own.
+    """
     from fedtalos.fleet import demo
     from fedtalos.fleet.commands import server
-    from fedtalos.fleet.members import GRACE
+    from fedtalos.fleet.members import GRACE, SMALL
     from fedtalos.fleet.processes import Child
 
     rounds, kills, rng = 16, 30, random.Random(0)
@@ -145,7 +148,7 @@ def test_nodes_are_killed_at_random_and_the_run_ends():
         assert leading.wait() == 0, leading.tail(20)
     rows, said = train_rows("fleet"), summary()
     assert said["rounds"] == len(rows) == rounds
-    assert max(round_seconds("fleet")) < 3 * pace + GRACE + pace
+    assert max(round_seconds("fleet")) < SMALL + 3 * pace + GRACE
     assert rows[-1]["examples"] == train_rows("peace")[-1]["examples"]
 
 
