@@ -73,7 +73,7 @@ def assert_same(first: str, second: str) -> None:
         "--algorithm scaffold --optimizer sgd --mask masks/m.safetensors",
         "--algorithm scaffold --optimizer sgd --dropout_rate 0.3",
         "--head ridge --trainable blocks --freeze_head --client_evaluation",
-        "--head ncm --client_evaluation",
+        pytest.param("--head ncm --client_evaluation", marks=pytest.mark.slow),
         "--algorithm fedadam --trainable blocks --partition dirichlet --client_fraction 1",
     ],
 )
