@@ -14,7 +14,7 @@ from fedtalos.app.config.schema import EditingConfig, FederatedConfig
 from fedtalos.checkpoint import load_checkpoint
 from fedtalos.cli import main, parse
 from fedtalos.errors import InputError
-from fedtalos.experiments import fleet_editing
+from fedtalos.fleet import editing
 from fedtalos.fleet.node import Node
 from fedtalos.fleet.rounds import Terms, run_rounds
 
@@ -98,7 +98,7 @@ EDITING = [
 def mask_in_a_fleet(options: str, post: LocalPost) -> LocalPost:
     config = parse([*EDITING, "--run_name", "fleet", *options.split()])
     assert isinstance(config, EditingConfig)
-    fleet_editing.run(config, post, Terms(patience=60), Console(quiet=True))
+    editing.run(config, post, Terms(patience=60), Console(quiet=True))
     return post
 
 

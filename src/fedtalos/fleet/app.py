@@ -1,4 +1,4 @@
-"""The app that Flower runs on a node: it hands letters to the desk. The server's is experiments/fleet_lead.py."""
+"""The app that Flower runs on a node: it hands letters to the desk. The server's is lead.py."""
 
 from flwr.app import Context, Message
 from flwr.clientapp import ClientApp

@@ -59,7 +59,7 @@ SERVER_APP = '''"""The server's side of a run."""
 
 from pathlib import Path
 
-from fedtalos.experiments.fleet_lead import server_app
+from fedtalos.fleet.lead import server_app
 
 app = server_app(Path(__file__).parent)
 '''

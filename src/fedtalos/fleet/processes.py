@@ -43,7 +43,7 @@ def environment(home: Path, more: Mapping[str, str] | None = None) -> dict[str, 
     Flower starts flwr-clientapp and flwr-serverapp by their bare names; those on the path run what is installed here.
     """
     shims = home.resolve() / "bin"
-    ours = {"clientapp": program("clientapp"), "serverapp": [sys.executable, "-m", "fedtalos.experiments.fleet_lead"]}
+    ours = {"clientapp": program("clientapp"), "serverapp": [sys.executable, "-m", "fedtalos.fleet.lead"]}
     for name, words in ours.items():
         path = shims / f"flwr-{name}"
         write_atomic(path, f'#!/bin/sh\nexec {shlex.join(words)} "$@"\n')

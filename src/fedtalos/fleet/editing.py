@@ -8,12 +8,12 @@ import torch
 from rich.console import Console
 
 from fedtalos.app.config.schema import EditingConfig
+from fedtalos.app.edit import Edit, finish, refined, scoring_clients
 from fedtalos.app.load import Loaded, load
 from fedtalos.app.run.beginning import introduction_to_edit
 from fedtalos.app.run.books import Books
 from fedtalos.app.run.display import Display, say, say_facts
 from fedtalos.app.run.folders import begun, open_run
-from fedtalos.experiments.editing import Edit, finish, scoring_clients
 from fedtalos.fleet.calibration import ScoresOfNodes, refuse_what_asks_no_client
 from fedtalos.fleet.members import Members
 from fedtalos.fleet.post import Post
@@ -23,7 +23,7 @@ from fedtalos.models.heads import closed_form, save_head
 from fedtalos.training.editing.eligible import eligible_entries
 from fedtalos.training.editing.ranking import entries_kept, group_entries
 from fedtalos.training.editing.sensitivity import chunk_that_fits, draw_holders
-from fedtalos.training.editing.talos import refine, refuse_untrained_head
+from fedtalos.training.editing.talos import refuse_untrained_head
 from fedtalos.training.federated.clients import Clients
 from fedtalos.training.masked_parameters import MaskedParameters
 
@@ -52,18 +52,8 @@ def run(config: EditingConfig, post: Post, terms: Terms, console: Console) -> No
         books = Books(paths, edit.eligible, edit.groups, 0, (0, 0))
         score = ScoresOfNodes(config, moving, edit.eligible, edit.holders, members)
         with Display(console, "iteration", options.num_iterations, books.done) as display:
-            for iteration in refine(
-                score,
-                edit.eligible,
-                density=1 - options.target_sparsity,
-                iterations=options.num_iterations,
-                seed=config.run.seed,
-                start=(books.done, books.kept),
-                groups=edit.groups,
-            ):
-                books.record(iteration, options.eligible)
+            for _ in refined(edit, score, books, display):
                 count_bytes(books, members)
-                display.show(iteration.number, f"{100 * iteration.density:.1f} % of {len(edit.eligible)} may move")
         finish(edit, paths, books, console)
 
 

@@ -28,7 +28,7 @@ def server_app(folder: Path) -> ServerApp:
         from fedtalos.app.config.schema import EditingConfig
         from fedtalos.app.run.display import say
         from fedtalos.app.run.folders import AlreadyFinished
-        from fedtalos.experiments import fleet_editing
+        from fedtalos.fleet import editing
         from fedtalos.fleet.flower import GridPost
         from fedtalos.fleet.rounds import run_rounds
 
@@ -36,7 +36,7 @@ def server_app(folder: Path) -> ServerApp:
         console = Console()
         try:
             if isinstance(config, EditingConfig):
-                fleet_editing.run(config, GridPost(grid), terms, console)
+                editing.run(config, GridPost(grid), terms, console)
             else:
                 run_rounds(config, GridPost(grid), terms, console)
         except AlreadyFinished as finished:
