@@ -1,4 +1,4 @@
-"""What every edit has, whoever is asked for scores: its entries and holders, its rounds, and its end."""
+"""The parts that every edit has, whoever is asked for scores: entries and holders, its rounds, its end."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
