@@ -175,7 +175,7 @@ def test_runs_that_need_a_failed_one_are_left_out(monkeypatch, capsys):
         raise TrainingError("no mask today")
 
     with monkeypatch.context() as patched:
-        patched.setattr("fedtalos.experiments.editing.refine", fail)
+        patched.setattr("fedtalos.app.edit.refine", fail)
         sweep(code=1)
     said = capsys.readouterr()
     assert "9 of 9 runs failed or were left out" in said.err
