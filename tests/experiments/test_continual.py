@@ -7,7 +7,9 @@ import pytest
 import yaml
 from commands import SMALL, interrupt_after, refused
 
+from fedtalos.app.run.courses import read_courses
 from fedtalos.cli import main
+from fedtalos.errors import InputError
 
 COMMAND = [
     *("continual", *SMALL, "--num_clients", "4", "--tasks", "2", "--num_rounds", "2", "--client_fraction", "0.5"),
@@ -26,23 +28,17 @@ def courses(name: str) -> list[dict[str, str]]:
 def test_courses_of_every_row_repeat_and_go_on_where_they_were_stopped(monkeypatch):
     main([*COMMAND, "--run_name", "whole"])
     rows = courses("whole")
-    assert [(row["row"], row["head"], row["after"]) for row in rows] == [
-        (rule, head, task)
-        for rule in ("sequential", "magmax", "sum")
-        for head in ("first", "refitted")
-        for task in ("task0", "task1")
-    ]
-    of_row = {row["row"]: row for row in rows if row["after"] == "task0" and row["head"] == "refitted"}
-    assert all(row["task1"] == "0.000000" for row in of_row.values())  # no client of it has sent anything yet
-    assert of_row["magmax"] == of_row["sum"] | {"row": "magmax"}  # one vector, by any rule
+    found = read_courses(Path("results/whole"))
+    assert list(found) == [(rule, head) for rule in ("sequential", "magmax", "sum") for head in ("first", "refitted")]
+    first = {row: found[row, "refitted"].accuracy[0] for row in ("sequential", "magmax", "sum")}
+    assert all(accuracy[1] == 0 for accuracy in first.values())  # no client of it has sent anything yet
+    assert (first["magmax"] == first["sum"]).all()  # one vector, by any rule
     summary = yaml.safe_load(Path("results/whole/summary.yaml").read_text())
     assert summary["rounds"] == 8
-    last = [row for row in rows if row["row"] == "sequential" and row["head"] == "first"]
+    accuracy = found["sequential", "first"].accuracy
     figures = summary["continual"]["sequential"]["first"]
-    assert figures["average_accuracy"] == pytest.approx(
-        (float(last[1]["task0"]) + float(last[1]["task1"])) / 2, abs=1e-5
-    )
-    assert figures["backward_transfer"] == pytest.approx(float(last[1]["task0"]) - float(last[0]["task0"]), abs=1e-5)
+    assert figures["average_accuracy"] == pytest.approx(accuracy[1].mean(), abs=1e-5)
+    assert figures["backward_transfer"] == pytest.approx(accuracy[1, 0] - accuracy[0, 0], abs=1e-5)
     for calls in (3, 5):  # in the second task's, and in the first of those that train apart
         name = f"stopped{calls}"
         with monkeypatch.context() as patched:
@@ -65,3 +61,10 @@ def test_courses_of_every_row_repeat_and_go_on_where_they_were_stopped(monkeypat
 def test_courses_that_cannot_be_are_refused(in_a_folder_of_its_own, capsys, words, says):
     assert says in refused(["continual", *SMALL, *words], capsys)
     assert not Path("checkpoints").exists()
+
+
+@pytest.mark.parametrize("lines", ["sequential,first,0,1,0.5", "sequential,first,0,0,1.5", "sum,third,0,0,0.5"])
+def test_a_file_of_courses_that_lacks_a_cell_or_holds_another_is_refused(tmp_path, lines):
+    (tmp_path / "continual.csv").write_text(f"row,head,after,task,accuracy\n{lines}\n")
+    with pytest.raises(InputError, match=r"continual\.csv"):
+        read_courses(tmp_path)

@@ -16,8 +16,10 @@ from matplotlib.figure import Figure
 from fedtalos.app.config.files import read_yaml
 from fedtalos.app.config.tools import FigureFormat
 from fedtalos.app.figures import runs as figures
+from fedtalos.app.figures.courses import courses as figure_of_courses
 from fedtalos.app.figures.records import FEW, History, read_history, read_report
 from fedtalos.app.figures.style import drawable, rendered
+from fedtalos.app.run.courses import read_courses
 from fedtalos.app.run.runs import check_one_data_set
 from fedtalos.app.run.split_file import read_split, split_title
 from fedtalos.errors import InputError
@@ -49,7 +51,7 @@ def plot_run(run_dir: Path, plots_dir: Path) -> list[Path]:
     """Draw every figure of one run in which there is something to see.
 
     curves.png, and megabytes.png where it sent bytes, of more than three points; clients.png where the run has a
-    split.npz, unless it is an even one of many clients.
+    split.npz, unless it is an even one of many clients; continual.png where tasks came one after another.
     """
     return write_figures(_run(run_dir), plots_dir)
 
@@ -133,7 +135,7 @@ def mask_names(mask_paths: Sequence[Path]) -> list[str]:
 
 def _run(run_dir: Path) -> dict[str, Figure]:
     history = read_history(run_dir)
-    return {**_curves([history]), **_megabytes([history]), **_split(run_dir)}
+    return {**_curves([history]), **_megabytes([history]), **_split(run_dir), **_courses(run_dir)}
 
 
 def _comparison(run_dirs: Sequence[Path]) -> dict[str, Figure]:
@@ -177,6 +179,11 @@ def _split(run_dir: Path) -> dict[str, Figure]:
     name = split_title(options.partition, options.classes_per_client, options.alpha)
     title = f"Images of each class at each client\n{name}, {number}"
     return {"clients": figures.clients(counts, [drawable(name, 40) for name in split.classes], title)}
+
+
+def _courses(run_dir: Path) -> dict[str, Figure]:
+    found = read_courses(run_dir)
+    return {"continual": figure_of_courses(found, drawable(run_dir.resolve().name))} if found else {}
 
 
 def _masks(mask_paths: Sequence[Path]) -> dict[str, Figure]:

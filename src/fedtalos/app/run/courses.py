@@ -1,18 +1,23 @@
 """Courses of continual learning: accuracy of every task after every task, by rule and head, as a table and a CSV."""
 
+from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal, get_args
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args
 
 import numpy as np
 import torch
+from annotated_types import Interval
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
 from fedtalos.app.merging import factor
 from fedtalos.app.run.apart import AFTER, Apart
-from fedtalos.app.run.recorder import write_csv
+from fedtalos.app.run.recorder import MOST_BYTES, MOST_ROWS, known, write_csv
 from fedtalos.data.images import LabelledImages
+from fedtalos.errors import InputError
+from fedtalos.facts import read_table, table_schema
 from fedtalos.models.heads import set_head
 from fedtalos.training.editing.merging import merge
 from fedtalos.training.editing.task_vectors import scaled
@@ -22,7 +27,21 @@ from fedtalos.training.task_accuracy import Floats, task_accuracy
 Row = Literal["sequential", "magmax", "sum"]
 ROWS: tuple[Row, ...] = get_args(Row)
 """One task after another by FedAvg; MagMax of these; the sum of vectors of tasks that trained apart."""
-HEADS = ("first", "refitted")
+HeadName = Literal["first", "refitted"]
+HEADS: tuple[HeadName, ...] = get_args(HeadName)
+FILE = "continual.csv"
+
+
+@table_schema
+@dataclass(frozen=True)
+class CourseLine:
+    """A row of continual.csv: test accuracy on one task after another, both counted from 0."""
+
+    row: Row
+    head: HeadName
+    after: Annotated[int, Interval(ge=0, lt=10**4)]
+    task: Annotated[int, Interval(ge=0, lt=10**4)]
+    accuracy: Annotated[float, Interval(ge=0, le=1)] | Literal[""]
 
 
 def courses(apart: Apart) -> dict[tuple[str, str], Course]:
@@ -73,16 +92,11 @@ def _of_seen(apart: Apart, seen: int) -> LabelledImages:
 def write_courses(found: dict[tuple[str, str], Course], apart: Apart, console: Console) -> dict[str, Any]:
     """Write continual.csv, print average accuracy and backward transfer, and return these for the summary."""
     rows = [
-        {
-            "row": row,
-            "head": head,
-            "after": apart.units[step].name,
-            **{unit.name: _cell(value) for unit, value in zip(apart.units, accuracy, strict=True)},
-        }
+        {"row": row, "head": head, "after": after, "task": task, "accuracy": "" if np.isnan(value) else f"{value:.6f}"}
         for (row, head), course in found.items()
-        for step, accuracy in enumerate(course.accuracy)
+        for (after, task), value in np.ndenumerate(course.accuracy)
     ]
-    write_csv(apart.session.paths.results / "continual.csv", rows)
+    write_csv(apart.session.paths.results / FILE, rows)
     table = Table(box=None, title="test %, the task unknown", title_justify="left")
     for heading in ("", "head", "average accuracy", "backward transfer"):
         table.add_column(heading, justify="left" if heading in ("", "head") else "right")
@@ -96,5 +110,23 @@ def write_courses(found: dict[tuple[str, str], Course], apart: Apart, console: C
     return {"continual": summary}
 
 
-def _cell(value: float) -> str:
-    return "" if np.isnan(value) else f"{value:.6f}"
+def read_courses(run_dir: Path) -> dict[tuple[str, str], Course]:
+    """Read a run's continual.csv, the course of each row and head; nothing where there is none.
+
+    Raises InputError where it cannot be read, or a course lacks a cell.
+    """
+    path = run_dir / FILE
+    if not path.is_file():
+        return {}
+    _, lines = read_table(CourseLine, path, most_bytes=MOST_BYTES, most_rows=MOST_ROWS)
+    cells: dict[tuple[str, str], dict[tuple[int, int], float]] = {}
+    for line in lines:
+        cells.setdefault((line.row, line.head), {})[line.after, line.task] = known(line.accuracy)
+    found = {}
+    for key, values in cells.items():
+        tasks = range(max(map(max, values)) + 1)
+        if len(values) != len(tasks) ** 2:
+            got = f"got {len(values)} rows of {' '.join(key)} for {len(tasks)} tasks"
+            raise InputError(f"{path}: expected every task after every task, {got}; make the run anew")
+        found[key] = Course(np.array([[values[after, task] for task in tasks] for after in tasks]))
+    return found

@@ -22,9 +22,14 @@ class Course:
     accuracy: Floats
 
     @property
+    def so_far(self) -> Floats:
+        """Mean accuracy over the tasks learnt, after each of them: (T,)."""
+        return np.array([np.nanmean(row[: step + 1]) for step, row in enumerate(self.accuracy)])
+
+    @property
     def average_accuracy(self) -> float:
         """Mean accuracy over the tasks when all have been learnt."""
-        return float(np.nanmean(self.accuracy[-1]))
+        return float(self.so_far[-1])
 
     @property
     def backward_transfer(self) -> float:
