@@ -2,7 +2,7 @@
 
     PYTHONPATH=src python benchmarks/gpu.py                    needs only torch and numpy; --device cuda by default
     PYTHONPATH=src python benchmarks/gpu.py --smoke            everything but torch.compile, tiny, on the CPU
-    PYTHONPATH=src python benchmarks/gpu.py --sizes small --pixels 224 --precisions bf16 --rivals
+    PYTHONPATH=src python benchmarks/gpu.py --sizes small --pixels 224 --precisions bf16 --parts rounds rivals
 
 A round is fedtalos' own: 10 of 20 clients, 4 steps of 64 images each, random uint8 images that live on the device,
 cropped and flipped there, AdamW, clipping, averaging; no evaluation. Clients train one by one or V together
@@ -14,8 +14,9 @@ compute them on CUDA, with deterministic algorithms; "any order" is the same wit
 FLOPs are counted from the model's matrix products (two per multiply-add), what a mask spares left out. "of peak" is the
 share of a large square product's speed in the same precision, measured in the same run. "first, s" is the time until
 the first round is done: compiling and capturing are in it. To have the second run's, which finds inductor's cache, run
-twice with $TORCHINDUCTOR_CACHE_DIR set. Behind the tables: which kernels a step's time goes to (kernels.py), and with
---rivals other simulators where this Python has them (peers/).
+twice with $TORCHINDUCTOR_CACHE_DIR set. Where a graph or a compilation failed, the line says so. Behind the tables:
+which kernels a step's time goes to (kernels.py), and, if asked for, other simulators where this Python has them
+(peers/). The output grows line by line: of a run that is stopped, what it had measured is there.
 """
 
 import argparse
@@ -36,7 +37,8 @@ from rounds import Load, Rounds, Setting, Variant, random_images
 
 from fedtalos.data.images import LabelledImages
 from fedtalos.devices import same_numbers_on_cuda
-from fedtalos.training.engine.capture import Compile
+from fedtalos.notes import noted
+from fedtalos.training.engine.capture import Compile, first_line
 from fedtalos.training.evaluation import evaluate
 from fedtalos.training.federated.fedavg import Engine, Round, one_by_one
 from fedtalos.training.federated.stacked import stacked
@@ -188,13 +190,16 @@ class Table:
     def _line(self, name: str, measure: Callable[[], tuple[Measured, int, float]]) -> tuple[object, ...]:
         set_float32(self.device, self.precision)
         torch.compiler.reset()
+        noted()
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
         try:
             found, images, flops = measure()
         except RuntimeError as error:  # out of memory, or what a compiler cannot do
-            return (self.precision, self.moves, name, type(error).__name__, *[""] * 6)
+            return (self.precision, self.moves, f"{name}: {first_line(error)[:80]}", *[""] * 7)
+        if self.device.type == "cuda" and (failed := fallen_back()):
+            name += f": {failed}"
         a_second = images / found.seconds
         return (
             *(self.precision, self.moves, name, f"{a_second:.0f}", f"{a_second * self._alone:.2f}"),
@@ -218,6 +223,12 @@ def rows(
             yield from map(table.round, chosen)
             yield table.bound(1, best=False)
             yield table.bound(most, best=True)
+
+
+def fallen_back() -> str:
+    """Why graphs or compiled steps were not, since notes were taken last; empty where they were."""
+    said = noted()
+    return "; ".join(said[what] for what in ("graphs", "compile") if what in said)
 
 
 def fisher_line(setting: Setting, load: Load, device: torch.device) -> str:
@@ -268,6 +279,80 @@ def evaluation_line(setting: Setting, load: Load, images: LabelledImages, precis
     return f"\nEvaluation in {precision}: {found[0]:.3g} ms an image, as a graph {found[1]:.3g}.\n"
 
 
+@dataclass(frozen=True)
+class Job:
+    """What a part is measured on; ``peaks`` by precision."""
+
+    setting: Setting
+    load: Load
+    device: torch.device
+    at_once: Sequence[int]
+    peaks: dict[str, float]
+    smoke: bool
+
+    @property
+    def precision(self) -> str:
+        """That of all parts but the rounds: the last."""
+        return list(self.peaks)[-1]
+
+
+def round_part(job: Job) -> Iterator[str]:
+    """The table, longer by a line each time."""
+    lines = []
+    for line in rows(job.setting, job.load, job.device, ways(job.device, job.at_once, smoke=job.smoke), job.peaks):
+        print(job.setting, *line, sep=" | ", flush=True)
+        lines.append(line)
+        yield f"\n{markdown_table(HEADER, lines)}"
+
+
+def fisher_part(job: Job) -> Iterator[str]:
+    yield fisher_line(job.setting, job.load, job.device)
+
+
+def evaluation_part(job: Job) -> Iterator[str]:
+    yield evaluation_line(job.setting, job.load, random_images(job.setting, job.load, job.device), job.precision)
+
+
+def kernel_part(job: Job) -> Iterator[str]:
+    best = Way(max(job.at_once, default=1), "on" if job.device.type == "cuda" else "off")
+    set_float32(job.device, job.precision)
+    in_one_order(job.device, True)
+    images = random_images(job.setting, job.load, job.device)
+    work = Rounds(job.setting, Variant(job.precision, "all"), job.load, images)
+    table = kernel_table(work.rounds(best.engine), job.load.steps)
+    yield f"\n{best}, {job.precision}, everything moves:\n\n{table}"
+
+
+def rival_part(job: Job) -> Iterator[str]:
+    yield f"\n{rival_table(job.setting, job.load, job.device, job.precision)}"
+
+
+PARTS: dict[str, Callable[[Job], Iterator[str]]] = {
+    "rounds": round_part,
+    "fisher": fisher_part,
+    "evaluation": evaluation_part,
+    "kernels": kernel_part,
+    "rivals": rival_part,
+}
+
+
+def report(job: Job, parts: Iterable[str]) -> Iterator[str]:
+    """The setting's text, which grows; a part that fails says why."""
+    text = f"\n## {job.setting}\n"
+    for name in parts:
+        more = ""
+        noted()
+        try:
+            for more in PARTS[name](job):
+                yield text + more
+        except RuntimeError as error:
+            more += f"\n{name}: failed ({first_line(error)})\n"
+        if job.device.type == "cuda" and (failed := fallen_back()):
+            more += f"\n{name}: {failed}\n"
+        text += more
+        yield text
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=("cuda", "mps", "cpu"), default="cuda")
@@ -278,7 +363,7 @@ def main() -> None:
     parser.add_argument("--pixels", nargs="+", type=int, default=[32, 224], help="patches: 4 px at 32, else 16")
     parser.add_argument("--precisions", nargs="+", help="fp32, tf32 (CUDA), bf16; default: all that the device has")
     parser.add_argument("--at_once", nargs="*", type=int, help="clients that train together; default: 5 10, --smoke: 2")
-    parser.add_argument("--rivals", action="store_true", help="also the simulators of peers/ that this Python has")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=[*PARTS][:-1], help="default: all but the rivals")
     parser.add_argument("--output", type=Path, help="default: benchmarks/results/gpu-<device name>.md; --smoke: none")
     options = parser.parse_args()
     device = torch.device("cpu" if options.smoke else options.device)
@@ -302,22 +387,13 @@ def main() -> None:
     text += ", ".join(f"{precision} {peak / 1e12:.3g}" for precision, peak in peaks.items()) + "\n"
     print(text, end="")
     for setting in settings:
-        lines = []
-        for line in rows(setting, load, device, ways(device, at_once, smoke=options.smoke), peaks):
-            print(setting, *line, sep=" | ", flush=True)
-            lines.append(line)
-        text += f"\n## {setting}\n\n{markdown_table(HEADER, lines)}{fisher_line(setting, load, device)}"
-        images = random_images(setting, load, device)
-        text += evaluation_line(setting, load, images, precisions[-1])
-        best = Way(max(at_once, default=1), "on" if device.type == "cuda" else "off")
-        in_one_order(device, True)
-        work = Rounds(setting, Variant(precisions[-1], "all"), load, images)
-        text += f"\n{best}, {precisions[-1]}, everything moves:\n\n{kernel_table(work.rounds(best.engine), load.steps)}"
-        if options.rivals:
-            text += f"\n{rival_table(setting, load, device, precisions[-1])}"
-        if output:
-            output.parent.mkdir(exist_ok=True)
-            output.write_text(text, encoding="utf-8")
+        job = Job(setting, load, device, at_once, peaks, options.smoke)
+        grown = ""
+        for grown in report(job, options.parts):
+            if output:
+                output.parent.mkdir(parents=True, exist_ok=True)
+                output.write_text(text + grown, encoding="utf-8")
+        text += grown
     print(text, end="")
 
 

@@ -6,8 +6,8 @@ from fedtalos.training.engine.capture import CapturedStep, undone
 class Recorded(CapturedStep):
     """A captured step's memory without its graph: inputs in buffers of its own, warm-up steps that are undone."""
 
-    def __init__(self, step, inputs, state, pool=None):
-        self._step, self._inputs, self.pool = step, [tensor.clone() for tensor in inputs], None
+    def __init__(self, step, inputs, state):
+        self._step, self._inputs = step, [tensor.clone() for tensor in inputs]
         with undone(state):
             for _ in range(2):
                 step(*self._inputs)

@@ -6,7 +6,7 @@ Weights are drawn anew, so it takes part in times and not in ``run.py --check``.
 are written out, as optax has them; bf16 is that of products.
 """
 
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import jax
@@ -26,18 +26,26 @@ def main(settings: Settings) -> None:
     meter = Meter()
     if settings.moves != "all":
         raise SystemExit("jax_vit.py trains everything; give --moves all")
+    if settings.device == "cuda" and jax.default_backend() != "gpu":
+        raise SystemExit(f"JAX has no CUDA here, but {jax.default_backend()}")
     theta = parameters(settings)
     train = jax.jit(partial(trained_round, settings))
     meter.mark()
     for number in range(1, settings.rounds + 1):
         clients = sampled_clients(settings, number)
-        batches = [client_batches(settings, client) for client in clients]
-        pixels = np.stack([[images.numpy() for images, _ in own] for own in batches])  # (V, J, B, 3, H, W)
-        labels = np.stack([[targets.numpy() for _, targets in own] for own in batches])
+        batches = [batches_of(settings, client) for client in clients]
+        pixels, labels = (jnp.stack(parts) for parts in zip(*batches, strict=True))  # (V, J, B, 3, H, W), (V, J, B)
         sizes = np.array([client_size(settings, client) for client in clients], np.float32)
         theta = jax.block_until_ready(train(theta, pixels, labels, sizes / sizes.sum()))
         meter.mark()
     meter.report(settings, torch.nn.Module(), "jax")
+
+
+@cache
+def batches_of(settings: Settings, client: int) -> tuple[jax.Array, jax.Array]:
+    """A client's batches, uint8 (J, B, 3, H, W) and (J, B), which stay on JAX's device."""
+    pixels, labels = (torch.stack(parts).cpu().numpy() for parts in zip(*client_batches(settings, client), strict=True))
+    return jnp.asarray(pixels), jnp.asarray(labels.astype(np.int32))
 
 
 def parameters(settings: Settings) -> Tree:

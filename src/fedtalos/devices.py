@@ -11,6 +11,9 @@ from fedtalos.errors import InputError
 
 Precision = Literal["fp32", "bf16"]
 
+# torch reads it at the first product of a process on CUDA, and never again.
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+
 AMPERE = (8, 0)
 """Compute capability of the first NVIDIA cards whose tensor cores multiply bfloat16."""
 
@@ -43,13 +46,13 @@ def choose_device(name: str = "auto") -> torch.device:
 def same_numbers_on_cuda(*, strict: bool = True) -> None:
     """Let CUDA add in one order, so that two runs of one seed on one card are equal to the bit.
 
-    torch takes its deterministic algorithms from then on, and cuBLAS a workspace of fixed size (which it reads when it
-    begins). With ``strict`` an operation that has no such algorithm raises RuntimeError; our models have none. Without,
-    which is for models of other libraries, torch warns, and attention's backward pass is not fixed either.
+    torch takes its deterministic algorithms from then on, and cuBLAS a workspace of fixed size, which is set when this
+    module is imported: a process that multiplied on CUDA before that gets RuntimeError from every product. With
+    ``strict`` so does an operation that has no such algorithm; our models have none. Without, which is for models of
+    other libraries, torch warns, and attention's backward pass is not fixed either.
 
     >>> same_numbers_on_cuda()
     """
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(True, warn_only=not strict)
     debugging: Any = torch.utils.deterministic
     debugging.fill_uninitialized_memory = False  # a kernel for every new tensor
@@ -123,9 +126,13 @@ def strict_float32() -> Iterator[None]:
     before = [switch.fp32_precision for switch in switches]
     for switch in switches:
         switch.fp32_precision = "ieee"
+    # torch keeps products under an older name too, and refuses to multiply, or to compile, where the two differ.
+    products = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
     try:
         yield
     finally:
+        torch.set_float32_matmul_precision(products)
         for switch, chosen in zip(switches, before, strict=True):
             switch.fp32_precision = chosen
 

@@ -1,5 +1,6 @@
 """Scores in strict float32: whatever the processor likes, and whatever is switched on around them."""
 
+import os
 from functools import partial
 
 import pytest
@@ -35,6 +36,10 @@ def as_before():
     torch.backends.cudnn.allow_tf32 = convolutions
 
 
+def test_cublas_has_a_workspace_that_torch_takes_for_deterministic():
+    assert os.environ["CUBLAS_WORKSPACE_CONFIG"] in (":4096:8", ":16:8")
+
+
 @new_switches
 @pytest.mark.parametrize("precision", ["highest", "high", "medium"])
 @pytest.mark.parametrize("convolutions", [True, False])
@@ -49,6 +54,14 @@ def test_strict_float32_turns_everything_off_and_leaves_it_as_it_was(precision, 
     assert switches() == before
     assert torch.get_float32_matmul_precision() == precision
     assert torch.backends.cudnn.allow_tf32 == convolutions
+
+
+@new_switches
+def test_torchs_two_names_for_products_agree_inside():
+    torch.set_float32_matmul_precision("high")
+    with strict_float32():
+        assert not torch.backends.cuda.matmul.allow_tf32  # RuntimeError where they differ, as of products on CUDA
+    assert torch.backends.cuda.matmul.allow_tf32
 
 
 @new_switches

@@ -36,3 +36,12 @@ def test_it_measures_everything_with_torch_and_numpy_only():
         )
     ]
     assert "Fisher scores:" in done.stdout
+
+
+def test_a_step_on_a_card_says_what_it_lacks_and_ends_when_its_time_is_over(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    from on_a_card import Step
+
+    assert Step("a", [], 1, ["no-such-package"]).run(tmp_path, 60) == "left out: this Python lacks no-such-package"
+    assert Step("b", ["-c", "import time; time.sleep(600)"], 10).run(tmp_path, 1.5).startswith("stopped")
+    assert Step("c", ["-c", "raise SystemExit(3)"], 10).run(tmp_path, 60).startswith("ended with code 3")

@@ -13,6 +13,7 @@ from fedtalos.training.editing.eligible import eligible_entries
 from fedtalos.training.editing.fisher import fisher_scores, scored_batches
 from fedtalos.training.engine import forward
 from fedtalos.training.evaluation import evaluate, evaluate_batches
+from fedtalos.training.feature_cache import FeatureStore
 from fedtalos.training.masked_parameters import MaskedParameters, head_mask
 
 
@@ -45,6 +46,14 @@ def test_graphs_follow_the_model_s_values_and_go_when_these_move_or_end(stored, 
     del model
     gc.collect()
     assert alive() is None
+
+
+def test_features_are_the_same_through_a_graph(vit, stored, recorded):
+    expected, found = (FeatureStore(batch_size=5, compile=way).features(vit, stored)[0] for way in ("off", "graph"))
+    assert torch.equal(found, expected)
+    assert found.shape == (22, 96)
+    assert not found.is_inference()  # they may be trained on
+    assert len(recorded) == 1
 
 
 @pytest.mark.parametrize("mode", ["true", "exact", "empirical"])

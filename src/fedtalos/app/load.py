@@ -22,7 +22,7 @@ from fedtalos.models.backbone import Backbone
 from fedtalos.models.heads import HEADS, read_head, set_head
 from fedtalos.models.library_model import LibraryArchitecture
 from fedtalos.models.load import build_model, model_with_weights, resizing_of
-from fedtalos.models.vision_transformer import Architecture
+from fedtalos.models.vision_transformer import Architecture, VisionTransformer
 from fedtalos.models.weights import Weights
 from fedtalos.models.weights.checkpoints import checkpoint_weights
 from fedtalos.models.weights.pixels import STATISTICS
@@ -109,11 +109,13 @@ def load(config: ConfigT) -> Loaded[ConfigT]:
     )
     if config.model.head not in HEADS:
         set_head(model, *read_head(Path(config.model.head), model))
+    graphs = device.type == "cuda" and config.run.compile != "off" and isinstance(model, VisionTransformer)
     features = FeatureStore(
         config.data.cache_gb * 1e9,
         config.run.output_dir,
         batch_size=config.data.eval_batch_size,
         precision=config.run.arithmetic,
+        compile="graph" if graphs else "off",
     )
     return Loaded(freeze_fitted_head(config, mask), data.to(device), model, mask, features)
 

@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fedtalos.devices import distinct_places
+
 Augmentation = Literal["none", "crop", "crop_flip"]
 Interpolation = Literal["bilinear", "bicubic"]
 
@@ -59,7 +61,8 @@ class View:
         if self.interpolation == "bilinear":
             # Antialiasing changes nothing otherwise, and not every device has it.
             shrinks = images.shape[-1] > self.resized
-            return F.interpolate(images, size=size, mode="bilinear", align_corners=False, antialias=shrinks)
+            with distinct_places():  # else CUDA takes a slow twin, for a backward pass that nobody asks for
+                return F.interpolate(images, size=size, mode="bilinear", align_corners=False, antialias=shrinks)
         # With antialiasing torch takes Pillow's and timm's cubic, which overshoots as theirs does; bytes would not.
         there = images.cpu() if images.device.type == "mps" else images
         cubic = F.interpolate(there, size=size, mode="bicubic", align_corners=False, antialias=True)

@@ -8,6 +8,8 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
+from fedtalos.devices import distinct_places
+
 Mask = dict[str, Tensor]
 """Tensor name -> bool tensor of the parameter's shape; True = may move."""
 
@@ -67,12 +69,13 @@ class Entries:
 
     def scatter(self, vector: Tensor, tensors: Mapping[str, Tensor]) -> None:
         """Write ``vector`` (A,) into the chosen entries of ``tensors`` in place; all other entries stay."""
-        for (name, index), part in zip(self.indices.items(), torch.split(vector, self._counts), strict=True):
-            flat = tensors[name].detach().view(-1)
-            if index is None:
-                flat.copy_(part)
-            else:
-                flat[index] = part
+        with distinct_places():
+            for (name, index), part in zip(self.indices.items(), torch.split(vector, self._counts), strict=True):
+                flat = tensors[name].detach().view(-1)
+                if index is None:
+                    flat.copy_(part)
+                else:
+                    flat[index] = part
 
     def moving_rows(self, tensors: Mapping[str, Tensor]) -> list[Tensor]:
         """Views of ``tensors``, each contiguous: the rows from the first to the last that hold a chosen entry.

@@ -19,9 +19,11 @@ from torch import Tensor
 from fedtalos.data.images import LabelledImages
 from fedtalos.data.sampling import Ids
 from fedtalos.data.view import View
-from fedtalos.devices import Precision, autocast
+from fedtalos.devices import Precision, distinct_places
 from fedtalos.files import naming
 from fedtalos.models.backbone import Backbone
+from fedtalos.training.engine.capture import Compile
+from fedtalos.training.engine.forward import features_of
 
 
 @dataclass(frozen=True)
@@ -47,8 +49,9 @@ def plain_source(model: Backbone, images: LabelledImages) -> Source:
 class FeatureStore:
     """Keeps what frozen first stages make of images: up to ``limit`` bytes in memory, the rest in a file of ``folder``.
 
-    Features are computed in batches of ``batch_size``, in ``precision``. Files are mapped into memory, have no name,
-    and go when the process does; without a ``folder`` they lie where the system keeps temporary files.
+    Features are computed in batches of ``batch_size``, in ``precision``; with ``compile`` graph or on through a CUDA
+    graph, where that is possible. Files are mapped into memory, have no name, and go when the process does; without a
+    ``folder`` they lie where the system keeps temporary files.
 
     >>> store = FeatureStore(limit=2e9)
     >>> moving = MaskedParameters(model, mask, features=store)
@@ -61,9 +64,10 @@ class FeatureStore:
         *,
         batch_size: int = 250,
         precision: Precision = "fp32",
+        compile: Compile = "off",
     ) -> None:
         self._limit, self._folder = limit, folder or Path(gettempdir())
-        self._batch_size, self._precision = batch_size, precision
+        self._batch_size, self._precision, self._compile = batch_size, precision, compile
         self._caches: dict[object, FeatureCache] = {}
 
     def source(self, model: Backbone, images: LabelledImages, passed: int, asked: Iterable[Ids]) -> Source:
@@ -103,6 +107,7 @@ class FeatureStore:
                 images,
                 batch_size=self._batch_size,
                 precision=self._precision,
+                compile=self._compile,
                 limit=limit,
                 folder=self._folder,
             )
@@ -124,11 +129,12 @@ class FeatureCache:
         *,
         batch_size: int,
         precision: Precision,
+        compile: Compile = "off",
         limit: float,
         folder: Path,
     ) -> None:
         self._model, self.passed, self._images, self._view = model, passed, images, view_of(model)
-        self._batch_size, self._precision = batch_size, precision
+        self._batch_size, self._forward = batch_size, partial(features_of, model, passed, precision, compile)
         self._versions = _versions(model, passed)
         self._there = np.zeros(len(images), dtype=np.bool_)
         shape = (len(images), *self._compute(torch.arange(1)).shape[1:])
@@ -154,18 +160,18 @@ class FeatureCache:
         for start in range(0, len(missing), self._batch_size):
             batch = torch.from_numpy(missing[start : start + self._batch_size])
             values = self.features.pixels
-            values[batch.to(values.device)] = self._compute(batch).to(values.device)
+            computed = self._compute(batch).to(values.device)
+            with distinct_places():
+                values[batch.to(values.device)] = computed
         self._there[missing] = True
 
     def to_device(self, features: Tensor) -> Tensor:
         """Stored features, where the model is."""
         return features.to(next(self._model.parameters()).device)
 
-    @torch.no_grad()
     def _compute(self, indices: Tensor) -> Tensor:
         pixels = self._view(self._images.pixels[indices.to(self._images.pixels.device)])
-        with autocast(pixels.device, self._precision):
-            return self._model.run(pixels, 0, self.passed).float()
+        return self._forward()(pixels)
 
 
 def _mapped(folder: Path, size: int) -> Tensor:

@@ -141,8 +141,9 @@ def fisher_scores(
     with strict, autocast(device, "fp32"), _frozen(model), squares:
         for batch in batches:
             size = len(batch[0]) if mode == "batch" else chunk
-            for images, labels, uniforms in zip(*(tensor.split(size) for tensor in batch), strict=True):
-                add_scores(images, labels, uniforms if device.type == "mps" else uniforms.to(device))
+            drawn = batch[2] if device.type == "mps" else batch[2].to(device)  # mps has no float64
+            for images, labels, uniforms in zip(*(t.split(size) for t in (*batch[:2], drawn)), strict=True):
+                add_scores(images, labels, uniforms)
     bad = [name for name, score in scores.items() if not bool(score.isfinite().all())]
     if bad:
         raise TrainingError(f"the Fisher score of {bad[0]} is not finite: the weights or images hold NaN or infinity")
@@ -168,7 +169,7 @@ def _passes(
     passes = targets(mode, log_p, labels, uniforms)
     for number, (classes, factors) in enumerate(passes, start=1):
         # Examples do not meet in the forward pass, so what comes back to each is its own.
-        chosen = factors * log_p.gather(1, classes.unsqueeze(1)).squeeze(1)
+        chosen = factors * -F.nll_loss(log_p, classes, reduction="none")  # of gather, CUDA would sort the backward pass
         chosen.sum().backward(retain_graph=number < len(passes))
     return chosen.detach()
 

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from fedtalos.training.engine.capture import stream_beside
 from fedtalos.training.loop import Batches
 
 
@@ -16,7 +17,7 @@ def one_ahead(batches: Batches, device: torch.device) -> Batches:
     if device.type != "cuda":
         yield from batches
         return
-    side, main = torch.cuda.Stream(device), torch.cuda.current_stream(device)
+    side, main = stream_beside(device), torch.cuda.current_stream(device)
     places: tuple[Place, Place] = ({}, {})
     coming = iter(batches)
 

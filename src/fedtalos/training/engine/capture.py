@@ -4,8 +4,10 @@ An eager step of a small model is bound by the launches, some 1 500 a step at 6 
 """
 
 import logging
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import cache
 from typing import Any, Literal, ParamSpec, TypeVar
 
 import torch
@@ -37,32 +39,51 @@ SHAPES = 64
 class CapturedStep:
     """A step as a CUDA graph on buffers of its own, replayed on inputs of the same shapes.
 
-    ``state`` gives what the step changes: capturing takes a few steps, which are undone. Graphs of one memory ``pool``
-    overwrite each other's values, so outputs are copies. Raises RuntimeError where the step cannot be captured.
+    ``state`` gives what the step changes: capturing takes a few steps, which are undone. All graphs of a device share
+    one pool of memory, so that many take no more than the largest. They overwrite each other's values there, so outputs
+    are copies. Raises RuntimeError where the step cannot be captured.
 
     >>> run = CapturedStep(step, (images, labels), state=lambda: [weights])
     >>> figures = run(images, labels)
     """
 
-    def __init__(self, step: StepFunction, inputs: Sequence[Tensor], state: State, pool: Any = None) -> None:
+    def __init__(self, step: StepFunction, inputs: Sequence[Tensor], state: State) -> None:
         self._inputs = [tensor.clone() for tensor in inputs]
+        self._device = inputs[0].device
         self._graph = torch.cuda.CUDAGraph()
-        side = torch.cuda.Stream()
-        with undone(state):
-            side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.device(self._device), undone(state):
+            main, side = torch.cuda.current_stream(), stream_beside(self._device)
+            torch.cuda.empty_cache()  # what an eager step took; streams do not share free memory
+            side.wait_stream(main)
             with torch.cuda.stream(side):
                 for _ in range(WARM_UPS):
                     step(*self._inputs)
-            torch.cuda.current_stream().wait_stream(side)
-            with torch.cuda.graph(self._graph, pool=pool):
-                self._output = step(*self._inputs)
-        self.pool = self._graph.pool()
+            main.wait_stream(side)
+            pool = next((graph.pool for graph in _captured if graph._device == self._device), None)
+            with torch.cuda.stream(main), torch.cuda.graph(self._graph, pool=pool):  # the former: where capturing fails
+                self._output = step(*self._inputs)  # torch stays on the stream of the capture
+        self.pool: Any = self._graph.pool()
+        _captured.add(self)
 
     def __call__(self, *inputs: Tensor) -> Tensor:
         for buffer, tensor in zip(self._inputs, inputs, strict=True):
             buffer.copy_(tensor, non_blocking=True)
         self._graph.replay()
         return self._output.clone()
+
+
+_captured: weakref.WeakSet[CapturedStep] = weakref.WeakSet()
+"""Graphs that are alive: torch lends a pool only as long as one of its graphs is."""
+
+
+@cache
+def stream_beside(device: torch.device) -> torch.cuda.Stream:
+    """Make the one stream beside a device's main one: torch keeps memory apart for each that there is.
+
+    >>> stream_beside(torch.device("cuda", 0)) is stream_beside(torch.device("cuda", 0))
+    True
+    """
+    return torch.cuda.Stream(device)
 
 
 class Steps:
@@ -101,9 +122,8 @@ class Steps:
                 say_once("graphs", f"there are no CUDA graphs on {inputs[0].device.type}: steps run eagerly")
             self._compile = "off"
             return
-        pool = next((graph.pool for graph in self._graphs.values()), None)
         try:
-            self._graphs[shapes] = CapturedStep(self._step, inputs, self._state, pool)
+            self._graphs[shapes] = CapturedStep(self._step, inputs, self._state)
         except RuntimeError as error:
             if out_of_memory(error) or isinstance(error.__context__, torch.OutOfMemoryError):
                 raise torch.OutOfMemoryError(str(error)) from error
@@ -139,7 +159,8 @@ def compiled(function: Callable[P, R]) -> Callable[P, R]:
 
     >>> forward = compiled(model)
     """
-    torch._dynamo.config.recompile_limit = max(SHAPES, torch._dynamo.config.recompile_limit)
+    limits = torch._dynamo.config
+    limits.cache_size_limit = max(SHAPES, limits.cache_size_limit)  # its name of old, under which all versions know it
     made: Callable[P, R] = torch.compile(function, dynamic=False)
     return made
 

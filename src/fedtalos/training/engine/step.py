@@ -163,9 +163,11 @@ class Stack:
             if self._adjust is not None:
                 changed = self._adjust(torch.cat(gradients, 1))
                 gradients = list(changed.split([gradient.shape[1] for gradient in gradients], 1))
-            norms = losses if self.local.clip_norm is None else clip_each(gradients, self.local.clip_norm)
+            norms = losses
+            if self.local.clip_norm is not None:
+                gradients, norms = clip_each(gradients, self.local.clip_norm)
             for steered, gradient in zip(self.steered, gradients, strict=True):
-                steered.grad = gradient.reshape(steered.shape)
+                steered.grad = gradient.reshape(steered.shape).contiguous()  # fused optimisers look at no strides
             self._optimizer.step()
             self._optimizer.zero_grad(set_to_none=True)
             self._write_back()
@@ -217,12 +219,16 @@ class Stack:
         return [value for state in states for value in state.values() if isinstance(value, Tensor)]
 
 
-def clip_each(gradients: list[Tensor], max_norm: float) -> Tensor:
-    """Clip every client's gradient by itself, tensors (V, ...), in place; returns the norms found, (V,)."""
+def clip_each(gradients: list[Tensor], max_norm: float) -> tuple[list[Tensor], Tensor]:
+    """Clip every client's gradient by itself, tensors (V, ...); returns the clipped ones and the norms found, (V,).
+
+    Nothing is written in place: of a batch of one image, autograd gives the position's and the class token's gradients
+    in the same memory.
+    """
     norms = _norms(gradients)
     factors = (max_norm / (norms + 1e-6)).clamp(max=1.0)  # as torch.nn.utils.clip_grads_with_norm_
-    torch._foreach_mul_(gradients, [factors.view(-1, *[1] * (gradient.dim() - 1)) for gradient in gradients])
-    return norms
+    clipped = torch._foreach_mul(gradients, [factors.view(-1, *[1] * (gradient.dim() - 1)) for gradient in gradients])
+    return list(clipped), norms
 
 
 def _norms(tensors: list[Tensor]) -> Tensor:
