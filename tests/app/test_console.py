@@ -180,6 +180,16 @@ def test_the_live_line_is_one_line_and_goes_when_it_ends(width, unit):
     assert said.count(f"{unit}7/1000:trainloss".replace(" ", "")) == 1  # not kept so far, and the last
 
 
+def test_while_the_last_round_is_validated_no_time_is_left():
+    console = terminal(80)
+    with Display(console, "round", 1) as display:
+        list(display.watch(range(2), 1 / 2))
+        display._progress.tasks[0].finished_time = 82.0  # what it took is not what is left
+        with display.step("validating", 100):
+            display._progress.refresh()
+            assert screen_of(console)[-1].endswith("validating ETA 0:00:00")
+
+
 def test_at_80_columns_a_kept_line_fits():
     console = terminal(80)
     with Display(console, "round", 100) as display:

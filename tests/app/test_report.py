@@ -120,6 +120,13 @@ def test_too_large_a_page_is_refused_and_not_written(tmp_path: Path, monkeypatch
     assert not (tmp_path / "report.html").exists()
 
 
+def test_what_is_no_character_is_spelled_out(tmp_path: Path) -> None:
+    run = record(tmp_path)
+    run.config["made_by"]["command_line"] = "fedtalos --output_dir \udcff"
+    path = write_report(tmp_path / "report.html", report_of([run]))
+    assert "--output_dir \\udcff</code>" in path.read_text("utf-8")
+
+
 def test_mistakes_are_shown_by_their_own_images() -> None:
     names = ("a", "b", "c")
     found = classes_of(*confused(names), names, "test")

@@ -154,8 +154,8 @@ class Mlflow(types.ModuleType):
         self.runs[run]["params"] |= dict(params)
         self.runs[run]["metrics"] += metrics
 
-    def set_terminated(self, run: str) -> None:
-        self.runs[run]["status"] = "FINISHED"
+    def set_terminated(self, run: str, status: str) -> None:
+        self.runs[run]["status"] = status
 
 
 @pytest.fixture
@@ -175,6 +175,7 @@ def test_mlflow_gets_options_and_figures_and_a_resumed_run_goes_on_under_its_id(
         patched.setattr("fedtalos.app.run.session.Session.finish", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(SystemExit, match="130"):
             main([*MLFLOW, "--run_name", "a"])
+    assert mlflow.runs["id0"]["status"] == "KILLED"
     main(["centralized", "--resume", "--run_name", "a"])
     main([*MLFLOW, "--run_name", "b"])
     assert [run["name"] for run in mlflow.runs.values()] == ["a", "b"]

@@ -109,6 +109,26 @@ def test_of_several_columns_of_classes_the_usual_one_is_taken(hub):
     assert notes.noted()["columns"] == "images are in img, classes in fine_label; coarse_label are not read"
 
 
+def test_a_name_may_say_which_columns_to_read(hub):
+    both = rows(8, "fine_label", who=["me"] * 3 + ["you"] * 5)
+    both.columns["coarse_label"], both.features["coarse_label"] = [0, 0, 1, 1] * 2, ClassLabel(["pet", "car"])
+    hub["me/cifar"] = both
+    found = read_hub_dataset("hf:me/cifar,label=coarse_label,client=who", 8)
+    assert found.classes == ("car", "pet")
+    assert found.train.owners.bincount().tolist() == [3, 5]
+    assert notes.noted()["columns"] == (
+        "images are in img, classes in coarse_label, clients in who; fine_label are not read"
+    )
+    for named, says in {
+        "image=fine_label": "found no column fine_label of images among img .Image., fine_label",
+        "client=them": "found no column them of clients",
+        "labels=who": "expected image=COLUMN, label=COLUMN or client=COLUMN after the comma, got labels=who",
+        "label": "got label$",
+    }.items():
+        with pytest.raises(InputError, match=says):
+            read_hub_dataset(f"hf:me/cifar,{named}", 8)
+
+
 def test_labels_may_be_text_and_test_sets_may_have_none(hub):
     text, test = rows(8), rows(4)
     text.columns["label"], text.features["label"] = ["cat", "dog"] * 4, Value()
@@ -128,7 +148,7 @@ def test_what_cannot_be_read_is_refused_in_one_sentence(hub):
     hub["me/broken"] = broken
     for name, says in {
         "hf:me/away": "cannot be read .Dataset 'me/away' doesn't exist on the Hub.; check its name",
-        "hf:me/none": "found no column of images among text .Value.; rename one to image",
+        "hf:me/none": "found no column of images among text .Value.; name it: image=COLUMN",
         "hf:me/test": "expected a split called train, got test",
         "hf:me/broken": r"^dataset hf:me/broken: train/2\.jpg is not a readable image .* move it out of hf:me/broken$",
         "hf:pets": "expected hf:OWNER/NAME, or a folder",
@@ -144,15 +164,22 @@ def test_without_the_library_the_extra_is_named(monkeypatch):
         read_hub_dataset("hf:me/pets", 8)
 
 
-def test_a_saved_folder_is_read_by_the_library_itself(tmp_path):
+def test_folders_are_read_by_the_library_itself(tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "hub"))
     datasets = pytest.importorskip("datasets")
     features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=["red", "blue"])})
     images = [Picture.new("RGB", (9, 9), (RED, BLUE)[i % 2]) for i in range(10)]
     one = datasets.Dataset.from_dict({"image": images, "label": [i % 2 for i in range(10)]}, features=features)
-    datasets.DatasetDict({"train": one, "test": one}).save_to_disk(str(tmp_path / "saved"))
-    found = read_hub_dataset(f"hf:{tmp_path / 'saved'}", 8)
-    assert found.classes == ("blue", "red")
-    assert found.test is not None
-    assert len(found.train) == len(found.test) == 10
+    both = datasets.DatasetDict({"train": one, "test": one})
+    both.save_to_disk(str(tmp_path / "saved"))
+    (tmp_path / "parquet").mkdir()
+    for split, part in both.items():
+        part.to_parquet(tmp_path / f"parquet/{split}.parquet")
+    for name in ("saved", "parquet"):
+        found = read_hub_dataset(f"hf:{tmp_path / name}", 8)
+        assert found.classes == ("blue", "red")
+        assert found.test is not None
+        assert len(found.train) == len(found.test) == 10
+    (tmp_path / "empty").mkdir()
     with pytest.raises(InputError, match="cannot be read"):
-        read_hub_dataset(f"hf:{tmp_path}", 8)
+        read_hub_dataset(f"hf:{tmp_path / 'empty'}", 8)

@@ -186,6 +186,28 @@ def test_a_card_shows_odd_names_as_they_are(capsys, monkeypatch):
     assert "&lt;script&gt;, =cmd(), $x$, a\\|b\\\\nc, \\*bold\\*" in card
 
 
+@pytest.mark.parametrize(
+    ("name", "said", "on_the_hub"),
+    [
+        ("hf:me/pets/small,label=breed", "hf:me/pets/small,label=breed", ["me/pets"]),
+        ("hf:secret/pets", "a folder called pets", None),
+        ("hf:~/secret/pets", "a folder called pets", None),
+        ("hf:/home/secret/pets,client=owner", "a folder called pets", None),
+    ],
+)
+def test_a_card_names_a_data_set_of_the_hub_but_no_folder(name, said, on_the_hub, monkeypatch):
+    from fedtalos.app.model_card import model_card
+    from fedtalos.app.trained import open_trained
+
+    Path("secret/pets").mkdir(parents=True)
+    trained = open_trained(Path("a"), Path(), "last")
+    trained.options["dataset"] = name
+    card = model_card(trained, "hf", None)
+    assert f"| images | {said};" in card.replace("\\", "")
+    assert fields(card).get("datasets") == on_the_hub
+    assert "secret" not in card
+
+
 # bad input
 
 

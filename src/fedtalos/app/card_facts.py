@@ -9,6 +9,7 @@ from typing import Any
 from fedtalos.app.run.resume import from_here, working_folder
 from fedtalos.app.run.split_file import split_title
 from fedtalos.app.trained import TrainedRun
+from fedtalos.data.hub_dataset import HUB, place_of
 from fedtalos.errors import InputError
 from fedtalos.training.editing.mask_file import read_mask_file
 
@@ -57,7 +58,11 @@ def data_set(trained: TrainedRun) -> str:
     'cifar100'
     """
     name = str(trained.options.get("dataset", "unknown"))
-    return name if name.startswith("hf:") else _without_path(name)
+    if not name.startswith(HUB):
+        return _without_path(name)
+    place = Path(place_of(name)[0]).expanduser()
+    local = any((folder / place).is_dir() for folder in (working_folder(trained.paths) or Path(), Path()))
+    return f"a folder called {place.name}" if place.is_absolute() or local else name
 
 
 def _mask(trained: TrainedRun) -> str:

@@ -25,6 +25,8 @@ IMAGES = ("image", "img")
 LABELS = ("label", "labels", "fine_label", "class", "target", "character")
 CLIENTS = ("client", "client_id", "writer_id", "user_id", "hospital")
 """Usual names of columns, in the order in which they are taken."""
+SAVED = ("dataset_dict.json", "state.json")
+"""Files by which a folder shows that ``save_to_disk`` wrote it."""
 
 
 @dataclass(frozen=True)
@@ -35,10 +37,11 @@ class _Columns:
 
 
 def read_hub_dataset(name: str, image_size: int, bar: Bar = silent, *, cache_dir: Path | None = None) -> Published:
-    """Read the images of hf:OWNER/NAME, hf:OWNER/NAME/CONFIG, or hf:FOLDER that ``save_to_disk`` wrote.
+    """Read the images of hf:OWNER/NAME, hf:OWNER/NAME/CONFIG, or hf:FOLDER that the library can read.
 
     The column of images is the one of that type, and that of labels the one of classes, or else one of a usual name; a
-    client column says whose the images are. Decoded images are kept as those of folders are (``read_image_folder``).
+    client column says whose the images are. A name may name them: hf:OWNER/NAME,label=breed,client=owner.
+    Decoded images are kept as those of folders are (``read_image_folder``).
 
     Raises InputError where the library is missing, the data set cannot be read, or has no such columns.
 
@@ -57,22 +60,40 @@ def read_hub_dataset(name: str, image_size: int, bar: Bar = silent, *, cache_dir
     return kept_or_decoded(entry, image_size, lambda: _decoded(name, splits, columns, image_size, bar), said, bar)
 
 
+def place_of(name: str) -> tuple[str, dict[str, str]]:
+    """Take a name apart: the place on the hub or the folder, and the columns that it names.
+
+    >>> place_of("hf:me/pets,label=breed")
+    ('me/pets', {'label': 'breed'})
+    """
+    place, *named = name.removeprefix(HUB).split(",")
+    columns = dict((what.partition("=")[::2]) for what in named)
+    if not all(columns.values()) or not columns.keys() <= {"image", "label", "client"}:
+        raise InputError(
+            f"dataset {name}: expected image=COLUMN, label=COLUMN or client=COLUMN after the comma, "
+            f"got {','.join(named)}"
+        )
+    return place, columns
+
+
 def _opened(name: str) -> Mapping[str, Any]:
     """Open the data set's splits, by name; one without splits is for training."""
     try:
         datasets = import_module("datasets")
     except ImportError as error:
         raise InputError(f"dataset {name}: datasets cannot be imported ({error}); {install('datasets')}") from error
-    place = name.removeprefix(HUB)
+    place, _ = place_of(name)
     owner, _, config = place.partition("/")
     own, _, config = config.partition("/")
+    folder = Path(place).expanduser()
     try:
-        if Path(place).expanduser().is_dir():
-            found = datasets.load_from_disk(str(Path(place).expanduser()))
+        if folder.is_dir():
+            saved = any((folder / file).is_file() for file in SAVED)
+            found = (datasets.load_from_disk if saved else datasets.load_dataset)(str(folder))
         elif owner and own and "/" not in config:
             found = datasets.load_dataset(f"{owner}/{own}", config or None)
         else:
-            raise InputError(f"dataset {name}: expected {HUB}OWNER/NAME, or a folder that datasets saved")
+            raise InputError(f"dataset {name}: expected {HUB}OWNER/NAME, or a folder that datasets can read")
     except Exception as error:  # the library's, the hub's and those of broken files share no base
         if isinstance(error, InputError):
             raise
@@ -98,22 +119,29 @@ def _labelled(name: str, parts: Mapping[str, Any], said: dict[str, str]) -> dict
 
 
 def _columns(name: str, features: Mapping[str, Any], said: dict[str, str]) -> _Columns:
-    """Find the columns of images, of labels and of clients."""
+    """Find the columns of images, of labels and of clients, or take those that the name names."""
     kinds = {column: type(feature).__name__ for column, feature in features.items()}
-    images = _usual((column for column, kind in kinds.items() if kind == "Image"), IMAGES)
+    listed = some((f"{column} ({kind})" for column, kind in kinds.items()), most=6)
     classes = [column for column, kind in kinds.items() if kind == "ClassLabel"]
-    labels = _usual(classes or (column for column in LABELS if kinds.get(column) == "Value"), LABELS)
-    for found, what in ((images, "images"), (labels, "labels")):
-        if not found:
-            listed = some((f"{column} ({kind})" for column, kind in kinds.items()), most=6)
-            raise InputError(f"dataset {name}: found no column of {what} among {listed}; rename one to {what[:-1]}")
-    client = next((column for column in CLIENTS if column in kinds), None)
-    said["columns"] = f"images are in {images[0]}, classes in {labels[0]}" + (
+    found = {
+        "image": _usual((column for column, kind in kinds.items() if kind == "Image"), IMAGES),
+        "label": _usual(classes or (column for column in LABELS if kinds.get(column) == "Value"), LABELS),
+        "client": [column for column in CLIENTS if column in kinds],
+    }
+    for what, column in place_of(name)[1].items():
+        if column not in (found[what] if what == "image" else kinds):
+            raise InputError(f"dataset {name}: found no column {column} of {what}s among {listed}")
+        found[what] = [column, *(other for other in found[what] if other != column)]
+    for what in ("image", "label"):
+        if not found[what]:
+            raise InputError(f"dataset {name}: found no column of {what}s among {listed}; name it: {what}=COLUMN")
+    (image, *images), (label, *labels), client = found["image"], found["label"], next(iter(found["client"]), None)
+    said["columns"] = f"images are in {image}, classes in {label}" + (
         f", clients in {client}" if client is not None else ""
     )
-    if others := [*images[1:], *labels[1:]]:
-        said["columns"] += f"; {some(others)} are not read"
-    return _Columns(images[0], labels[0], client)
+    if images or labels:
+        said["columns"] += f"; {some([*images, *labels])} are not read"
+    return _Columns(image, label, client)
 
 
 def _usual(columns: Iterable[str], names: tuple[str, ...]) -> list[str]:
@@ -152,7 +180,8 @@ def _list_images(name: str, split: str, rows: Any, columns: _Columns, layout: La
             image = row[columns.image] or {"bytes": b"", "path": None}
             file = Path(image["path"] or f"{number}.png")
             if image["bytes"] is not None:
-                file = layout.root / split / f"{number}{file.suffix or '.png'}"
+                ending = file.suffix if file.suffix[1:].isalnum() and len(file.suffix) < 10 else ".png"
+                file = layout.root / split / f"{number}{ending}"
                 file.write_bytes(image["bytes"])
             files.append(file)
             classes.setdefault(class_name(label), []).append(file)

@@ -45,7 +45,7 @@ def run(config: CompareConfig, console: Console) -> None:
                 f"{found.paths.name} is an edit, without accuracies; `fedtalos mask compare` compares masks"
             )
     console.print(table(runs))
-    differing = differences([options(found) for found in runs])
+    differing = differences(options_of_all(runs))
     say(console, "Made differently (by which runs):" if differing else "Made differently: nothing")
     say_facts(console, differing)
 
@@ -64,6 +64,16 @@ def table(runs: Sequence[Run]) -> Table:
         name, best, took = Text(printable(run.paths.name)), percent(run.best), duration(run.seconds)
         made.add_row(str(number), name, best, test, sent, took, done)
     return made
+
+
+def options_of_all(runs: Sequence[Run]) -> list[dict[str, str]]:
+    """Each run's options, less those that another run's command does not have."""
+    had: dict[str, set[str]] = {}
+    made = [options(run) for run in runs]
+    for run, found in zip(runs, made, strict=True):
+        had.setdefault(run.command, set()).update(found)
+    common = set.intersection(*had.values())
+    return [{key: value for key, value in found.items() if key in common} for found in made]
 
 
 def options(run: Run) -> dict[str, str]:

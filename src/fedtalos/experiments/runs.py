@@ -56,7 +56,7 @@ def the_one(runs: Sequence[Run], *, named: bool) -> Run:
 
 def table(runs: Sequence[Run]) -> Table:
     """Make a table of runs: state, progress, best accuracy on validation, test accuracy, time taken and left."""
-    made = Table(box=SIMPLE_HEAD, show_edge=False, padding=(0, 2, 0, 0))
+    made = Table(box=SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0))
     made.add_column("run", overflow="fold")
     for heading in ("command", "state"):
         made.add_column(heading, no_wrap=True)

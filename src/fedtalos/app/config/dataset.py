@@ -5,7 +5,7 @@ from typing import Annotated, get_args
 from pydantic import AfterValidator
 
 from fedtalos.data.dataset_loader import DatasetName
-from fedtalos.data.hub_dataset import HUB
+from fedtalos.data.hub_dataset import HUB, place_of
 from fedtalos.errors import InputError, shown
 
 
@@ -15,7 +15,7 @@ def known_dataset(name: str) -> str:
     >>> known_dataset("hf:ylecun/mnist")
     'hf:ylecun/mnist'
     """
-    if name in get_args(DatasetName) or (name.startswith(HUB) and name != HUB):
+    if name in get_args(DatasetName) or (name.startswith(HUB) and place_of(name)[0]):
         return name
     raise InputError(f"dataset {shown(name)}: expected one of {', '.join(get_args(DatasetName))}, or {HUB}OWNER/NAME")
 

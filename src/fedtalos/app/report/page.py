@@ -32,12 +32,10 @@ def write_report(path: Path, report: Report) -> Path:
     PosixPath('report.html')
     """
     refuse_link(path.parent)
-    text = page(report)
-    if len(text.encode()) > LARGEST:
-        raise InputError(
-            f"report: {len(text.encode()) / 1e6:.1f} MB are more than a page can be sent with; name fewer runs"
-        )
-    write_atomic(path, text)
+    content = page(report).encode(errors="backslashreplace")  # paths may hold what is no character
+    if len(content) > LARGEST:
+        raise InputError(f"report: {len(content) / 1e6:.1f} MB are more than a page can be sent with; name fewer runs")
+    write_atomic(path, content)
     return path
 
 

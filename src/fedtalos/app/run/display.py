@@ -147,7 +147,7 @@ class Display:
                     table_column=Column(no_wrap=True, overflow="ellipsis", ratio=1),
                 ),
                 TextColumn("ETA"),
-                TimeRemainingColumn(elapsed_when_finished=True),
+                TimeRemainingColumn(),
                 console=self._console,
             )
             self._progress.start()

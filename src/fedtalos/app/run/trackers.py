@@ -117,7 +117,7 @@ class MlflowTracker:
         for name in ("mlflow.store.db.utils", "alembic"):  # they say at length that the database is made
             logging.getLogger(name).setLevel(logging.WARNING)
         place = os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{paths.root.resolve() / 'mlflow.db'}"
-        kept = paths.results / ".mlflow_id"
+        self._paths, kept = paths, paths.results / ".mlflow_id"
         try:
             self._client = mlflow.MlflowClient(tracking_uri=place)
             if kept.is_file():
@@ -142,7 +142,7 @@ class MlflowTracker:
         self._client.log_batch(self._id, metrics=[Metric(name, value, now, step) for name, value in figures.items()])
 
     def close(self) -> None:
-        self._client.set_terminated(self._id)
+        self._client.set_terminated(self._id, "FINISHED" if self._paths.finished else "KILLED")
 
 
 def open_tracker(name: str, paths: RunPaths, config: Mapping[str, Any]) -> Tracker | None:
