@@ -14,7 +14,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import chdir, suppress
 from pathlib import Path
 
@@ -31,12 +31,13 @@ from fedtalos.data.images import LabelledImages
 from fedtalos.fleet.commands import server
 from fedtalos.fleet.demo import DIGITS, NODES, child_environment, fleet, make_random_mask, node_command, set_up
 from fedtalos.fleet.engine import on_nodes
+from fedtalos.fleet.gathering import Terms
 from fedtalos.fleet.in_process import InProcess
 from fedtalos.fleet.letter import Letter
 from fedtalos.fleet.members import Members
 from fedtalos.fleet.node import Node
 from fedtalos.fleet.processes import Child
-from fedtalos.fleet.rounds import Terms, run_rounds
+from fedtalos.fleet.rounds import run_rounds
 from fedtalos.fleet.submission import submit
 from fedtalos.models.load import build_model
 from fedtalos.models.vision_transformer import Architecture
@@ -253,4 +254,5 @@ class Forwarder:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    {"wires": wires, "scale": scale, "loopback": loopback, "nodes": nodes}[sys.argv[1]]()
+    measure: dict[str, Callable[[], None]] = {"wires": wires, "scale": scale, "loopback": loopback, "nodes": nodes}
+    measure[sys.argv[1]]()

@@ -13,6 +13,7 @@ from fedtalos.training.federated.one_shot import one_shot
 from fedtalos.training.federated.partition import split_clients
 from fedtalos.training.federated.personal import personalised, with_own_vectors
 from fedtalos.training.federated.tasks import clients_of_tasks, split_by_task
+from fedtalos.training.federated.transforms import dropouts
 from fedtalos.training.head_fitting import fit_head
 from fedtalos.training.line_search import search_alpha
 from fedtalos.training.local_training import LocalTraining
@@ -97,6 +98,14 @@ def test_training_apart_goes_on_where_it_was_stopped(moving, pictures, stop, onw
     together = first | second
     assert all(together[unit].equal(whole[unit]) for unit in (0, 1))
     assert moving.vector().equal(start)
+
+
+def test_every_unit_has_a_fate_of_its_own(moving, pictures):
+    """Drop-outs are drawn anew for each: else all clients that train apart would be there, or none."""
+    rounds, vectors = apart(moving, split_clients(pictures, 12), through=lambda _own, seed: [dropouts(0.5, seed)])
+    lost = [bool(round_.lost) for round_ in rounds]
+    assert 0 < sum(lost) < 12
+    assert [not vector.any() for vector in vectors.values()] == lost
 
 
 def test_one_round_of_the_mean_is_a_round_of_fedavg(moving, pictures):

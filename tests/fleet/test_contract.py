@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from local_post import LocalPost
 from rich.console import Console
 
@@ -15,8 +16,10 @@ from fedtalos.checkpoint import load_checkpoint
 from fedtalos.cli import main, parse
 from fedtalos.errors import InputError
 from fedtalos.fleet import editing
+from fedtalos.fleet.gathering import Terms
 from fedtalos.fleet.node import Node
-from fedtalos.fleet.rounds import Terms, run_rounds
+from fedtalos.fleet.rounds import run_rounds
+from fedtalos.training.editing.vector_file import load_vector
 
 FEDERATED = shlex.split(
     "federated --dataset digits --model_size micro --image_size 8 --patch_size 4 --eval_limit 40 --eval_batch_size 16 "
@@ -86,6 +89,45 @@ def test_a_fleet_gives_the_bytes_of_a_simulation(options):
     if "--client_evaluation" in options:
         by_client = [Path("results", run, "client_accuracy.csv").read_text() for run in ("alone", "fleet")]
         assert by_client[0] == by_client[1]
+
+
+ONE_SHOT = "--one_shot --merge_alpha 0.5"
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        "--client_evaluation",
+        "--merge fisher --mask masks/m.safetensors --algorithm scaffold --optimizer sgd --leave_out 2",
+        *(
+            pytest.param(options, marks=pytest.mark.slow)
+            for options in (
+                "--merge mean --mask masks/m.safetensors --head random --dropout_rate 0.4",
+                "--merge regmean --head ncm --no_refit_head --trainable blocks",
+                "--merge ties --algorithm fedprox --partition dirichlet --merge_alpha auto",
+            )
+        ),
+    ],
+)
+def test_one_round_of_a_fleet_gives_the_bytes_of_a_simulation(options):
+    if "--mask" in options:
+        main(MASK)
+    main([*FEDERATED, "--run_name", "alone", *shlex.split(f"{ONE_SHOT} {options}")])
+    post = in_a_fleet(f"{ONE_SHOT} {options}")
+    assert_same("alone", "fleet")
+    vectors = {run: sorted(Path("vectors").glob(f"{run}.*")) for run in ("alone", "fleet")}
+    assert len(vectors["fleet"]) == len(vectors["alone"]) >= 3
+    for alone, fleet in zip(*vectors.values(), strict=True):
+        assert load_vector(alone).values.equal(load_vector(fleet).values)
+        assert load_vector(alone).facts.task == load_vector(fleet).facts.task
+    for file in ("client_accuracy.csv",) if "--client_evaluation" in options else ():
+        assert Path("results/alone", file).read_text() == Path("results/fleet", file).read_text()
+    summaries = [yaml.safe_load(Path("results", run, "summary.yaml").read_text()) for run in ("alone", "fleet")]
+    for said in summaries:
+        del said["seconds"], said["evaluation_share"], said["megabytes_sent"]
+    assert summaries[0] == summaries[1]
+    kinds = {letter.kind for letter in post.seen}
+    assert ("weights" in kinds) == ("fisher" in options or "regmean" in options)
 
 
 EDITING = [

@@ -14,9 +14,9 @@ from local_post import LocalPost, carried
 from test_contract import in_a_fleet, nodes
 
 from fedtalos.errors import InputError
+from fedtalos.fleet.gathering import Terms
 from fedtalos.fleet.letter import TYPES, Letter
 from fedtalos.fleet.node import Node
-from fedtalos.fleet.rounds import Terms
 from fedtalos.fleet.still import read_still_part, shapes_of, still_part
 from fedtalos.fleet.wire import BLOCK, pack, unpack
 from fedtalos.training.editing.controls import random_mask
@@ -105,6 +105,26 @@ def test_a_node_sends_nothing_but_sums_and_values_of_what_moves():
         assert set(letter.facts) <= facts
         assert set(letter.arrays) <= arrays
         assert all(array.shape == (moving,) for array in letter.arrays.values())
+    assert {letter.kind for letter in post.seen} == set(allowed)
+
+
+@folders
+def test_what_a_node_sends_in_one_round_are_sums_over_its_images():
+    """The same of a run of one round, which has most kinds of letters."""
+    post = in_a_fleet("--one_shot --merge fisher --merge_alpha 0.5 --head random --trainable head --client_evaluation")
+    allowed = {
+        "hello": ({"client", "version"}, set()),
+        "need": ({"still"}, set()),
+        "begun": ({"run", "images", "classes"}, set()),
+        "update": ({"loss_sum", "correct", "examples"}, {"values"}),
+        "weights": (set(), {"head.weight", "head.bias"}),
+        "sums": (set(), {"xy", "xx"}),
+        "accuracy": ({"accuracy"}, set()),
+    }
+    for letter in post.seen:
+        facts, arrays = allowed[letter.kind]
+        assert set(letter.facts) <= facts
+        assert set(letter.arrays) <= arrays
     assert {letter.kind for letter in post.seen} == set(allowed)
 
 

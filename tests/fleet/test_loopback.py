@@ -55,7 +55,7 @@ QUIET = Console(quiet=True)
 
 
 def words(options: dict) -> list[str]:
-    return [word for name, value in options.items() for word in (f"--{name}", str(value))]
+    return [word for name, value in options.items() for word in (f"--{name}", *([] if value is True else [str(value)]))]
 
 
 @contextmanager
@@ -82,7 +82,12 @@ def summary(name="fleet") -> dict:
 
 
 @pytest.mark.parametrize(
-    "more", [{}, {"mask": "masks/m.safetensors", "algorithm": "scaffold", "optimizer": "sgd", "dropout_rate": 0.3}]
+    "more",
+    [
+        {},
+        {"mask": "masks/m.safetensors", "algorithm": "scaffold", "optimizer": "sgd", "dropout_rate": 0.3},
+        {"one_shot": True, "head": "ridge", "merge": "fisher"},
+    ],
 )
 def test_a_fleet_on_loopback_gives_the_bytes_of_a_simulation(more):
     from fedtalos.fleet.demo import fleet, make_random_mask
@@ -91,7 +96,7 @@ def test_a_fleet_on_loopback_gives_the_bytes_of_a_simulation(more):
     options = OPTIONS | more
     main(["federated", "--run_name", "alone", "--on_bad_client", "skip", *words(options)])
     with nothing_left(), fleet(Path("place"), options, QUIET) as place:
-        run(place)
+        run(place, patience=600, min_nodes=3)  # a busy machine takes minutes to have them all
     assert_same("alone", "fleet")
 
 

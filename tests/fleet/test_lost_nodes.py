@@ -13,10 +13,12 @@ from test_contract import FEDERATED, assert_same, in_a_fleet, nodes
 
 from fedtalos.cli import main, parse
 from fedtalos.errors import BadUpdateError, InputError
+from fedtalos.fleet.gathering import Terms
 from fedtalos.fleet.letter import Letter
 from fedtalos.fleet.node import Node
 from fedtalos.fleet.post import NoAnswer
-from fedtalos.fleet.rounds import Terms, run_rounds
+from fedtalos.fleet.rounds import run_rounds
+from fedtalos.training.editing.vector_file import load_vector
 
 pytestmark = pytest.mark.usefixtures("in_a_folder_of_its_own", "without_figures")
 
@@ -232,9 +234,54 @@ def test_a_run_goes_on_from_its_checkpoint_with_other_nodes():
 
 
 class Killed(LocalPost):
-    """The server is killed in round 3."""
+    """The server is killed in round 3, or, of a run that has one round, when the head is to be fitted anew."""
 
     def send(self, letters, deadline):
-        if any(letter.facts.get("round") == 3 for letter in letters.values()):
+        trained = any(letter.kind == "update" for letter in self.seen)
+        asked = [letter for letter in letters.values() if letter.kind == "head" or letter.facts.get("round") == 3]
+        if trained and asked:
             raise RuntimeError("killed")
         return super().send(letters, deadline)
+
+
+ONE_SHOT = "--one_shot --merge_alpha 0.5 --head random"
+
+
+@pytest.mark.slow
+def test_a_run_of_one_round_goes_on_from_its_vectors():
+    """A server that is killed once all have trained: nobody trains again, and the bytes are the same."""
+    main([*FEDERATED, "--run_name", "alone", *ONE_SHOT.split()])
+    with pytest.raises(RuntimeError, match="killed"):
+        in_a_fleet(ONE_SHOT, post=Killed(nodes()))
+    post = in_a_fleet(f"{ONE_SHOT} --resume")
+    assert not [letter for letter in post.seen if letter.kind == "update"]
+    assert_same("alone", "fleet")
+
+
+@pytest.mark.slow
+def test_one_round_goes_on_without_a_node_that_is_killed_in_it():
+    """It is as a client that drops out: its vector is nothing, and the head is of those that are there."""
+
+    class Gone(LocalPost):
+        def nodes(self) -> set[int]:
+            return super().nodes() - ({101} if any(letter.kind == "update" for letter in self.seen) else set())
+
+        def answer(self, number: int, letter: Letter) -> Letter | NoAnswer:
+            gone = number == 101 and letter.kind != "hello" and any(seen.kind == "update" for seen in self.seen)
+            return NoAnswer("stopped") if gone else super().answer(number, letter)
+
+    in_a_fleet(ONE_SHOT, post=Gone(nodes()))
+    assert left_out() == {"no answer": 1}
+    assert not load_vector(Path("vectors/fleet.client1.safetensors")).values.any()
+    assert load_vector(Path("vectors/fleet.client2.safetensors")).values.any()
+    with pytest.raises(InputError, match="client 1 has left"):
+        in_a_fleet(f"{ONE_SHOT} --run_name other --merge regmean", post=Gone(nodes()))
+
+
+@pytest.mark.slow
+def test_a_mean_by_images_is_of_all_whose_vectors_are_in_it():
+    mean = f"{ONE_SHOT} --merge mean"
+    with pytest.raises(RuntimeError, match="killed"):
+        in_a_fleet(mean, post=Killed(nodes()))
+    with pytest.raises(InputError, match="client 3, which is not there"):
+        in_a_fleet(f"{mean} --resume", post=LocalPost(nodes(3)), terms=Terms(patience=0.5))

@@ -19,6 +19,7 @@ import yaml
 from fedtalos.app.config.fleet import FleetInitConfig
 from fedtalos.cli import parse
 from fedtalos.errors import InputError, TrainingError
+from fedtalos.fleet import programs
 from fedtalos.fleet.desk import Desk, ask_desk
 from fedtalos.fleet.letter import Letter
 from fedtalos.fleet.place import Place, add_editing, make_place
@@ -109,15 +110,18 @@ def test_a_folder_or_config_that_is_none_is_refused(tmp_path, config):
     with pytest.raises(InputError, match=r"no fleet\.yaml"):
         Place.read(tmp_path)
     (tmp_path / "fleet.yaml").write_text("host: 7\n")
-    with pytest.raises(InputError, match="expected host, port, clients, tls"):
+    with pytest.raises(InputError, match=r"fleet\.yaml: broken \(host"):
         Place.read(tmp_path)
     config.write_text("dataset: digits\n")
     with pytest.raises(InputError, match="num_clients"):
         make_place(FleetInitConfig(folder=tmp_path / "fleet", config=config, tls=False))
+    config.write_text("dataset: digits\nnum_clients: 1000000000\n")
+    with pytest.raises(InputError, match="10000 nodes at most"):
+        make_place(FleetInitConfig(folder=tmp_path / "fleet", config=config, tls=False))
 
 
 def test_a_config_that_a_fleet_cannot_run_is_refused_when_it_is_set_up(tmp_path, config):
-    for wrong, why in (("one_shot: true", "one_shot"), ("head: linear", "head linear")):
+    for wrong, why in (("tasks: 2", "tasks"), ("head: linear", "head linear")):
         config.write_text(f"dataset: digits\nnum_clients: 2\n{wrong}\n")
         with pytest.raises(InputError, match=why):
             make_place(FleetInitConfig(folder=tmp_path / "fleet", config=config, tls=False))
@@ -172,6 +176,20 @@ def test_commands_in_the_docs_are_commands_that_there_are():
     for service in services.values():
         assert service["image"] == "fedtalos-fleet"
         assert all(volume.split(":")[1].startswith("/data/") for volume in service["volumes"])
+
+
+def test_a_program_whose_starter_has_ended_before_it_began_ends():
+    gone = subprocess.Popen([sys.executable, "-c", ""])
+    gone.wait()
+    words = [
+        sys.executable,
+        "-c",
+        "import time; from fedtalos.fleet import programs; programs._end_with_parent(); time.sleep(60)",
+    ]
+    with subprocess.Popen(
+        words, env={**os.environ, programs.PARENT: str(gone.pid)}, stderr=subprocess.DEVNULL
+    ) as process:
+        assert process.wait(20) != 0
 
 
 def test_what_a_killed_program_started_ends_even_if_nobody_takes_leave_of_it():

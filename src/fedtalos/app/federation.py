@@ -105,9 +105,14 @@ def aggregation_of(config: FederatedConfig) -> MakeAggregation:
     return robust(RULES[options.aggregation], options.byzantine)
 
 
-def transforms_of(config: FederatedConfig, clients: Clients, local: LocalTraining) -> list[Transform]:
-    """List what happens to updates on their way: stragglers, drop-outs, attacks, clipping."""
-    failures, options, seed = config.failures, config.aggregation, config.run.seed
+def transforms_of(
+    config: FederatedConfig, clients: Clients, local: LocalTraining, seed: int | None = None
+) -> list[Transform]:
+    """List what happens to updates on their way: stragglers, drop-outs, attacks, clipping.
+
+    ``seed`` (None: the run's) draws whom it happens to.
+    """
+    failures, options, seed = config.failures, config.aggregation, config.run.seed if seed is None else seed
     through: list[Transform] = []
     if failures.deadline is not None:
         sizes = clients.sizes

@@ -1,29 +1,25 @@
 """The vectors of a run merged: what rules want of the clients' images, and the factor that validation images choose."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import reduce
+from itertools import islice
 
 from torch import Tensor, nn
 
 from fedtalos.app.config.schema import FederatedConfig
 from fedtalos.app.load import Loaded
+from fedtalos.app.run.holders import Holders, WeighedBy, Weights
 from fedtalos.app.run.kept import Unit
 from fedtalos.data.images import LabelledImages
 from fedtalos.models.backbone import Backbone
 from fedtalos.models.heads import ClosedForm, Head, set_head
 from fedtalos.training.editing.alpha_search import best_alpha
-from fedtalos.training.editing.fisher import fisher_scores, scored_batches
 from fedtalos.training.editing.merging import merge
-from fedtalos.training.editing.merging_by_data import input_moments
 from fedtalos.training.editing.task_vectors import TaskVector
 from fedtalos.training.evaluation import evaluate
-from fedtalos.training.federated.clients import Clients
 from fedtalos.training.head_fitting import fit_head
 from fedtalos.training.masked_parameters import MaskedParameters
-
-Weights = dict[str, Tensor]
-"""Parameter name -> numbers that a rule weighs a unit's values by: sums over its clients' images, so they add up."""
 
 
 @dataclass(frozen=True)
@@ -31,7 +27,7 @@ class Merger:
     """Makes one vector of those of a run's units, by the run's rule, from where they started."""
 
     loaded: Loaded[FederatedConfig]
-    clients: Clients
+    holders: Holders
     moving: MaskedParameters
     start: Tensor
     """Values (A,) and head that every unit started from."""
@@ -44,14 +40,13 @@ class Merger:
         the unit's own model.
         """
         rule, seed = self.loaded.config.apart.merge, self.loaded.config.run.seed
-        match rule:
-            case "mean":
-                images = [sum(len(self.clients[client]) for client in unit.members) for unit in units]
-                return merge(vectors, rule, weights=images)
-            case "fisher":
-                return merge(vectors, rule, scores=self._sums(units, vectors, self._scores))
-            case "regmean":
-                return merge(vectors, rule, moments=self._sums(units, vectors, self._moments))
+        if rule == "mean":
+            images = [sum(int(self.holders.clients.sizes[client]) for client in unit.members) for unit in units]
+            return merge(vectors, rule, weights=images)
+        if rule == "fisher":
+            return merge(vectors, rule, scores=self._sums(rule, units, vectors))
+        if rule == "regmean":
+            return merge(vectors, rule, moments=self._sums(rule, units, vectors))
         return merge(vectors, rule, seed=seed)
 
     def traffic(self, units: Sequence[Unit]) -> tuple[int, int]:
@@ -68,32 +63,21 @@ class Merger:
         asked = sum(len(unit.members) for unit in units if len(unit.members) > 1)
         return self.moving.nbytes * asked, sums * clients
 
-    def _sums(
-        self, units: Sequence[Unit], vectors: Sequence[TaskVector], of_client: Callable[[int], Weights]
-    ) -> list[Weights]:
+    def _sums(self, rule: WeighedBy, units: Sequence[Unit], vectors: Sequence[TaskVector]) -> list[Weights]:
         """Each unit's sums over its clients, under its own model with the first head."""
-        model, now, found = self.loaded.model, self.moving.vector(), []
+        model, now = self.loaded.model, self.moving.vector()
         weight, bias = (parameter.detach().clone() for parameter in model.head.parameters())
-        for unit, vector in zip(units, vectors, strict=True):
-            set_head(model, *self.head, source=model.head_source)  # where the head moves, the next line has it
-            self.moving.write(self.start + vector.values.to(self.start.device))
-            found.append(reduce(_added, map(of_client, unit.members)))
+        set_head(model, *self.head, source=model.head_source)  # where the head moves, the units' values have it
+        models = (
+            (client, self.start + vector.values.to(self.start.device))
+            for unit, vector in zip(units, vectors, strict=True)
+            for client in unit.members
+        )
+        weights = self.holders.weights(rule, models)
+        found = [reduce(_added, islice(weights, len(unit.members))) for unit in units]
         set_head(model, weight, bias, source=model.head_source)
         self.moving.write(now)
         return found
-
-    def _scores(self, client: int) -> Weights:
-        model, ids, seed = self.loaded.model, self.clients[client], self.loaded.config.run.seed
-        masks = {name: mask for name, mask in self.moving.entries.masks.items() if _scored(model, name)}
-        return fisher_scores(model, scored_batches(model, self.loaded.data.train, ids, seed=seed), masks)
-
-    def _moments(self, client: int) -> Weights:
-        return input_moments(self.loaded.model, self.loaded.data.train.subset(self.clients[client]))
-
-
-def _scored(model: nn.Module, name: str) -> bool:
-    """True for parameters that have Fisher scores; embeddings have none, and are averaged."""
-    return isinstance(model.get_submodule(name.rpartition(".")[0]), nn.Linear | nn.LayerNorm | nn.Conv2d)
 
 
 def _added(first: Weights, second: Weights) -> Weights:

@@ -11,11 +11,12 @@ from fedtalos.app.run.apart import Apart, rounds_of_a_unit
 from fedtalos.app.run.courses import courses, write_courses
 from fedtalos.app.run.evaluation import evaluate_split
 from fedtalos.app.run.folders import begun
+from fedtalos.app.run.holders import Here
 from fedtalos.app.run.kept import Kept
 from fedtalos.app.run.session import Session
 from fedtalos.app.run.split_file import write_split
 from fedtalos.errors import InputError
-from fedtalos.experiments.federated import begin, figures, first_contact_bytes, rounds_of_the_head
+from fedtalos.experiments.federated import begin, first_contact_bytes, rounds_of_the_head
 from fedtalos.training.federated.traffic import Traffic
 
 
@@ -34,7 +35,7 @@ def run(config: ContinualConfig, console: Console) -> None:
         ) as session:
             session.introduce(moving, clients)
             write_split(paths.results, clients, loaded.data.classes)
-            apart = Apart(loaded, clients, moving, session)
+            apart = Apart(loaded, Here(loaded, clients, moving), moving, session)
             apart.begin(partial(rounds_of_the_head, loaded, clients))
             evaluate = partial(evaluate_split, loaded, moving, watch=session.evaluating)
             if session.done == 0 and session.due(0):
@@ -46,4 +47,4 @@ def run(config: ContinualConfig, console: Console) -> None:
             summary = write_courses(courses(apart), apart, console)
             if session.due(session.done):  # else a run that goes on has done so
                 session.validate(evaluate)
-            session.finish(evaluate, {**figures(session, moving), **summary})
+            session.finish(evaluate, {**session.progress.figures(len(moving)), **summary})

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Iterator
 from functools import partial
-from typing import Any
 
 import torch
 from rich.console import Console
@@ -27,6 +26,7 @@ from fedtalos.app.run.client_accuracy import evaluate_clients
 from fedtalos.app.run.evaluation import evaluate_part, evaluate_split
 from fedtalos.app.run.first_head import fit_first_head
 from fedtalos.app.run.folders import begun
+from fedtalos.app.run.holders import Here
 from fedtalos.app.run.kept import Kept, groups_of, units_of
 from fedtalos.app.run.launch import Others, others, rank
 from fedtalos.app.run.paths import RunPaths
@@ -98,7 +98,7 @@ def run(config: FederatedConfig, console: Console) -> None:
                 if session.due(round_.number):
                     session.validate(evaluate)
             by_client = evaluate_clients(loaded, paths, clients, moving, console)
-            session.finish(evaluate, {**figures(session, moving), **spent, **by_client})
+            session.finish(evaluate, {**session.progress.figures(len(moving)), **spent, **by_client})
 
 
 def run_apart(config: FederatedConfig, paths: RunPaths, console: Console) -> None:
@@ -107,25 +107,19 @@ def run_apart(config: FederatedConfig, paths: RunPaths, console: Console) -> Non
         Kept(paths).check_free()
     loaded, clients, moving, algorithm = begin(config)
     config, each = loaded.config, rounds_of_a_unit(loaded.config)
-    total, rate = each * len(units_of(config, clients, groups_of(config, loaded.data))), local_training(config).rate
+    holders, rate = Here(loaded, clients, moving), local_training(config).rate
+    total = each * len(units_of(config, holders, groups_of(config, loaded.data)))
     with Session(loaded, paths, console, unit="round", total=total, rate=lambda done: rate(done % each)) as session:
         session.introduce(moving, clients)
         write_split(paths.results, clients, loaded.data.classes)
-        apart = Apart(loaded, clients, moving, session)
-        evaluate = partial(evaluate_split, loaded, moving, watch=session.evaluating)
+        apart = Apart(loaded, holders, moving, session)
         apart.begin(partial(rounds_of_the_head, loaded, clients))
-        if session.done == 0 and session.due(0):
-            session.validate(evaluate)
         traffic = Traffic(moving, algorithm, len(clients), first_contact=first_contact_bytes(loaded, moving))
-        apart.skip(traffic)
-        for round_ in session.shown(apart.rounds()):
-            session.record(round_, *traffic.count(round_))
-        merged = apart.merge()
-        if session.due(session.done):  # else a run that goes on has done so
-            session.validate(evaluate)
+        evaluate = partial(evaluate_split, loaded, moving, watch=session.evaluating)
+        merged = apart.run(evaluate, traffic)
         own = apart.own_vectors() if config.personal.client_evaluation else None
         by_client = evaluate_clients(loaded, paths, clients, moving, console, own)
-        session.finish(evaluate, {**figures(session, moving), **merged, **by_client})
+        session.finish(evaluate, {**session.progress.figures(len(moving)), **merged, **by_client})
 
 
 def begin(config: FederatedConfig) -> tuple[Loaded[FederatedConfig], Clients, MaskedParameters, FedAvg]:
@@ -201,11 +195,3 @@ def first_contact_bytes(loaded: Loaded[FederatedConfig], moving: MaskedParameter
     bits = sum(-(-tensor.numel() // 8) for tensor in mask.values())
     has_it = "head.weight" in moving.parameters or loaded.config.model.head in ("weights", "random")
     return bits + (0 if has_it else sum(parameter.nbytes for parameter in loaded.model.head.parameters()))
-
-
-def figures(session: Session, moving: MaskedParameters) -> dict[str, Any]:
-    """Figures of a federated run that the summary has beside accuracy."""
-    progress = session.progress
-    sent = {"down": round(progress.bytes_down / 1e6, 3), "up": round(progress.bytes_up / 1e6, 3)}
-    lost = {"clients_left_out": progress.left_out} if progress.left_out else {}
-    return {"moving_parameters": len(moving), "megabytes_sent": sent, **lost}

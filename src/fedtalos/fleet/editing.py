@@ -15,10 +15,10 @@ from fedtalos.app.run.books import Books
 from fedtalos.app.run.display import Display, say, say_facts
 from fedtalos.app.run.folders import begun, open_run
 from fedtalos.fleet.calibration import ScoresOfNodes, refuse_what_asks_no_client
+from fedtalos.fleet.gathering import Terms, clients_of_sizes, gather, members_of
 from fedtalos.fleet.members import Members
 from fedtalos.fleet.post import Post
 from fedtalos.fleet.questions import fit_head_from_sums
-from fedtalos.fleet.rounds import Terms, clients_of_sizes, gather, members_of
 from fedtalos.models.heads import closed_form, save_head
 from fedtalos.training.editing.eligible import eligible_entries
 from fedtalos.training.editing.ranking import entries_kept, group_entries

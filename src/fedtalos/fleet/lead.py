@@ -13,7 +13,7 @@ from fedtalos.fleet.programs import serverapp
 
 if TYPE_CHECKING:
     from fedtalos.app.config.schema import EditingConfig, FederatedConfig
-    from fedtalos.fleet.rounds import Terms
+    from fedtalos.fleet.gathering import Terms
 
 
 def server_app(folder: Path) -> ServerApp:
@@ -51,8 +51,8 @@ def asked(folder: Path, run_config: dict[str, Any]) -> "tuple[FederatedConfig | 
     """Read the options, and the terms of the fleet, that a run was submitted with."""
     from fedtalos.app.config.files import from_file, override
     from fedtalos.app.config.schema import EditingConfig, FederatedConfig
+    from fedtalos.fleet.gathering import Terms
     from fedtalos.fleet.place import CONFIG, EDITING
-    from fedtalos.fleet.rounds import Terms
 
     terms = Terms(**{name: run_config[name.replace("_", "-")] for name in Terms.__dataclass_fields__})
     given = {"output_dir": run_config["output-dir"], "resume": run_config["resume"]}

@@ -22,11 +22,15 @@ SMALL = 120.0
 
 @dataclass(frozen=True)
 class Member:
-    """A node that is ready for the run: its number on the network, the run as it knows it, and its images."""
+    """A node that is ready for the run: its number on the network, the run as it knows it, its images and classes.
+
+    Classes are told where the run asks for them.
+    """
 
     node: int
     run: str
     images: int
+    classes: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -180,7 +184,11 @@ class Members:
                     images = fact(answer, "images", int)
                     if not 0 <= images < 1 << 40:
                         raise InputError(f"expected a number of images, got {images}")
-                    self.by_client[asked.client] = Member(asked.node, fact(answer, "run", str), images)
+                    classes = answer.facts.get("classes", [])
+                    if not isinstance(classes, list) or any(type(number) is not int for number in classes):
+                        raise InputError(f"expected numbers of classes, got {classes}")
+                    member = Member(asked.node, fact(answer, "run", str), images, tuple(classes))
+                    self.by_client[asked.client] = member
                     self.sizes[asked.client] = images
                 case "refused":
                     raise InputError(fact(answer, "why", str))

@@ -15,7 +15,7 @@ from fedtalos.errors import InputError, TrainingError
 from fedtalos.files import write_atomic
 from fedtalos.fleet.calibration import scores_of_client
 from fedtalos.fleet.letter import Letter, fact, vector
-from fedtalos.fleet.questions import evaluate, sums_for_head
+from fedtalos.fleet.questions import evaluate, sums_for_head, weights_for_merging
 from fedtalos.fleet.still import sha256
 from fedtalos.fleet.task import Task, begin_task
 from fedtalos.fleet.wire import pack
@@ -41,6 +41,7 @@ class Node:
             "evaluate": evaluate,
             "head": sums_for_head,
             "score": scores_of_client,
+            "weigh": weights_for_merging,
         }
 
     def answer(self, letter: Letter) -> Letter:
@@ -74,7 +75,7 @@ class Node:
         run = sha256(letter.heading.encode())
         write_atomic(self.state / "runs" / f"{run}.json", letter.heading)
         self._task = run, task
-        return Letter("begun", {"run": run, "images": task.images})
+        return Letter("begun", {"run": run, "images": task.images, **task.classes})
 
     def _at_work(self, letter: Letter) -> Letter:
         run = self._checksum(fact(letter, "run", str))
@@ -90,15 +91,13 @@ class Node:
 
     def _train(self, task: Task, letter: Letter) -> Letter:
         """Train the client from theta on for a round."""
-        moving, client = task.moving, task.client
+        moving, (clients, client, seed) = task.moving, task.drawn
         theta = torch.from_numpy(np.array(vector(letter, "theta", len(moving))))
         said = vector(letter, "message", len(moving)) if "message" in letter.arrays else None
         message = None if said is None else torch.from_numpy(np.array(said)).to(moving.device)
         moving.write(theta.to(moving.device))
         start = moving.copy()
-        engine = one_by_one(
-            moving, task.clients, task.local, task.loaded.config.run.seed, task.algorithm, message=lambda _: message
-        )
+        engine = one_by_one(moving, clients, task.local, seed, task.algorithm, message=lambda _: message)
         (_, answer), *_ = engine(fact(letter, "round", int), [client], start)
         update = checked(answer, start, finite=True)
         if isinstance(update, Lost):

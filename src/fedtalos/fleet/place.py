@@ -8,82 +8,48 @@ DIR/README.md             what to do with it
 """
 
 import re
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Annotated
+
+from annotated_types import Interval, Predicate
 
 from fedtalos.app.config.files import flatten, from_file, override, read_yaml
 from fedtalos.app.config.fleet import FleetInitConfig
 from fedtalos.app.config.schema import EditingConfig, FederatedConfig
 from fedtalos.app.run.recorder import write_yaml
 from fedtalos.errors import InputError
+from fedtalos.facts import facts_from, read_file, schema
 from fedtalos.files import write_atomic
 from fedtalos.fleet.calibration import refuse_what_asks_no_client
 from fedtalos.fleet.rounds import refuse_what_a_fleet_has_not
+from fedtalos.fleet.templates import CLIENT_APP, PYPROJECT, README, SERVER_APP, WITH_TLS, WITHOUT_TLS
 
 CONFIG, EDITING = "config.yaml", "editing.yaml"
 """Files beside the app: options of ``federated``, and of ``editing`` where a mask is made."""
-PYPROJECT = """[build-system]
-requires = ["hatchling"]
-build-backend = "hatchling.build"
+MOST_NODES = 10_000
+MOST_PEM = 2**20
+"""Bytes of a certificate or key."""
 
-[project]
-name = "fedtalos-fleet"
-version = "1.0.0"
-description = "Federated rounds of fedtalos over Flower"
-license = { file = "LICENSE" }
-dependencies = ["flwr>=1.41,<1.43"]
 
-[tool.hatch.build.targets.wheel]
-packages = ["."]
+def is_host(text: str) -> bool:
+    """Tell whether text is an address, or a name of letters, digits, dots and dashes.
 
-[tool.flwr.app]
-publisher = "fedtalos"
-fab-format-version = 1
-flwr-version-target = "1.42.0"
+    >>> is_host("192.168.1.20")
+    True
+    """
+    return re.fullmatch(r"[A-Za-z0-9.:_-]{1,255}", text) is not None
 
-[tool.flwr.app.components]
-serverapp = "server_app:app"
-clientapp = "client_app:app"
 
-[tool.flwr.app.config]
-run-name = ""
-editing = false
-resume = false
-output-dir = "."
-deadline = 600.0
-patience = 120.0
-min-nodes = 1
-wire = "float32"
-"""
-SERVER_APP = '''"""The server's side of a run."""
+@schema
+@dataclass(frozen=True)
+class _About:
+    """Facts of fleet.yaml."""
 
-from pathlib import Path
-
-from fedtalos.fleet.lead import server_app
-
-app = server_app(Path(__file__).parent)
-'''
-CLIENT_APP = '''"""A node's side of a run."""
-
-from fedtalos.fleet.app import client_app as app
-
-__all__ = ["app"]
-'''
-README = """# A fleet of {clients} nodes
-
-The server is {host}:{port}. On its machine, in this folder:
-
-    fedtalos fleet server {folder}
-    fedtalos fleet run {folder}
-
-On the machine of each node K, from 0 to {last}, after copying `fleet.yaml`, `certificates/ca.crt` and `keys/client_K`
-of this folder there, into a folder of the same shape:
-
-    fedtalos fleet node {folder} --client K --dataset {dataset} --data_dir FOLDER
-
-Keep `certificates/server.key` on the server's machine, and each `keys/client_K` on its node's. Whoever has a node's key
-can be that node. What the nodes send, and what this keeps from whom, is in docs/fleet.md.
-"""
+    host: Annotated[str, Predicate(is_host)]
+    port: Annotated[int, Interval(ge=1, le=65535)]
+    clients: Annotated[int, Interval(ge=1, le=MOST_NODES)]
+    tls: bool
 
 
 @dataclass(frozen=True)
@@ -108,11 +74,8 @@ class Place:
             raise InputError(
                 f"{folder}: is no fleet's folder, for it has no fleet.yaml; `fedtalos fleet init` makes one"
             )
-        says = read_yaml(path)
-        kinds = {"host": str, "port": int, "clients": int, "tls": bool}
-        if says.keys() != kinds.keys() or any(type(says[name]) is not kind for name, kind in kinds.items()):
-            raise InputError(f"{path}: expected {', '.join(kinds)}, and nothing else; make the fleet anew")
-        return cls(folder, **says)
+        says = facts_from(_About, read_yaml(path), f"{path}: broken", "make the fleet anew")
+        return cls(folder, **asdict(says))
 
     @property
     def address(self) -> str:
@@ -154,11 +117,15 @@ def make_place(options: FleetInitConfig) -> Place:
     if values.get("num_clients") is None:
         raise InputError(f"{options.config}: expected num_clients, the number of nodes")
     config = override(FederatedConfig(), values, str(options.config))
+    if config.split.num_clients > MOST_NODES:
+        raise InputError(
+            f"{options.config}: num_clients {config.split.num_clients}: expected {MOST_NODES} nodes at most"
+        )
     try:
         refuse_what_a_fleet_has_not(config)
     except InputError as error:
         raise InputError(f"{options.config}: {error}") from error
-    if not re.fullmatch(r"[A-Za-z0-9.:_-]+", options.host):
+    if not is_host(options.host):
         raise InputError(f"host {options.host!r}: expected an address, or a name of letters, digits, dots and dashes")
     theirs = (options.server_certificate, options.server_key, options.ca)
     if any(theirs) and (not all(theirs) or not options.tls):
@@ -172,17 +139,18 @@ def make_place(options: FleetInitConfig) -> Place:
     if options.tls and not any(theirs):
         make_certificates(folder / "certificates", options.host)
     elif options.tls:
-        check_pair(*(path.read_bytes() for path in theirs if path is not None))
+        check_pair(*(read_file(path, str(path), most=MOST_PEM) for path in theirs if path is not None))
         for mine, path in zip((place.certificate, place.server_key, place.ca), theirs, strict=True):
             assert path is not None
-            write_secret(mine, path.read_bytes())
+            write_secret(mine, read_file(path, str(path), most=MOST_PEM))
     if options.tls:
         for client in range(place.clients):
             make_node_key(folder / "keys", client)
     _write_app(place, {"on_bad_client": "skip", **absolute(values)})
     about = {"host": place.host, "port": place.port, "clients": place.clients, "tls": place.tls}
     write_yaml(folder / "fleet.yaml", about)
-    page = {**about, "last": place.clients - 1, "folder": folder, "dataset": config.data.dataset}
+    page = {**about, "last": place.clients - 1, "folder": folder, "name": folder.resolve().name}
+    page |= {"dataset": config.data.dataset, **(WITH_TLS if options.tls else WITHOUT_TLS)}
     write_atomic(folder / "README.md", README.format(**page))
     return place
 

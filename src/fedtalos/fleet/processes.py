@@ -16,6 +16,7 @@ from typing import Self
 from fedtalos.app.run.interruption import safe_point
 from fedtalos.errors import InputError
 from fedtalos.files import write_atomic
+from fedtalos.fleet.programs import PARENT
 
 QUIET = {
     "FLWR_TELEMETRY_ENABLED": "0",
@@ -46,7 +47,7 @@ def environment(home: Path, more: Mapping[str, str] | None = None) -> dict[str, 
     ours = {"clientapp": program("clientapp"), "serverapp": [sys.executable, "-m", "fedtalos.fleet.lead"]}
     for name, words in ours.items():
         path = shims / f"flwr-{name}"
-        write_atomic(path, f'#!/bin/sh\nexec {shlex.join(words)} "$@"\n')
+        write_atomic(path, f'#!/bin/sh\nexport {PARENT}=$PPID\nexec {shlex.join(words)} "$@"\n')
         path.chmod(0o755)
     places = [str(shims), str(Path(sys.executable).parent), os.environ.get("PATH", "")]
     known = {**os.environ, **QUIET, "FLWR_HOME": str(home.resolve()), "PATH": os.pathsep.join(places)}
@@ -92,7 +93,7 @@ class Child:
         self._out = None if self.log is None else self.log.open("ab")
         self.process = subprocess.Popen(
             self.words,
-            env=self._environment,
+            env={**self._environment, PARENT: str(os.getpid())},
             stdout=self._out,
             stderr=None if self._out is None else subprocess.STDOUT,
             stdin=subprocess.DEVNULL,

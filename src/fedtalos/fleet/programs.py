@@ -23,6 +23,8 @@ from fedtalos.errors import InputError, TrainingError
 Scope = dict[str, Any]
 Asgi = Callable[[Scope, Any, Any], Awaitable[None]]
 
+PARENT = "FEDTALOS_PARENT"
+"""Environment variable with the process that starts a program, and with which it ends."""
 OPEN_TO_NODES = "/v1/fleet/"
 """Beginnings of the paths that other machines may ask of a SuperLink."""
 
@@ -121,8 +123,11 @@ def _is_here(scope: Scope) -> bool:
 
 
 def _end_with_parent(end: Callable[[], None] = lambda: signal.raise_signal(signal.SIGINT)) -> None:
-    """End this program soon after the one that started it has ended, however that came, and even if nobody notes it."""
-    parent = os.getppid()
+    """End this program soon after the one that started it has ended, however that came, and even if nobody notes it.
+
+    That may have been before this program had read its own modules, so its starter tells it who it is.
+    """
+    parent = int(os.environ.get(PARENT, os.getppid()))
 
     def watch() -> None:
         while os.getppid() == parent:

@@ -1,25 +1,35 @@
-"""Questions beside training: accuracy by client, and a head from clients' sums; both sides of each.
+"""Questions beside training: accuracy by client, sums for a head, weights for merging; both sides of each.
 
 Shapes: A entries that move, D width of the features, C classes.
 """
 
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import reduce
+from itertools import islice
 from operator import add
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from fedtalos.app.config.schema import FederatedConfig
 from fedtalos.app.load import Loaded
+from fedtalos.app.run.holders import Here, WeighedBy, Weights, has_scores
+from fedtalos.app.run.paths import RunPaths
+from fedtalos.app.run.recorder import write_csv
 from fedtalos.errors import InputError
 from fedtalos.fleet.letter import Letter, fact, vector
 from fedtalos.fleet.members import Members
 from fedtalos.fleet.post import NoAnswer
 from fedtalos.fleet.task import Task
 from fedtalos.models.heads import ClosedForm, HeadSums, best_head, head_sums, set_head
-from fedtalos.training.federated.personal import accuracy_by_class, accuracy_by_client
+from fedtalos.training.federated.personal import accuracy_by_class, accuracy_by_client, mean_and_worst
 from fedtalos.training.masked_parameters import MaskedParameters
+
+AT_ONCE = 8
+"""Clients that are asked at once where each is sent values of its own: the server holds no more of them."""
 
 # On the node
 
@@ -56,6 +66,18 @@ def sums_for_head(task: Task, letter: Letter) -> Letter:
     return Letter("sums", {}, arrays)
 
 
+def weights_for_merging(task: Task, letter: Letter) -> Letter:
+    """Sum over the client's images what a rule of merging weighs its vector by, under the client's own model."""
+    load_theta(task, letter)
+    moving, rule = task.moving, fact(letter, "rule", str)
+    if rule not in ("fisher", "regmean"):
+        raise InputError(f"rule {rule!r}: expected fisher or regmean")
+    found = next(Here(task.loaded, task.clients, moving).weights(rule, [(task.client, moving.vector())]))
+    masks = {name: mask for name, mask in moving.entries.masks.items() if name in found}
+    arrays = {name: found[name][mask] if rule == "fisher" else found[name] for name, mask in masks.items()}
+    return Letter("weights", {}, {name: tensor.cpu().numpy() for name, tensor in arrays.items()})
+
+
 def load_theta(task: Task, letter: Letter) -> None:
     """Put the server's values into the model."""
     theta = vector(letter, "theta", len(task.moving))
@@ -65,13 +87,47 @@ def load_theta(task: Task, letter: Letter) -> None:
 # On the server
 
 
-def accuracy_of_clients(moving: MaskedParameters, members: Members) -> dict[int, float]:
-    """Ask every client for the accuracy of the model as it is; those that give none are not in the answer."""
+def evaluate_nodes(
+    config: FederatedConfig,
+    paths: RunPaths,
+    moving: MaskedParameters,
+    members: Members,
+    own: Mapping[int, Tensor] | None = None,
+) -> dict[str, Any]:
+    """Write client_accuracy.csv and return what the summary says of it; nothing where nothing was asked.
+
+    ``own`` are vectors (A,) that clients left when they trained apart: the model plus its own one is a client's, too.
+    """
+    if not config.personal.client_evaluation:
+        return {}
+    theta, there = moving.vector().cpu(), sorted(members.by_client)
+    columns = {"accuracy": accuracy_of_clients(members, ((client, theta) for client in there))}
+    said = {"accuracy": "client_test_accuracy"}
+    if own:
+        models = ((client, theta + vector) for client, vector in own.items() if client in members.by_client)
+        columns["own_vector_accuracy"] = accuracy_of_clients(members, models)
+        said["own_vector_accuracy"] = "own_vector_test_accuracy"
+    rows = [
+        {
+            "client": client,
+            "examples": int(size),
+            **{column: f"{found[client]:.6f}" if client in found else "" for column, found in columns.items()},
+        }
+        for client, size in enumerate(members.sizes)
+    ]
+    write_csv(paths.results / "client_accuracy.csv", rows)
+    everybody = range(len(members.sizes))
+    accuracies = {column: [found.get(client, math.nan) for client in everybody] for column, found in columns.items()}
+    return {said[column]: mean_and_worst(np.array(values)) for column, values in accuracies.items()}
+
+
+def accuracy_of_clients(members: Members, models: Iterable[tuple[int, Tensor]]) -> dict[int, float]:
+    """Ask clients for the accuracy of a model each, by its values (A,); those that give none are not in the answer."""
     found = {}
-    for client, answer in members.ask(_letters("evaluate", {}, moving, members)):
+    for client, answer in ask_each(members, "evaluate", {}, models):
         if isinstance(answer, Letter) and answer.kind == "accuracy":
             accuracy = fact(answer, "accuracy", float)
-            if not accuracy > 1 and not accuracy < 0:  # nan where it has no test images
+            if not accuracy > 1 and not accuracy < 0 and not math.isnan(accuracy):  # nan: it has no test images
                 found[client] = accuracy
     return found
 
@@ -81,13 +137,8 @@ def fit_head_from_sums(loaded: Loaded[Any], moving: MaskedParameters, members: M
 
     Sources: as ``fit_head``, whose head it is, bit for bit.
     """
-    width, classes = loaded.model.head.in_features + 1, len(loaded.data.classes)
-    collected = []
-    for client, answer in members.ask(_letters("head", {"head": kind}, moving, members)):
-        if isinstance(answer, NoAnswer) or answer.kind != "sums":
-            raise InputError(f"head {kind}: client {client} sent no sums, and the head is to be of all; start it again")
-        collected.append(_sums(answer, kind, width, classes))
-    total = reduce(add, collected)
+    found = sums_of_clients(loaded, moving, members, kind, sorted(members.by_client))
+    total = reduce(add, (sums for _, sums in found))
     set_head(
         loaded.model,
         *best_head(kind, total, *loaded.features.features(loaded.model, loaded.limited("val"))),
@@ -96,10 +147,74 @@ def fit_head_from_sums(loaded: Loaded[Any], moving: MaskedParameters, members: M
     loaded.features.keep_only(moving.frozen_stages)
 
 
-def _letters(kind: str, facts: dict[str, object], moving: MaskedParameters, members: Members) -> dict[int, Letter]:
-    theta = moving.vector().cpu().numpy()
-    known = sorted(members.by_client.items())
-    return {client: Letter(kind, {**facts, "run": member.run}, {"theta": theta}) for client, member in known}
+def sums_of_clients(
+    loaded: Loaded[Any], moving: MaskedParameters, members: Members, kind: ClosedForm, clients: Sequence[int]
+) -> Iterator[tuple[int, HeadSums]]:
+    """Ask those of the clients that are there for sums of the features of the model as it is.
+
+    Raises InputError where one sends none, or nobody is there.
+    """
+    theta, width, classes = moving.vector().cpu().numpy(), loaded.model.head.in_features + 1, len(loaded.data.classes)
+    there = {client: member for client in clients if (member := members.by_client.get(client)) is not None}
+    if not there:
+        raise InputError(f"head {kind}: nobody is there to send sums; start the nodes, and go on with --resume")
+    letters = {
+        client: Letter("head", {"head": kind, "run": member.run}, {"theta": theta}) for client, member in there.items()
+    }
+    for client, answer in members.ask(letters):
+        if isinstance(answer, NoAnswer) or answer.kind != "sums":
+            raise InputError(
+                f"head {kind}: client {client} sent no sums; the head is to be of all: go on with --resume"
+            )
+        yield client, _sums(answer, kind, width, classes)
+
+
+def weights_of_clients(
+    moving: MaskedParameters, members: Members, rule: WeighedBy, models: Iterable[tuple[int, Tensor]]
+) -> Iterator[Weights]:
+    """Ask clients for what a rule of merging weighs their vectors by, each under its own model's values (A,).
+
+    Raises InputError where one is away or sends something else.
+    """
+    sizes = _weights_expected(moving, rule)
+    for client, answer in ask_each(members, "weigh", {"rule": rule}, models):
+        if isinstance(answer, NoAnswer) or answer.kind != "weights":
+            raise InputError(
+                f"merge {rule}: client {client} sent no weights, and all that trained are to; go on with --resume"
+            )
+        found = dict[str, Tensor]()
+        for name, size in sizes.items():
+            values = torch.from_numpy(np.array(vector(answer, name, size)))
+            if not bool(values.isfinite().all()) or bool((values < 0).any()):
+                raise InputError(f"merge {rule}: client {client}: expected weights that are finite and at least 0")
+            found[name] = values
+            if rule == "fisher":
+                mask = moving.entries.masks[name].cpu()
+                found[name] = torch.zeros(mask.shape).masked_scatter_(mask, values)
+        yield found
+
+
+def _weights_expected(moving: MaskedParameters, rule: WeighedBy) -> dict[str, int]:
+    """Numbers that a client sends for a rule, by name of the parameter."""
+    model, masks = moving.model, moving.entries.masks
+    if rule == "fisher":
+        return {name: int(mask.sum()) for name, mask in masks.items() if has_scores(model, name)}
+    layers = {name: model.get_submodule(name.removesuffix(".weight")) for name in masks if name.endswith(".weight")}
+    return {name: layer.in_features for name, layer in layers.items() if isinstance(layer, nn.Linear)}
+
+
+def ask_each(
+    members: Members, kind: str, facts: dict[str, object], models: Iterable[tuple[int, Tensor]]
+) -> Iterator[tuple[int, Letter | NoAnswer]]:
+    """Send clients a letter with values (A,) of their own, a few at once; yields the answers in their order."""
+    models = iter(models)
+    while some := list(islice(models, AT_ONCE)):
+        letters = {}
+        for client, values in some:
+            if (member := members.by_client.get(client)) is None:
+                raise InputError(f"client {client} has left, and is needed to {kind}; start its node, then --resume")
+            letters[client] = Letter(kind, {**facts, "run": member.run}, {"theta": values.cpu().numpy()})
+        yield from members.ask(letters)
 
 
 def _sums(answer: Letter, kind: ClosedForm, width: int, classes: int) -> HeadSums:

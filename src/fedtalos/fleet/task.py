@@ -12,12 +12,14 @@ from fedtalos.app.config.fleet import FleetNodeConfig
 from fedtalos.app.config.schema import FederatedConfig
 from fedtalos.app.federation import algorithm_of, clients_of, local_training
 from fedtalos.app.load import Loaded, load
+from fedtalos.app.run.holders import Here
 from fedtalos.checkpoint import save_checkpoint
 from fedtalos.data.class_names import check_same_classes
 from fedtalos.errors import InputError
 from fedtalos.fleet.letter import Letter, fact
 from fedtalos.fleet.still import read_still_part
 from fedtalos.training.entries import named_tensors
+from fedtalos.training.federated.apart import unit_seed
 from fedtalos.training.federated.clients import Clients
 from fedtalos.training.federated.fedavg import FedAvg
 from fedtalos.training.local_training import LocalTraining
@@ -42,6 +44,21 @@ class Task:
     def images(self) -> int:
         """Number of the client's training images."""
         return int(self.clients.sizes[self.client])
+
+    @property
+    def classes(self) -> dict[str, list[int]]:
+        """A fact about the client's classes, where the server writes them beside its vector; else none."""
+        if not self.loaded.config.apart.one_shot:
+            return {}
+        return {"classes": list(Here(self.loaded, self.clients, self.moving).classes(self.client))}
+
+    @property
+    def drawn(self) -> tuple[Clients, int, int]:
+        """Clients, the client's number among them, and the seed of its batches: its own where it trains apart."""
+        seed, client = self.loaded.config.run.seed, self.client
+        if not self.loaded.config.apart.one_shot:
+            return self.clients, client, seed
+        return self.clients.only(client, client + 1), 0, unit_seed(seed, [client])
 
 
 def begin_task(letter: Letter, still: bytes, node: FleetNodeConfig, state: Path) -> Task:

@@ -9,7 +9,7 @@ from pydantic import Field, SkipValidation
 from fedtalos.app.config.dataset import Dataset
 from fedtalos.app.config.options import Options, unset
 
-Work = Literal["train", "evaluate", "head", "score"]
+Work = Literal["train", "evaluate", "head", "score", "weigh"]
 """Work that a server may ask of a node."""
 Wire = Literal["float32", "float16", "bfloat16", "int8"]
 Folder = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="DIR")]
@@ -58,8 +58,9 @@ class FleetNodeConfig(Options):
         description="images that are this client's: all training images in data_dir, or the part of them that a "
         "simulation gives to it (part), to try out",
     )
-    admit: tuple[Work, ...] = Field(
-        ("train", "evaluate", "head", "score"), description="work that the node does; it refuses what is left out"
+    admit: Annotated[tuple[Work, ...], tyro.conf.arg(help_behavior_hint="(default: all of it)")] = Field(
+        ("train", "evaluate", "head", "score", "weigh"),
+        description="work that the node does; it refuses what is left out",
     )
     server: Annotated[str | None, unset("HOST:PORT", "that of fleet.yaml")] = Field(
         None, description="address of the server"

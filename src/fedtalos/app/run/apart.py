@@ -3,29 +3,33 @@
 A run that was stopped goes on after its last whole round; what a unit left is kept as soon as it has trained.
 """
 
+import time
 from collections.abc import Iterator
-from functools import partial, reduce
-from operator import add
+from functools import partial
+from itertools import groupby
 from typing import Any
 
 from torch import Tensor
 
 from fedtalos.app.config.schema import FederatedConfig
-from fedtalos.app.federation import algorithm_of, engine_of, local_training, transforms_of
+from fedtalos.app.federation import algorithm_of, local_training, transforms_of
 from fedtalos.app.load import Loaded
 from fedtalos.app.merging import Merger, factor
+from fedtalos.app.run.bars import bar
+from fedtalos.app.run.display import say
 from fedtalos.app.run.first_head import HeadRounds, fit_first_head
-from fedtalos.app.run.kept import Kept, Unit, groups_of, ids_of, units_of
-from fedtalos.app.run.session import Session
+from fedtalos.app.run.folders import say_decisions
+from fedtalos.app.run.holders import Holders
+from fedtalos.app.run.kept import Kept, Unit, clients_in, groups_of, units_of
+from fedtalos.app.run.session import Evaluate, Session
 from fedtalos.app.run.task_table import write_task_table
-from fedtalos.models.heads import ClosedForm, Head, closed_form, set_head
+from fedtalos.models.heads import ClosedForm, Head, HeadSums, closed_form, set_head
 from fedtalos.training.editing.task_vectors import TaskVector, scaled
 from fedtalos.training.federated.apart import train_apart, unit_seed
 from fedtalos.training.federated.client_sampling import sample_clients
-from fedtalos.training.federated.clients import Clients
 from fedtalos.training.federated.fedavg import FedAvg, Round
 from fedtalos.training.federated.traffic import Traffic
-from fedtalos.training.head_fitting import fit_to_sums, holder_sums
+from fedtalos.training.head_fitting import fit_to_sums
 from fedtalos.training.masked_parameters import MaskedParameters
 
 APART = "apart/"
@@ -38,20 +42,18 @@ AFTER = "after-"
 class Apart:
     """Units that train apart, from their first round to the merged model.
 
-    apart = Apart(loaded, clients, moving, session)
+    apart = Apart(loaded, holders, moving, session)
     apart.begin(head_rounds)
-    for round in session.shown(apart.rounds()):
-        session.record(round, *traffic.count(round))
-    figures = apart.merge()
+    figures = apart.run(evaluate, traffic)
     """
 
     def __init__(
-        self, loaded: Loaded[FederatedConfig], clients: Clients, moving: MaskedParameters, session: Session
+        self, loaded: Loaded[FederatedConfig], holders: Holders, moving: MaskedParameters, session: Session
     ) -> None:
-        self.loaded, self.clients, self.moving, self.session = loaded, clients, moving, session
+        self.loaded, self.holders, self.moving, self.session = loaded, holders, moving, session
         self.config = loaded.config
         self.groups = groups_of(self.config, loaded.data)
-        self.units = units_of(self.config, clients, self.groups)
+        self.units = units_of(self.config, holders, self.groups)
         self.each = rounds_of_a_unit(self.config)
         self.kept = Kept(session.paths)
         self.kind: ClosedForm = closed_form(self.config.model.head) or "ridge"
@@ -61,19 +63,40 @@ class Apart:
 
     def begin(self, head_rounds: HeadRounds) -> None:
         """Fit the first head and keep the units' sums, or take up a run that was stopped."""
-        session, loaded = self.session, self.loaded
+        session, model = self.session, self.loaded.model
         session.state = self._state
         if not session.fresh:
             saved = session.restored(APART, shapes_of_start(self.moving))
             self.start, self.head = saved["start"], (saved["head.weight"], saved["head.bias"])
+            reached = self.moving.vector()
+            set_head(model, *self.head, source=model.head_source)  # the checkpoint may hold the refitted one
+            self.moving.write(reached)
             return
-        holders = ids_of(self.clients, self.units)
-        if closed_form(self.config.model.head):
-            found = holder_sums(loaded.model, loaded.data.train, holders, self.kind, loaded.features)
-            for unit in self.units:
-                self.kept.write_sums(unit.name, reduce(add, [next(found) for _ in unit.members]))
-        fit_first_head(session, self.moving, holders, head_rounds)
+        if kind := closed_form(self.config.model.head):
+            start = time.perf_counter()
+            say(session.console, f"fitting the {kind} head")
+            total, clients = self._sums_of(self.units, kind, keep=True)
+            fit_to_sums(model, total, self.loaded.limited("val"), kind, self.loaded.features)
+            say_decisions(session.paths, session.console)
+            session.progress.count(*self.holders.sent((0, clients * total.wire_bytes)))
+            self.loaded.features.keep_only(self.moving.frozen_stages)
+            session.progress.seconds += time.perf_counter() - start
+        else:
+            fit_first_head(session, self.moving, (), head_rounds)
         self.start, self.head = self.moving.vector(), head_of(self.moving)
+
+    def run(self, evaluate: Evaluate, traffic: Traffic) -> dict[str, Any]:
+        """Train the units and merge them, validating before and after; returns what the summary says of it."""
+        session = self.session
+        if session.done == 0 and session.due(0):
+            session.validate(evaluate)
+        self.skip(traffic)
+        for round_ in session.shown(self.rounds()):
+            session.record(round_, *self.holders.sent(traffic.count(round_)))
+        figures = self.merge()
+        if session.due(session.done):  # else a run that goes on has done so
+            session.validate(evaluate)
+        return figures
 
     def rounds(self, *, onward: bool = False, first: int = 0) -> Iterator[Round]:
         """Train the units one after another; every one's vector is kept when it is there.
@@ -88,11 +111,12 @@ class Apart:
             self._keep(prefix, last, self.moving.vector() - self.start)  # the run was stopped before it was kept
         if done == total:
             return  # what the model holds belongs to rounds after these
+        members = [unit.members for unit in self.units]
         rounds = train_apart(
             self.moving,
-            self.clients,
+            self.holders.clients,
             local=local_training(config).but(groups=self.groups if config.apart.local_classes == "task" else ()),
-            units=[unit.members for unit in self.units],
+            units=members,
             rounds=self.each,
             fraction=self._fraction,
             sampling=config.federation.client_sampling,
@@ -101,8 +125,8 @@ class Apart:
             start=self.start,
             onward=onward,
             algorithm=self._new_algorithm,
-            through=partial(transforms_of, config, local=local_training(config)),
-            engine=engine_of(config, self.session.watch),
+            through=lambda own, seed: transforms_of(config, own, local_training(config), seed),
+            engine=self.holders.engine(self.session.watch, members[done // self.each :]),
             on_bad_client=config.failures.on_bad_client,
             done=done,
         )
@@ -131,10 +155,8 @@ class Apart:
     def merge(self) -> dict[str, Any]:
         """Merge the vectors into the model, fit the head on that, and say what came of it."""
         options, session, vectors = self.config.apart, self.session, self.vectors()
-        model = self.loaded.model
-        set_head(model, *self.head, source=model.head_source)  # a run that goes on may hold the refitted one
         self.moving.write(self.start)
-        merger = Merger(self.loaded, self.clients, self.moving, self.start, self.head)
+        merger = Merger(self.loaded, self.holders, self.moving, self.start, self.head)
         merged = merger.merged(self.units, vectors)
         alpha = factor(self.loaded, merged, refit=self.kind if options.refit_head else None)
         theta = self.start + scaled(merged.values, alpha).to(self.start.device)
@@ -144,8 +166,7 @@ class Apart:
             asked, sent = self.refit(self.units)
             down, up = down + self.moving.nbytes * asked, up + sent  # the merged vector, and sums over its features
         if session.progress.validated != session.done:  # else they were counted before the run was stopped
-            session.progress.bytes_down += down
-            session.progress.bytes_up += up
+            session.progress.count(*self.holders.sent((down, up)))
         table = {}
         if self.groups:
             table = write_task_table(
@@ -165,10 +186,9 @@ class Apart:
 
     def refit(self, units: list[Unit]) -> tuple[int, int]:
         """Fit the head to these units' sums over the model's features; returns clients asked and bytes sent."""
-        loaded, holders = self.loaded, ids_of(self.clients, units)
-        sums = reduce(add, holder_sums(loaded.model, loaded.data.train, holders, self.kind, loaded.features))
-        fit_to_sums(loaded.model, sums, loaded.limited("val"), self.kind, loaded.features)
-        return len(holders), len(holders) * sums.wire_bytes
+        loaded, (total, clients) = self.loaded, self._sums_of(units, self.kind)
+        fit_to_sums(loaded.model, total, loaded.limited("val"), self.kind, loaded.features)
+        return clients, clients * total.wire_bytes
 
     @property
     def _fraction(self) -> float:
@@ -182,6 +202,28 @@ class Apart:
             self.algorithm.state |= self.session.restored(ALGORITHM, len(self.moving))
             self._underway = False
         return self.algorithm
+
+    def _sums_of(self, units: list[Unit], kind: ClosedForm, *, keep: bool = False) -> tuple[HeadSums, int]:
+        """Sum these units' clients' features against their labels; returns the sums, and how many clients sent some.
+
+        With ``keep`` each unit's are kept in a file.
+        """
+        clients, sizes, count = clients_in(units), self.holders.clients.sizes, 0
+        total: HeadSums | None = None
+        unit_of = {client: unit.name for unit in units for client in unit.members}
+        found = self.holders.head_sums(clients, kind)
+        with bar("features for the head", int(sizes[clients].sum()), "images") as advance:
+            for name, of_unit in groupby(found, lambda pair: unit_of[pair[0]]):
+                own: HeadSums | None = None
+                for client, sums in of_unit:
+                    own = sums if own is None else own + sums
+                    total = sums if total is None else total + sums
+                    advance(int(sizes[client]))
+                    count += 1
+                if keep and own is not None:
+                    self.kept.write_sums(name, own)
+        assert total is not None
+        return total, count
 
     def _keep(self, prefix: str, number: int, values: Tensor) -> None:
         unit = self.units[number]

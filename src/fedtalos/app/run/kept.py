@@ -4,6 +4,7 @@ vectors/RUN.task0.safetensors holds a vector, checkpoints/RUN/task0.sums.safeten
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,11 +13,11 @@ from safetensors.torch import save as save_safetensors
 from torch import Tensor
 
 from fedtalos.app.config.schema import FederatedConfig
+from fedtalos.app.run.holders import Holders
 from fedtalos.app.run.paths import RunPaths
 from fedtalos.app.run.recorder import made_by
 from fedtalos.data.class_groups import Groups, class_groups
 from fedtalos.data.dataset_loader import Dataset
-from fedtalos.data.sampling import Ids
 from fedtalos.errors import InputError
 from fedtalos.facts import MOST_HEADER, read_file
 from fedtalos.files import UNSEALED, is_sealed, sealed, write_atomic
@@ -26,7 +27,6 @@ from fedtalos.tensor_file import read_tensors
 from fedtalos.training.editing.task_vectors import TaskVector
 from fedtalos.training.editing.vector_facts import facts_of
 from fedtalos.training.editing.vector_file import load_vector, save_vector
-from fedtalos.training.federated.clients import Clients
 from fedtalos.training.federated.tasks import clients_of_tasks
 from fedtalos.training.masked_parameters import MaskedParameters
 
@@ -52,21 +52,16 @@ def groups_of(config: FederatedConfig, data: Dataset) -> Groups:
         raise InputError(f"{what} {getattr(options, what)}: {error}") from error
 
 
-def units_of(config: FederatedConfig, clients: Clients, groups: Groups) -> list[Unit]:
+def units_of(config: FederatedConfig, holders: Holders, groups: Groups) -> list[Unit]:
     """Units that train apart, less those that the options leave out.
 
     Raises InputError where a number to leave out is none, or nobody would be left.
     """
-    out = set(config.apart.leave_out)
+    out, count = set(config.apart.leave_out), len(holders.clients)
     if groups:
-        members = clients_of_tasks(len(clients), len(groups))
-        every = [Unit(f"task{t}", own, groups[t]) for t, own in enumerate(members)]
+        every = [Unit(f"task{t}", own, groups[t]) for t, own in enumerate(clients_of_tasks(count, len(groups)))]
     else:
-        labels = clients.images.labels.cpu().numpy()
-        every = [
-            Unit(f"client{k}", range(k, k + 1), tuple(sorted(set(labels[ids].tolist()))))
-            for k, ids in enumerate(clients)
-        ]
+        every = [Unit(f"client{k}", range(k, k + 1), holders.classes(k)) for k in range(count)]
     if strange := sorted(out - set(range(len(every)))):
         what = "tasks" if groups else "clients"
         raise InputError(f"leave_out {strange[0]}: the {what} are 0 to {len(every) - 1}; choose among these")
@@ -76,9 +71,9 @@ def units_of(config: FederatedConfig, clients: Clients, groups: Groups) -> list[
     return left
 
 
-def ids_of(clients: Clients, units: list[Unit]) -> list[Ids]:
-    """Images of each client of these units."""
-    return [clients[client] for unit in units for client in unit.members]
+def clients_in(units: Sequence[Unit]) -> list[int]:
+    """Clients of these units, in their order."""
+    return [client for unit in units for client in unit.members]
 
 
 @dataclass(frozen=True)

@@ -5,12 +5,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from fedtalos.app.config.files import LARGEST, flatten, from_file, nearest, read_yaml
+from fedtalos.app.config.files import LARGEST, FileError, flatten, from_file, read_yaml
 from fedtalos.app.config.help import option_names
 from fedtalos.app.config.options import takes_path
 from fedtalos.app.config.schema import RUN_CONFIGS, RunConfig
 from fedtalos.app.run.paths import RunPaths, plain_name
-from fedtalos.errors import InputError, shown
+from fedtalos.app.run.progress import Saved
+from fedtalos.errors import InputError, nearest, shown
 from fedtalos.facts import read_file
 
 LONGEST = 4096
@@ -131,3 +132,19 @@ def differing(was: Mapping[str, Any], config: RunConfig) -> list[str]:
         return was.get(option) == now
 
     return [option for option, now in flatten(config).items() if option not in MAY_DIFFER and not same(option, now)]
+
+
+def check_goes_on(saved: Saved, config: RunConfig, paths: RunPaths, total: int) -> None:
+    """Raise InputError where a checkpoint is not of ``config``, or of another version; the run has ``total`` rounds."""
+    known = flatten(type(config)())
+    in_order = saved.progress.best <= saved.progress.done <= total
+    if not saved.options.keys() <= known.keys() or not in_order:
+        raise InputError(
+            f"checkpoint {paths.checkpoints / 'last.json'}: is of another version; start a run of another name"
+        )
+    options = known | saved.options  # an earlier version may have had fewer options
+    if differs := differing(from_here(options, config.command, working_folder(paths)), config):
+        raise FileError(
+            f"{paths.config}: {differs[0]} was {shown(options[differs[0]])} when the checkpoint was saved; "
+            "put that back"
+        )

@@ -7,13 +7,14 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
+from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
 from rich.console import Console
 from torch import Tensor
 
-from fedtalos.app.config.files import FileError, flatten
+from fedtalos.app.config.files import flatten
 from fedtalos.app.config.schema import CentralizedConfig, FederatedConfig
 from fedtalos.app.load import Loaded
 from fedtalos.app.report.mistakes import MOST_CLASSES, classes_of
@@ -27,13 +28,13 @@ from fedtalos.app.run.interruption import Interrupted, deferred, with_safe_point
 from fedtalos.app.run.paths import RunPaths
 from fedtalos.app.run.progress import Progress, Saved
 from fedtalos.app.run.recorder import Recorder, write_yaml
-from fedtalos.app.run.resume import differing, from_here, working_folder
+from fedtalos.app.run.resume import check_goes_on
 from fedtalos.app.run.start import Start
 from fedtalos.app.run.trackers import open_tracker
 from fedtalos.app.run.units import percent
 from fedtalos.checkpoint import load_checkpoint, save_checkpoint, tensors_under
 from fedtalos.data.class_names import check_same_classes
-from fedtalos.errors import InputError, TrainingError, shown
+from fedtalos.errors import InputError, TrainingError
 from fedtalos.metrics import Metrics
 from fedtalos.training.confusion import Confusion, confusion
 from fedtalos.training.editing.vector_file import save_vector
@@ -129,17 +130,8 @@ class Session:
             return
         checkpoint = load_checkpoint(path)
         saved = checkpoint.stated(Saved, "start a run of another name")
-        self.progress, known = saved.progress, flatten(type(self.config)())
-        in_order = self.progress.best <= self.progress.done <= self.total
-        if not saved.options.keys() <= known.keys() or not in_order:
-            raise InputError(f"checkpoint {path}: is of another version; start a run of another name")
-        options = known | saved.options  # an earlier version may have had fewer options
-        was = from_here(options, self.config.command, working_folder(self.paths))
-        if differs := differing(was, self.config):
-            raise FileError(
-                f"{self.paths.config}: {differs[0]} was {shown(options[differs[0]])} when the checkpoint was saved; "
-                "put that back"
-            )
+        check_goes_on(saved, self.config, self.paths, self.total)
+        self.progress = saved.progress
         self._restore(checkpoint.tensors)
         self.saved = checkpoint.tensors
 
@@ -271,52 +263,47 @@ class Session:
             vector = self.start.vector(self.loaded.data.classes, f"{self.config.command} {self.paths.name}")
             save_vector(self.paths.vector, vector)
             extra = {**extra, "vector": str(self.paths.vector)}
-        few = len(self.loaded.data.classes) <= MOST_CLASSES
-        answers = self._timed(self._answers_to, "test") if few else None
-        last = best = self._timed(evaluate, "test") if answers is None else answers.metrics
-        if progress.best != progress.done:
-            self._restore(load_checkpoint(self.paths.checkpoints / "best.json").tensors)
-            best = self._timed(evaluate, "test")
+        answers, last, best = self._tested(evaluate)
         self._row("test", last)
-        seconds = self.recorder.seconds
+        energy = self.energy.read() if self.fresh else {}  # of a run that went on, the first part is not known
         summary = {
             "command": self.config.command,
-            f"{self.unit}s": progress.done,
-            "val_accuracy": {"last": _share(progress.val_accuracy), "best": _share(progress.best_accuracy)},
-            "test_accuracy": {"last": _share(last.accuracy), "best_on_val": _share(best.accuracy)},
-            "test_loss": {"last": _share(last.loss), "best_on_val": _share(best.loss)},
-            f"best_{self.unit}": progress.best,
-            "images_trained_on": progress.images,
+            **progress.summary(self.unit, last, best, self.recorder.seconds, energy),
             **extra,
-            "seconds": round(seconds, 2),
-            "evaluation_share": _share(progress.evaluation_seconds / seconds),
         }
-        if self.fresh and (joules := self.energy.read()):  # of a run that went on, the first part is not known
-            summary["energy_wh"] = {part: round(took / 3600, 3) for part, took in joules.items()}
-        from fedtalos.app.figures import draw  # slow to import, and no part of the run's seconds
-        from fedtalos.app.report import contents, page
-
         say_decisions(self.paths, self.console)  # before the summary, which ends the run
-        drawn = draw.plot_run(self.paths.results, self.paths.plots)
-        records = contents.read_records(self.paths, summary)
-        images, names = self.loaded.limited("test"), self.loaded.data.classes
-        classes = None if answers is None else classes_of(answers, images, names, "test")
-        report = contents.report_of([records], classes)
-        drawn.append(page.write_report(self.paths.plots / "report.html", report))
+        drawn = self._drawn(summary, answers)
         write_yaml(self.paths.results / "summary.yaml", summary)
         if self.enough and progress.done < self.total:
             say(self.console, stopped_early(progress, self.unit, self.total))
-        files = [
-            self.paths.results,
-            self.paths.checkpoints,
-            *([] if self.start is None else [self.paths.vector]),
-            *drawn,
-        ]
         reached = {
             "validation": Reached(progress.val_accuracy, progress.best_accuracy, len(self.loaded.limited("val"))),
             "test": Reached(last.accuracy, best.accuracy, last.examples),
         }
+        kept = [] if self.start is None else [self.paths.vector]
+        files = [self.paths.results, self.paths.checkpoints, *kept, *drawn]
         say_end(self.console, self.paths, summary, reached, files, progress, self.unit)
+
+    def _tested(self, evaluate: Evaluate) -> tuple[Confusion | None, Metrics, Metrics]:
+        """Read the test split: answers of the last model where classes are few, its metrics, and the best model's."""
+        few = len(self.loaded.data.classes) <= MOST_CLASSES
+        answers = self._timed(self._answers_to, "test") if few else None
+        last = best = self._timed(evaluate, "test") if answers is None else answers.metrics
+        if self.progress.best != self.progress.done:
+            self._restore(load_checkpoint(self.paths.checkpoints / "best.json").tensors)
+            best = self._timed(evaluate, "test")
+        return answers, last, best
+
+    def _drawn(self, summary: Mapping[str, Any], answers: Confusion | None) -> list[Path]:
+        """Draw the run's figures and its page; return the files."""
+        from fedtalos.app.figures import draw  # slow to import, and no part of the run's seconds
+        from fedtalos.app.report import contents, page
+
+        drawn = draw.plot_run(self.paths.results, self.paths.plots)
+        images, names = self.loaded.limited("test"), self.loaded.data.classes
+        classes = None if answers is None else classes_of(answers, images, names, "test")
+        report = contents.report_of([contents.read_records(self.paths, summary)], classes)
+        return [*drawn, page.write_report(self.paths.plots / "report.html", report)]
 
     def _answers_to(self, split: str) -> Confusion:
         """Let the model answer to a split; the metrics are those of ``evaluate``, to the byte."""
@@ -354,7 +341,3 @@ class Session:
             "progress": asdict(self.progress),
         }
         save_checkpoint(self.paths.checkpoints, name, self.progress.done, tensors, facts)
-
-
-def _share(value: float) -> float:
-    return round(value, 6)

@@ -16,7 +16,8 @@ from fedtalos.app.load import Loaded, load
 from fedtalos.app.merging import Merger
 from fedtalos.app.moving import moving_parameters
 from fedtalos.app.run.apart import APART, shapes_of_start
-from fedtalos.app.run.kept import Kept, Unit, groups_of, ids_of, units_of
+from fedtalos.app.run.holders import Here
+from fedtalos.app.run.kept import Kept, Unit, clients_in, groups_of, units_of
 from fedtalos.app.run.paths import RunPaths, plain_name
 from fedtalos.app.run.progress import Saved
 from fedtalos.app.run.resume import from_here, working_folder
@@ -28,7 +29,7 @@ from fedtalos.models.weights.checkpoints import ModelFacts
 from fedtalos.training.editing.task_vectors import TaskVector, scaled
 from fedtalos.training.entries import named_tensors
 from fedtalos.training.federated.clients import Clients
-from fedtalos.training.head_fitting import fit_to_sums, holder_sums
+from fedtalos.training.head_fitting import fit_to_sums
 from fedtalos.training.masked_parameters import MaskedParameters
 
 
@@ -64,12 +65,17 @@ class TrainedApart:
         """Values that every unit started from, (A,)."""
         return self.checkpoint.tensors[f"{APART}start"].to(self.moving.device)
 
+    @property
+    def holders(self) -> Here:
+        """The clients, with their images."""
+        return Here(self.loaded, self.clients, self.moving)
+
     def without(self, out: list[int]) -> Tensor:
         """The values (A,) that the run would have been merged to from the other units' vectors."""
         rest = [number for number in range(len(self.units)) if number not in out]
         first, tensors = f"{APART}head.", self.checkpoint.tensors
         head = (tensors[f"{first}weight"], tensors[f"{first}bias"])
-        merger = Merger(self.loaded, self.clients, self.moving, self.start, head)
+        merger = Merger(self.loaded, self.holders, self.moving, self.start, head)
         merged = merger.merged([self.units[n] for n in rest], [self.vectors[n] for n in rest])
         return self.start + scaled(merged.values, self.alpha).to(self.start.device)
 
@@ -78,8 +84,8 @@ class TrainedApart:
         loaded, rest = self.loaded, [unit for number, unit in enumerate(self.units) if number not in out]
         model, val = loaded.model, loaded.limited("val")
         if self.refit is not None:
-            sums = holder_sums(model, loaded.data.train, ids_of(self.clients, rest), self.refit, loaded.features)
-            fit_to_sums(model, reduce(add, sums), val, self.refit, loaded.features)
+            sums = self.holders.head_sums(clients_in(rest), self.refit)
+            fit_to_sums(model, reduce(add, (own for _, own in sums)), val, self.refit, loaded.features)
             return "fitted anew to the others' sums over this model's features: exact, but they had to send again"
         if (kind := closed_form(loaded.config.model.head)) is None:
             return "as it was: it is not fitted to sums, so nothing can be taken out of it"
@@ -103,6 +109,10 @@ def read_trained_apart(name: str, root: Path, changes: dict[str, Any]) -> Traine
     if not paths.finished or not isinstance(summary.get("merged"), dict):
         why = "kept no vectors" if paths.finished else "is not finished"
         raise InputError(f"run {name}: {why}; give a finished run of `federated` with --tasks or --one_shot")
+    if not (paths.results / "split.npz").exists():
+        raise InputError(
+            f"run {name}: has no split.npz, so its clients were those of a fleet; give one of a simulation"
+        )
     path = find_checkpoint(Path(name), root / "checkpoints", "last")
     checkpoint = load_checkpoint(path)
     merged = facts_from(Merged, summary["merged"], f"run {name}: its summary is of another version", "make it anew")
@@ -112,11 +122,11 @@ def read_trained_apart(name: str, root: Path, changes: dict[str, Any]) -> Traine
     config = loaded.config
     groups = groups_of(config, loaded.data)
     clients = clients_of(loaded.data.train, config.split, config.run.seed, groups)
-    units, kept = units_of(config, clients, groups), Kept(paths)
+    moving, kept = moving_parameters(loaded), Kept(paths)
+    units = units_of(config, Here(loaded, clients, moving), groups)
     if [unit.name for unit in units] != list(merged.units):
         raise InputError(f"run {name}: its summary names other tasks or clients than its options; make it anew")
     restore(loaded, checkpoint, name)
-    moving = moving_parameters(loaded)
     tensors_under(checkpoint.tensors, APART, shapes_of_start(moving))
     vectors = [kept.read(unit.name, moving) for unit in units]
     refit = closed_form(merged.refit)
