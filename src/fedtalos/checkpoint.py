@@ -11,6 +11,7 @@ import json
 import os
 import re
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
@@ -28,6 +29,9 @@ from fedtalos.tensor_file import read_tensors
 FORMAT = 2
 TENSORS = re.compile(r"(.+)-[0-9]{6,}\.safetensors", re.DOTALL)
 """Names of tensor files: of which checkpoint, after which step."""
+APART = re.compile(r"(.+)-0([0-9]{6,})\.safetensors", re.DOTALL)
+"""Names of those that lie beside others of the same step."""
+HEADER = ("seal", "format", "file", "sha256")
 
 
 T = TypeVar("T")
@@ -89,7 +93,7 @@ def save_checkpoint(folder: Path, name: str, step: int, tensors: dict[str, Tenso
     metadata = {"pixels": json.dumps({key: facts[key] for key in ("mean", "std") if key in facts})}
     content = save_safetensors({key: t.detach().cpu().contiguous() for key, t in tensors.items()}, metadata)
     path, file = folder / f"{name}.json", folder / f"{name}-{step:06d}.safetensors"
-    if file.is_file() and file.read_bytes() != content:
+    if file.is_file() and (file.stat().st_size != len(content) or file.read_bytes() != content):
         _write_pair(path, folder / f"{name}-0{step:06d}.safetensors", content, facts)
     _write_pair(path, file, content, facts)
     remove_replaced(folder, name)
@@ -106,14 +110,28 @@ def _write_pair(path: Path, file: Path, content: bytes, facts: dict[str, Any]) -
 def remove_replaced(folder: Path, name: str) -> None:
     """Delete tensor files of ``folder/name.json`` that it does not name: replaced ones, or such as never came to count.
 
-    Where it cannot be read, or its own tensors are not there, all stay.
+    Tensors whose name got a digit more get their usual one: who saved them was killed before. Where the JSON cannot be
+    read, or its own tensors are not there, all stay.
 
     >>> remove_replaced(Path("checkpoints/my_run"), "last")
     """
+    if any(APART.fullmatch(path.name) for path in (folder.iterdir() if folder.is_dir() else ())):
+        with suppress(InputError):
+            _name_as_usual(folder / f"{name}.json")
     for path in folder.iterdir() if folder.is_dir() else ():
         tensors = TENSORS.fullmatch(path.name)
         if tensors is not None and tensors[1] == name and _replaced(path, folder / f"{name}.json"):
             path.unlink(missing_ok=True)
+
+
+def _name_as_usual(path: Path) -> None:
+    """Write the pair of a checkpoint anew, where its tensors lie apart from older ones of the same step."""
+    facts = load_checkpoint(path).facts
+    file = path.with_name(Path(facts["file"]).name)
+    apart = APART.fullmatch(file.name)
+    if apart is not None and apart[1] == path.stem:
+        own = {key: fact for key, fact in facts.items() if key not in HEADER}
+        _write_pair(path, path.with_name(f"{apart[1]}-{apart[2]}.safetensors"), file.read_bytes(), own)
 
 
 def _replaced(tensors: Path, path: Path) -> bool:

@@ -1,6 +1,5 @@
 """The command line: flags over preset over file over defaults, to one experiment; bad input is one sentence, exit 2."""
 
-import difflib
 import errno
 import io
 import os
@@ -10,14 +9,13 @@ from collections.abc import Iterable, Sequence
 from importlib import import_module
 from typing import Any
 
-import tyro
 from rich.console import Console
 
 from fedtalos._version import __version__
-from fedtalos.app.command_line import defaults, flag_of, given, layers
+from fedtalos.app.command_line import defaults, given, layers, options_in
 from fedtalos.app.config.checks import check_together
 from fedtalos.app.config.completion import is_completion, write_completion
-from fedtalos.app.config.files import FileError, nearest
+from fedtalos.app.config.files import FileError, override
 from fedtalos.app.config.fleet import FleetConfig, FleetTool
 from fedtalos.app.config.help import family_page, option_names, overview, page, tools_of
 from fedtalos.app.config.options import Options
@@ -29,7 +27,7 @@ from fedtalos.app.run.display import PlainConsole, say, warnings_shown
 from fedtalos.app.run.folders import AlreadyFinished
 from fedtalos.app.run.interruption import Interrupted
 from fedtalos.devices import out_of_memory
-from fedtalos.errors import InputError, TrainingError, shortened
+from fedtalos.errors import InputError, TrainingError, nearest, shortened
 
 OUT_OF_MEMORY = (
     "the device's memory ran out (training had halved its batches as far as that goes); take a smaller --model_size or "
@@ -98,8 +96,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def parse(arguments: list[str]) -> RunConfig | ToolConfig:
     """Read the config that the arguments ask for; help and version are printed, and end the program.
 
-    Raises InputError for a bad command, flag, file, preset or value; tyro prints and exits with 2 for values that it
-    cannot read.
+    Raises InputError for a bad command, flag, file, preset or value.
 
     >>> parse(["federated", "--num_clients", "10"]).split.num_clients
     10
@@ -114,25 +111,19 @@ def parse(arguments: list[str]) -> RunConfig | ToolConfig:
     if asked := (HELP | HELP_ALL).intersection(rest):
         say(Console(), page(name, options, every=bool(asked & HELP_ALL)).rstrip())
         sys.exit()
-    check_flags(name, options, rest)
-    found = layers(name, rest) if name in RUN_CONFIGS else []
-    start: dict[str, Any] = {"default": defaults(name, found)} if name in RUN_CONFIGS else {}
-    parsed: Any = tyro.cli(
-        options,
-        prog=f"fedtalos {name}",
-        args=rest,
-        use_underscores=True,
-        config=(tyro.conf.OmitArgPrefixes, tyro.conf.HelptextFromCommentsOff),
-        **start,
-    )
-    if isinstance(parsed, RunConfig):
-        check_together(parsed, given(rest, found))
-    if isinstance(parsed, MaskTool):
-        return MaskConfig(tool=parsed)
-    if isinstance(parsed, FleetTool):
-        return FleetConfig(tool=parsed)
-    config: RunConfig | ToolConfig = VectorConfig(tool=parsed) if isinstance(parsed, VectorTool) else parsed
-    return config
+    flags = options_in(name, options, rest)
+    if name in RUN_CONFIGS:
+        found = layers(name, flags)
+        config = override(defaults(name, found), flags)
+        check_together(config, given(flags, found))
+        return config
+    tool: Any = options(**flags)
+    if isinstance(tool, MaskTool):
+        return MaskConfig(tool=tool)
+    if isinstance(tool, FleetTool):
+        return FleetConfig(tool=tool)
+    parsed: ToolConfig = VectorConfig(tool=tool) if isinstance(tool, VectorTool) else tool
+    return parsed
 
 
 def command_of(arguments: list[str]) -> tuple[str, type[Options] | None, list[str]]:
@@ -165,32 +156,6 @@ def command_named(what: str, word: str, known: Iterable[str]) -> str:
         found = f"no {what} {word!r}{nearest(word, known)}" if word[:1] not in ("", "-") else f"expected a {what}"
         raise InputError(f"{found}{f' before {word}' if word[:1] == '-' else ''} (there are {', '.join(known)})")
     return word
-
-
-def check_flags(name: str, options: type[Options], words: list[str]) -> None:
-    """Refuse flags that a command does not have, with an InputError that names the nearest."""
-    fields = option_names(options)
-    known = {*fields, *(f"no_{option}" for option, field in fields.items() if field.annotation is bool)}
-    for word in words:
-        flag = flag_of(word)
-        if not word.startswith("--") or flag in known:
-            continue
-        near = nearest_option(flag, fields)
-        others = [other for other, config in RUN_CONFIGS.items() if flag in option_names(config)]
-        what = f"did you mean --{near}?" if near else f"fedtalos {name} --help_all lists what there is"
-        if others:
-            what = f"it is an option of {' and '.join(others)}"
-        raise InputError(f"{name}: no option {word.partition('=')[0]}; {what}")
-
-
-def nearest_option(name: str, known: Iterable[str]) -> str | None:
-    """Find the known option that is meant: by its initials, else by its letters.
-
-    >>> nearest_option("lr", ["num_rounds", "learning_rate"])
-    'learning_rate'
-    """
-    by_initials = [option for option in known if "".join(word[0] for word in option.split("_")) == name]
-    return next(iter(by_initials or difflib.get_close_matches(name, known, n=1)), None)
 
 
 def flags_of(arguments: list[str]) -> list[str]:

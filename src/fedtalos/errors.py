@@ -1,5 +1,9 @@
 """Errors that a user can act on: bad input, and training that cannot go on."""
 
+import difflib
+import re
+from collections.abc import Iterable
+
 
 class InputError(Exception):
     """Bad input: the message says what was expected, what came and what to do.
@@ -12,8 +16,9 @@ class InputError(Exception):
     """
 
     def __init__(self, message: str) -> None:
-        """Names of files and classes in ``message`` may come from strangers, so it becomes one line of print."""
-        super().__init__(printable(message.replace("\n", " ")))
+        """Names in ``message`` may come from strangers: it becomes one line of print, of words of some length."""
+        line = printable(message.replace("\n", " "))
+        super().__init__(re.sub(r"\S{141,}", lambda word: shortened(word[0], 140), line))
 
 
 class TrainingError(RuntimeError):
@@ -62,3 +67,13 @@ def shown(value: object) -> str:
     except (ValueError, RecursionError):  # an integer of more digits than Python writes out
         text = f"a huge {type(value).__name__}"
     return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """Suggest the known name that is most alike, as the end of a sentence, or nothing.
+
+    >>> nearest("num_clents", ["num_clients", "num_rounds"])
+    "; did you mean 'num_clients'?"
+    """
+    close = difflib.get_close_matches(name[:100], list(known), n=1)
+    return f"; did you mean {shown(close[0])}?" if close else ""

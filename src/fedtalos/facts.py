@@ -34,6 +34,8 @@ MOST_HEADER = 2**24
 """Bytes of a safetensors header; a ViT's has 20 000."""
 MOST_CLASSES = 2**16
 """Classes of a data set or a head; ImageNet-21k has 21 843."""
+MOST_TABLE, MOST_ROWS = 2**26, 200_000
+"""Bytes and rows of a table: of a run of 100 000 rounds that are validated each time, or of as many clients."""
 MOST_TENSORS = 2**14
 """Tensors in a file; a ViT has 150 to 400."""
 
@@ -200,8 +202,8 @@ def read_table(
     kind: type[T],
     path: Path,
     *,
-    most_bytes: int,
-    most_rows: int,
+    most_bytes: int = MOST_TABLE,
+    most_rows: int = MOST_ROWS,
     first: str = "",
     expected: str = "numbers within their limits",
     advice: str = "make the run anew",
@@ -213,7 +215,7 @@ def read_table(
 
     Raises InputError where a row is torn or not what the fields say, with its line, and where there are too many.
 
-    >>> columns, rows = read_table(MetricsRow, Path("metrics.csv"), most_bytes=2**20, most_rows=1000, first="step")
+    >>> columns, rows = read_table(MetricsRow, Path("metrics.csv"), first="step")
     """
     content = read_file(path, str(path), most=most_bytes, advice=advice)
     return table_of(kind, content, path, most_rows=most_rows, first=first, expected=expected, advice=advice)
@@ -224,14 +226,14 @@ def table_of(
     content: bytes,
     path: Path,
     *,
-    most_rows: int,
+    most_rows: int = MOST_ROWS,
     first: str = "",
     expected: str = "numbers within their limits",
     advice: str = "make the run anew",
 ) -> tuple[list[str], list[T]]:
     """Read the content of a CSV file at ``path``; see ``read_table``.
 
-    >>> columns, rows = table_of(MetricsRow, content, Path("metrics.csv"), most_rows=1000, first="step")
+    >>> columns, rows = table_of(MetricsRow, content, Path("metrics.csv"), first="step")
     """
     from pydantic import ValidationError
 
@@ -247,10 +249,12 @@ def table_of(
             head = f"{path}: expected the columns {', '.join(needed)}"
             raise refusal(head, f"got {', '.join(header[:20]) or 'an empty file'}", advice)
         taken = [(field.name, columns[field.name]) for field in known if field.name in columns]
-        for cells in filter(None, reader):
+        for cells in reader:
             line = f"{path}, line {reader.line_num}: expected {expected}"
-            if len(rows) == most_rows:
+            if reader.line_num > most_rows + 1:  # lines count, for empty ones take their time too
                 raise refusal(f"{path}: expected {most_rows} rows at most", "there are more", advice)
+            if not cells:
+                continue
             if len(cells) < len(header):
                 raise refusal(line, f"got {shown(cells)}", advice)
             try:

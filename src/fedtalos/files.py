@@ -11,6 +11,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import BinaryIO, Literal
 
 from fedtalos.errors import InputError
 
@@ -55,7 +56,7 @@ def write_atomic(path: Path, content: bytes | str) -> None:
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         with naming(path, instead_of=part), _locked_folder(path.parent, alone=False) as folder:
-            with part.open("wb") as file:
+            with opened(part, "wb") as file:
                 file.write(content.encode(errors="backslashreplace") if isinstance(content, str) else content)
                 file.flush()
                 os.fsync(file.fileno())
@@ -66,13 +67,26 @@ def write_atomic(path: Path, content: bytes | str) -> None:
         part.unlink(missing_ok=True)
 
 
+def opened(path: Path, mode: Literal["ab", "wb"]) -> BinaryIO:
+    """Open a file to write to as it grows; a link that lies there is removed, for who made it chose where to.
+
+    >>> with opened(Path("results/mine/metrics.csv"), "ab") as file:
+    ...     file.write(b"a row")
+    """
+    if path.is_symlink():
+        path.unlink()
+    return path.open(mode)
+
+
 def refuse_link(folder: Path) -> None:
-    """Refuse, with an InputError, to write figures and pages into a folder that is a link: who made it chose where to.
+    """Refuse, with an InputError, to write into a run's folder that is a link: who made it chose where to.
+
+    Folders above it, such as results/, may be links: on which disk they lie is for the owner of the place to say.
 
     >>> refuse_link(Path("plots/mine"))
     """
     if folder.is_symlink():
-        raise InputError(f"{folder}: is a link, through which no figures are written; move it away, or give a name")
+        raise InputError(f"{folder}: is a link, through which nothing is written; move it away, or give another name")
 
 
 @contextmanager
@@ -145,7 +159,7 @@ def is_locked(path: Path) -> bool:
         if sys.platform == "win32":
             with locked(path):
                 return False
-        descriptor = os.open(path, os.O_RDONLY)
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # a pipe would wait for somebody who writes to it
         try:
             fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
         finally:

@@ -169,6 +169,7 @@ def test_every_command_is_a_module_that_main_calls_directly(command, monkeypatch
         "mask": ["show", "masks/m.safetensors"],
         "vector": ["show", "vectors/v.safetensors"],
         "fleet": ["demo"],
+        "compare": ["done", "other"],
         "report": ["done"],
         "predict": ["done", "cat.jpg"],
         "explain": ["done", "cat.jpg"],

@@ -294,7 +294,7 @@ def test_decisions_are_said_once_and_kept(monkeypatch, capsys):
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="/dev/full is of Linux")
-def test_a_full_disk_names_the_file():
+def test_a_full_disk_names_the_file(monkeypatch):
     def write() -> None:
         with naming(Path("mine")), Path("/dev/full").open("w") as file:
             file.write("x")
@@ -304,8 +304,7 @@ def test_a_full_disk_names_the_file():
     assert error.value.filename == "mine"
     recorder = Recorder(Path("run"), "epoch")
     recorder.record(0, "val", Metrics(1.0, 1, 2))
-    Path("run/metrics.csv").unlink()
-    Path("run/metrics.csv").symlink_to("/dev/full")
+    monkeypatch.setattr("fedtalos.app.run.recorder.opened", lambda *_: Path("/dev/full").open("ab"))  # noqa: SIM115
     with pytest.raises(OSError, match="No space left") as error:
         recorder.record(1, "val", Metrics(1.0, 1, 2))
     assert error.value.filename == "run/metrics.csv"

@@ -15,6 +15,7 @@ from fedtalos.app.figures import runs as figures
 from fedtalos.app.figures import sweeps
 from fedtalos.app.figures.draw import plot_all, plot_comparison, plot_iterations, plot_masks, plot_run, plot_split
 from fedtalos.app.figures.records import History, Row
+from fedtalos.app.run import split_file
 from fedtalos.errors import InputError
 from fedtalos.training.editing.describe import DensityRow
 from fedtalos.training.editing.mask_file import write_mask_file
@@ -146,7 +147,7 @@ def test_of_very_many_clients_the_first_are_drawn(tmp_path: Path, monkeypatch: p
     monkeypatch.setattr("fedtalos.app.figures.draw.rendered", lambda figure, _: drawn.append(figure) or b"")
     plot_split(run, tmp_path / "plots")
     (axes, _) = drawn[0].axes
-    assert axes.images[0].get_array().shape == (3, figures.MOST_CLIENTS)
+    assert axes.images[0].get_array().shape == (3, split_file.MOST_CLIENTS)
     assert "the first 200 of 1,000,000 clients" in axes.get_title()
 
 

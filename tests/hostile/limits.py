@@ -53,12 +53,14 @@ def refused(*words: str, longest: int = LONGEST) -> Iterator[None]:
 
 
 @contextmanager
-def refused_if_at_all(longest: int = LONGEST) -> Iterator[None]:
-    """Expect nothing, or such a line."""
+def refused_if_at_all(longest: int = LONGEST) -> Iterator[list[str]]:
+    """Expect nothing, or such a line, which is put into the list."""
+    said: list[str] = []
     try:
-        yield
+        yield said
     except InputError as error:
-        check_sentence(str(error), longest=longest)
+        said.append(str(error))
+        check_sentence(said[0], longest=longest)
 
 
 def check_sentence(said: str, *words: str, longest: int = LONGEST) -> None:

@@ -34,6 +34,7 @@ from fedtalos.checkpoint import load_checkpoint, optimizer_tensors, restore_opti
 from fedtalos.data import folder_cache
 from fedtalos.errors import InputError
 from fedtalos.facts import Count, Number, Word, facts_from, read_facts, read_file, read_table, table_schema
+from fedtalos.fleet.place import _About
 from fedtalos.models.vision_transformer import Architecture, VisionTransformer
 from fedtalos.models.weights.checkpoints import ModelFacts, checkpoint_weights
 from fedtalos.models.weights.pixels import stated
@@ -104,6 +105,7 @@ SCHEMAS: dict[type, dict[str, Any]] = {
     VectorFacts: {"weights": "none", "model": {"size": "micro"}, "parameters": 9, "task": ["a"], "made_from": ["x"]},
     _Summary: {"seconds": 1.5, "test_accuracy": {"last": 0.5, "best_on_val": None}, "megabytes_sent": {"up": 1.5}},
     _Record: {"made_by": {"commit": "abc"}},
+    _About: {"host": "192.168.1.20", "port": 8000, "clients": 3, "tls": True},
 }
 
 
@@ -332,7 +334,12 @@ def test_statistics(mean, std, more):
             found = stated("vit.json", {**dict(zip(keys, (mean, std), strict=True)), **more, "do_center_crop": True})
             assert found is not None
             assert np.isfinite([*found.mean, *found.std, found.crop]).all()
-            assert 0 < found.crop <= 1
+            assert 0.25 <= found.crop <= 1  # images are stored at 1 / crop times their side
+
+
+def test_a_crop_that_would_store_images_at_many_times_their_size():
+    with refused("crop: input should be greater than or equal to 0.25"):
+        facts_from(ModelFacts, {**SCHEMAS[ModelFacts], "crop": 1e-9}, "a file is broken")
 
 
 # tables and splits

@@ -13,6 +13,7 @@ import tarfile
 import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -24,15 +25,19 @@ from material import changed_mask, resized_header, write
 from PIL import Image
 
 from fedtalos.app.config.files import read_yaml
-from fedtalos.app.figures import records
 from fedtalos.app.figures.records import read_history, read_report
-from fedtalos.app.run.split_file import read_split
+from fedtalos.app.report.contents import client_accuracies
+from fedtalos.app.run import split_file
+from fedtalos.app.run.paths import RunPaths
+from fedtalos.app.run.recorder import COLUMNS, _whole_rows
+from fedtalos.app.run.split_file import counts_shown, read_split
 from fedtalos.app.sweep.grid import Grid, expand
 from fedtalos.checkpoint import load_checkpoint, save_checkpoint
 from fedtalos.data import cifar
 from fedtalos.data.cifar import CIFAR, _unpickled, read_cifar
 from fedtalos.data.downloads import read_members
 from fedtalos.data.image_folder import read_image_folder
+from fedtalos.facts import read_table
 from fedtalos.files import UNSEALED, sealed
 from fedtalos.models.heads import read_head
 from fedtalos.models.vision_transformer import VisionTransformer
@@ -362,18 +367,33 @@ TABLES: dict[str, tuple[str, Callable[[], str]]] = {
     "splits": ("metrics.csv", lambda: "".join(rows("1,s{},1,1,1,1\n", 50_000))),
     "bytes": ("metrics.csv", lambda: "x" * 70 * MILLION),
     "a cell": ("metrics.csv", lambda: '"' + "x\n" * 30 * MILLION),
+    "clients": ("client_accuracy.csv", lambda: "".join(rows("{},2,0.5\n", 20_000))),
+    "lines of clients": ("client_accuracy.csv", lambda: "\n" * (3 * MILLION)),
+    "rows of a run to go on with": ("open.csv", lambda: "1\n" * (3 * MILLION)),
+    "cells of a run to go on with": ("open.csv", lambda: "1" + "," * MILLION + "\n"),
+}
+READERS: dict[str, Callable[[Path], object]] = {
+    "report.csv": read_report,
+    "metrics.csv": read_history,
+    "client_accuracy.csv": lambda folder: client_accuracies(SimpleNamespace(paths=RunPaths(folder.parents[1], "run"))),
+    "open.csv": lambda folder: _whole_rows(folder / "open.csv", ["round", *COLUMNS]),
 }
 
 
 @pytest.mark.parametrize("kind", TABLES)
 def test_tables(kind, tmp_path, monkeypatch):
-    monkeypatch.setattr(records, "EDIT_ROWS", 10_000)
+    monkeypatch.setattr(read_table, "__kwdefaults__", {**read_table.__kwdefaults__, "most_rows": 10_000})
     name, lines = TABLES[kind]
-    columns = {"report.csv": "iteration,block,kind,active,entries"}
+    columns = {
+        "report.csv": "iteration,block,kind,active,entries",
+        "client_accuracy.csv": "client,examples,accuracy",
+        "open.csv": ",".join(["round", *COLUMNS]),
+    }
+    folder = tmp_path / "results/run"
     header = columns.get(name, "round,split,loss,accuracy,bytes_down,bytes_up")
-    (tmp_path / name).write_text(f"{header}\n{lines()}")
+    write(str(folder / name), f"{header}\n{lines()}")
     with memory(150 if kind == "a cell" else 400), refused(name):
-        read_report(tmp_path) if name == "report.csv" else read_history(tmp_path)
+        READERS[name](folder)
 
 
 @pytest.mark.parametrize("shape", ["(1000000000000,)", "(0, 1000000000000)", "(-1,)", "(3, 3)"])
@@ -386,6 +406,40 @@ def test_splits(shape, dtype, tmp_path):
             archive.writestr(f"{name}.npy", array)
     with memory(50), refused("split.npz"):
         read_split(tmp_path)
+
+
+def a_split(path: Path, images: int, classes: list[str]) -> None:
+    labels = np.arange(images, dtype=np.uint32) % len(classes)
+    np.savez(path / "split.npz", client=labels % 200, label=labels, classes=np.array(classes))
+
+
+def test_splits_of_many_classes_are_shown_in_part(tmp_path):
+    a_split(tmp_path, 20_000, [f"{n:0100}" for n in range(20_000)])
+    with memory(150):
+        split = read_split(tmp_path)
+        assert split is not None
+        counts, which = counts_shown(split)
+    assert counts.shape == (200, 1000)
+    assert which == "200 clients, the first 1000 of 20,000 classes"
+    assert [counts[n % 200, n] for n in (0, 7, 999)] == [1, 1, 1]
+
+
+def test_splits_of_longer_names_or_more_images_than_there_are(tmp_path, monkeypatch):
+    a_split(tmp_path, 10, ["x" * 300])
+    with refused("split.npz"):
+        read_split(tmp_path)
+    monkeypatch.setattr(split_file, "MOST_IMAGES", 9)
+    a_split(tmp_path, 10, ["x"])
+    with refused("split.npz"):
+        read_split(tmp_path)
+
+
+def test_tensors_that_lie_where_a_checkpoint_is_to_be(tmp_path):
+    with (tmp_path / "last-000001.safetensors").open("wb") as file:
+        file.truncate(10**12)
+    with memory(50):
+        path = save_checkpoint(tmp_path, "last", 1, {"w": torch.ones(1)}, {})
+    assert load_checkpoint(path).tensors["w"] == 1
 
 
 def test_aliases_and_lengths_of_yaml(tmp_path):

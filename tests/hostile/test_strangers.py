@@ -2,14 +2,17 @@
 
 import csv
 import io
+import os
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 import yaml
-from limits import refused
+from limits import check_sentence, refused
+from material import write
 from matplotlib.figure import Figure
 from rich.table import Table
 
@@ -19,15 +22,20 @@ from fedtalos.app.config.tools import EvaluateConfig
 from fedtalos.app.figures import runs as figures
 from fedtalos.app.figures.draw import plot_split, write_figures
 from fedtalos.app.figures.style import drawable, rendered
-from fedtalos.app.report.contents import Report
+from fedtalos.app.report.contents import Report, files_of
 from fedtalos.app.report.page import write_report
 from fedtalos.app.run.display import PlainConsole
+from fedtalos.app.run.folders import claimed
+from fedtalos.app.run.paths import RunPaths
 from fedtalos.app.run.recorder import write_csv
 from fedtalos.app.sweep.tables import in_markdown
 from fedtalos.checkpoint import save_checkpoint
 from fedtalos.cli import main, parse
 from fedtalos.data.class_names import check_same_classes
+from fedtalos.data.photos import open_photos
+from fedtalos.errors import InputError
 from fedtalos.experiments.evaluate import of_run
+from fedtalos.files import is_locked, opened
 from fedtalos.notes import note, noted
 
 ESCAPES = ["\x1b[2J", "\x1b]0;owned\x07", "a\rb", "a\nb", "\x00", "\u202egnp.exe", "\udce9", "\x9b31m", "x" * 5000]
@@ -89,6 +97,55 @@ def test_figures_are_not_written_through_links(tmp_path):
     assert not (tmp_path / "real/a.png").is_symlink()
 
 
+@pytest.mark.parametrize("folder", ["results/a", "checkpoints/a", "plots/a"])
+def test_a_run_does_not_write_through_links(folder, in_a_folder_of_its_own):
+    Path("elsewhere").mkdir()
+    Path(folder).parent.mkdir(exist_ok=True)
+    Path(folder).symlink_to(in_a_folder_of_its_own / "elsewhere")
+    with refused(f"{folder}: is a link"), claimed(RunPaths(Path(), "a")):
+        pass
+    assert not any(Path("elsewhere").iterdir())
+
+
+def test_folders_of_all_runs_may_be_links(in_a_folder_of_its_own):
+    Path("large_disk").mkdir()
+    Path("results").symlink_to("large_disk")
+    with claimed(RunPaths(Path(), "a")):
+        Path("results/a/notes").write_text("kept")
+    assert Path("large_disk/a/notes").is_file()
+
+
+@pytest.mark.parametrize("mode", ["ab", "wb"])
+def test_files_that_grow_are_not_written_through_links(mode, tmp_path):
+    (tmp_path / "theirs").write_text("theirs")
+    (tmp_path / "metrics.csv").symlink_to("theirs")
+    with opened(tmp_path / "metrics.csv", mode) as file:
+        file.write(b"ours")
+    assert (tmp_path / "theirs").read_text() == "theirs"
+    assert (tmp_path / "metrics.csv").read_bytes() == b"ours"
+
+
+def test_a_lock_that_is_a_pipe_keeps_nobody(tmp_path):
+    os.mkfifo(tmp_path / ".lock")
+    assert not is_locked(tmp_path / ".lock")
+
+
+def test_a_pattern_of_many_stars_is_looked_for_once(monkeypatch):
+    """In a folder with a link to itself each `**` would multiply what there is to look at."""
+    asked = []
+    monkeypatch.setattr("glob.glob", lambda pattern, **_: asked.append(pattern) or [])
+    with refused("no file is called so"):
+        open_photos([Path("d/**/**/**/x.png")])
+    assert asked == ["d/**/x.png"]
+
+
+def test_a_report_names_files_of_any_name(tmp_path):
+    paths = RunPaths(tmp_path, "a")
+    for name in ("\x1b[2J", "\udce9", "<b>"):
+        write(str(paths.results / name), b"")
+    assert all(name.isprintable() for name in files_of(SimpleNamespace(paths=paths)))
+
+
 # what is printed and written
 
 
@@ -102,6 +159,7 @@ def test_names_reach_no_terminal_raw(name):
     console.print(name[:80], markup=False)
     assert text.getvalue().replace("\n", "").isprintable()
     assert "[bold]" in text.getvalue()
+    check_sentence(str(InputError(f"head {name}: no such file")))
     note("images", f"left out: {name}")
     assert noted()["images"].replace("\n", "").isprintable()
     if "\udce9" not in name:

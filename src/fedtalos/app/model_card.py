@@ -10,10 +10,11 @@ from pathlib import Path
 
 from fedtalos._version import __version__
 from fedtalos.app.card_facts import data_set, plain, rows, training_facts, weights_at_start
-from fedtalos.app.run.recorder import MOST_BYTES
+from fedtalos.app.run.recorder import MetricsLine
 from fedtalos.app.trained import TrainedRun
+from fedtalos.data.hub_dataset import HUB, place_of
 from fedtalos.errors import InputError, shown
-from fedtalos.facts import read_file
+from fedtalos.facts import read_table
 from fedtalos.metrics import wilson
 
 LIBRARIES = {"safetensors-timm": "timm", "hf": "transformers", "torchscript": "pytorch", "onnx": "onnx"}
@@ -101,12 +102,10 @@ def test_accuracy(trained: TrainedRun) -> tuple[float, int] | None:
 def _test_images(path: Path) -> int:
     """Images of the test split that were read, by the run's last line; 0 where nobody says."""
     try:
-        lines = read_file(path, str(path), most=MOST_BYTES).decode().splitlines()
-        columns = lines[0].split(",")
-        of_test = [line.split(",") for line in lines[1:] if line.split(",")[1] == "test"]
-        return int(of_test[-1][columns.index("examples")])
-    except (InputError, ValueError, IndexError):
+        _, lines = read_table(MetricsLine, path, first="step")
+    except InputError:
         return 0
+    return next((line.examples or 0 for line in reversed(lines) if line.split == "test"), 0)
 
 
 def _fields(trained: TrainedRun, format: str, license: str | None) -> str:
@@ -114,7 +113,7 @@ def _fields(trained: TrainedRun, format: str, license: str | None) -> str:
     from huggingface_hub import EvalResult, ModelCardData
 
     name, results = data_set(trained), None
-    on_hub = ON_THE_HUB.get(name) or (name.removeprefix("hf:") if name.startswith("hf:") else None)
+    on_hub = ON_THE_HUB.get(name) or ("/".join(place_of(name)[0].split("/")[:2]) if name.startswith(HUB) else None)
     if (accuracy := test_accuracy(trained)) is not None:
         share, images = accuracy
         results = [

@@ -11,7 +11,7 @@ import pooch
 import requests
 
 from fedtalos.errors import InputError, shown
-from fedtalos.files import naming
+from fedtalos.files import naming, opened
 from fedtalos.progress import Bar, silent
 
 HOME = "https://www.cs.toronto.edu/~kriz/"
@@ -86,7 +86,7 @@ def _download(url: str, output: str, archives: pooch.Pooch, *, bar: Bar) -> None
 
 def _append(response: requests.Response, part: Path, bar: Bar) -> None:
     continues = response.status_code == requests.codes.partial_content  # a plain 200 sends the whole file again
-    with part.open("ab" if continues else "wb") as file:
+    with opened(part, "ab" if continues else "wb") as file:
         length = response.headers.get("Content-Length")
         total = None if length is None else file.tell() + int(length)
         with bar(part.stem, total, "bytes") as advance:

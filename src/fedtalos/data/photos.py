@@ -4,6 +4,7 @@ Letters: N images, S pixels a side.
 """
 
 import glob
+import re
 import warnings
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
@@ -130,7 +131,8 @@ def _found(place: Path) -> Iterator[tuple[Path, bool]]:
             raise InputError(f"{place}: no such image or folder; give files, folders, or a pattern in quotes")
         yield place, True
     else:
-        matching = [Path(path) for path in sorted(glob.glob(str(place), recursive=True))]  # noqa: PTH207  "/x/*" too
+        pattern = re.sub(r"(\*\*/)+", "**/", str(place))  # the same files, found once
+        matching = [Path(path) for path in sorted(glob.glob(pattern, recursive=True))]  # noqa: PTH207  "/x/*" too
         if not matching:
             raise InputError(f"{shown(str(place))}: no file is called so; mend the pattern")
         for match in matching:

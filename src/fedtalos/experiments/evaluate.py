@@ -20,6 +20,7 @@ from fedtalos.data.images import LabelledImages
 from fedtalos.data.photos import read_labelled_folder
 from fedtalos.devices import Precision, choose_precision
 from fedtalos.errors import InputError, shown
+from fedtalos.files import refuse_link
 from fedtalos.models.backbone import Backbone
 from fedtalos.notes import noted
 from fedtalos.training.confusion import Confusion, confusion
@@ -68,6 +69,7 @@ def run(config: EvaluateConfig, console: Console) -> None:
 def show(config: EvaluateConfig, subject: Subject, found: Confusion, console: Console) -> None:
     """Write the tables and the figure that were asked for, and print what stands out in them."""
     folder = config.output_dir / "evaluations" / subject.name
+    refuse_link(folder)
     written = []
     if config.per_class:
         console.print(lowest_classes(found, subject.classes))

@@ -27,7 +27,7 @@ from fedtalos.app.sweep.growing import GrowingTable
 from fedtalos.app.sweep.plots import check_data, check_lines, plot_grid
 from fedtalos.app.sweep.tables import over_seeds, print_table, read_result, write_tables
 from fedtalos.errors import InputError, TrainingError, shown
-from fedtalos.files import remove_leftovers
+from fedtalos.files import refuse_link, remove_leftovers
 
 State = Literal["finished", "unfinished", "to do"]
 GIVEN = ("weights", "output_dir", "data_dir", "device", "precision", "threads", "workers")
@@ -54,7 +54,11 @@ def run(config: SweepConfig, console: Console) -> None:
         show_plan(chosen, finished, states, console)
         return
     for place in (folder.results, folder.plots):
+        refuse_link(place)
         remove_leftovers(place)
+    for cell in cells:
+        if states[cell.name] == "finished":  # it may have been killed before its log was taken away
+            _log_path(cell, folder.results).unlink(missing_ok=True)
     to_do = [cell for cell in chosen if states[cell.name] != "finished"]
     say(console, f"{config.grid}: {len(chosen) - len(to_do)} of {len(chosen)} runs are finished")
     failed = run_all(to_do, states, folder.results, console, again=f"fedtalos sweep {config.grid}")
@@ -143,7 +147,7 @@ def run_all(
             continue
         write_yaml(_recipe_path(cell, folder), cell.recipe)
         try:
-            with growing.running(number, cell, folder / f"{cell.name}.log") as quiet, suppress(AlreadyFinished):
+            with growing.running(number, cell, _log_path(cell, folder)) as quiet, suppress(AlreadyFinished):
                 run_one(resumed(cell) if states[cell.name] == "unfinished" else cell.config, quiet)
             growing.add(number, cell)
         except BrokenPipeError:  # nobody is left to read
@@ -168,6 +172,10 @@ def resumed(cell: Cell) -> RunConfig:
     now = {key: value for key, value in flatten(cell.config).items() if key in MAY_DIFFER}
     options = {**saved_options(cell.paths, cell.config.command), **now, "resume": True}
     return override(type(cell.config)(), options, str(cell.paths.config))
+
+
+def _log_path(cell: Cell, folder: Path) -> Path:
+    return folder / f"{cell.name}.log"
 
 
 def _recipe_path(cell: Cell, folder: Path) -> Path:

@@ -9,8 +9,8 @@ from fedtalos.app.config.options import EVERYDAY, Options, unset
 from fedtalos.data.class_groups import GroupOrder
 
 MergeRule = Literal["sum", "mean", "ties", "dare", "magmax", "consensus", "lines", "fisher", "regmean", "tsv", "iso_c"]
-Factor = Annotated[Literal["auto"] | float, tyro.conf.arg(constructor=str, metavar="auto|X")]
-"""A factor on a vector; a string until it is checked, so that what is no number is refused in one sentence."""
+Factor = Annotated[Literal["auto"] | float, tyro.conf.arg(metavar="auto|X")]
+"""A factor on a vector."""
 
 
 class ApartOptions(Options):
@@ -30,7 +30,7 @@ class ApartOptions(Options):
     one_shot: Annotated[bool, EVERYDAY] = Field(
         False, description="train every client (with --tasks: every task) once, from the same start, and merge them"
     )
-    merge: Annotated[MergeRule, tyro.conf.arg(constructor=str, metavar="RULE")] = Field(
+    merge: Annotated[MergeRule, tyro.conf.arg(metavar="RULE")] = Field(
         "sum",
         description="how vectors become one: sum, mean (by images), ties, dare, magmax, consensus, lines, fisher or "
         "regmean (by sums over the clients' images), tsv, iso_c",

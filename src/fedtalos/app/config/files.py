@@ -1,6 +1,5 @@
 """Options in YAML: config files and presets to a checked config, and back."""
 
-import difflib
 import math
 from collections.abc import Iterable, Mapping
 from importlib import resources
@@ -12,7 +11,7 @@ from pydantic import BaseModel
 
 from fedtalos.app.config.options import Options
 from fedtalos.app.config.schema import RUN_CONFIGS, Config
-from fedtalos.errors import InputError, shown
+from fedtalos.errors import InputError, nearest, shown
 from fedtalos.facts import read_file
 
 NOT_IN_FILES = {"config", "preset", "resume", "resume_or_start"}
@@ -56,10 +55,11 @@ def flatten(config: BaseModel) -> dict[str, Any]:
     return flat
 
 
-def override(config: ConfigT, values: Mapping[str, Any], source: str) -> ConfigT:
+def override(config: ConfigT, values: Mapping[str, Any], source: str | None = None) -> ConfigT:
     """Copy ``config`` with ``values``, by option name, in place of its own.
 
-    Raises FileError, which names ``source`` and the option, for unknown options and values outside their limits.
+    Raises FileError, which names the ``source`` and the option, for unknown options and values outside their limits;
+    InputError, which names the option alone, where there is no source, for then they are flags.
 
     >>> override(FederatedConfig(), {"num_rounds": 20}, "mine.yaml").federation.num_rounds
     20
@@ -75,6 +75,8 @@ def override(config: ConfigT, values: Mapping[str, Any], source: str) -> ConfigT
     try:
         return type(config)(**nested)
     except InputError as error:
+        if source is None:
+            raise
         raise FileError(f"{source}: {error}") from error
 
 
@@ -128,16 +130,6 @@ def _check_once(keys: Iterable[yaml.Node]) -> None:
             if key.value in seen:
                 raise yaml.MarkedYAMLError(problem=f"{shown(key.value)} is said twice", problem_mark=key.start_mark)
             seen.add(key.value)
-
-
-def nearest(name: str, known: Iterable[str]) -> str:
-    """Suggest the known name that is most alike, as the end of a sentence, or nothing.
-
-    >>> nearest("num_clents", ["num_clients", "num_rounds"])
-    "; did you mean 'num_clients'?"
-    """
-    close = difflib.get_close_matches(name, list(known), n=1)
-    return f"; did you mean {shown(close[0])}?" if close else ""
 
 
 def from_file(path: Path, command: str) -> dict[str, Any]:
@@ -202,8 +194,8 @@ def named_entry(what: str, name: str) -> tuple[dict[str, Any], str]:
             raise InputError(f"{what} {name!r} in {path}: expected 'option: value' lines, got {shown(entries[name])}")
         return dict(entries[name]), f"{what} {name!r} in {path}"
     places = " and ".join(map(str, paths))
-    listed = nearest(name, there) or "; it has " + ", ".join(there)
-    raise InputError(f"{what}: no {name!r} in {places}{listed}")
+    listed = nearest(name, there) or "; it has " + ", ".join([*there[:6], *(["..."] if len(there) > 6 else [])])
+    raise InputError(f"{what}: no {shown(name)} in {places}{listed}")
 
 
 def from_preset(name: str, command: str) -> dict[str, Any]:

@@ -78,14 +78,14 @@ def page(name: str, config_type: type[Options], *, every: bool) -> str:
         hidden = sum(map(len, found.values())) - sum(map(len, chosen.values()))
         found = chosen
     fields_found = [item for fields in found.values() for item in fields.items()]
-    given = [_argument(n, f) for n, f in fields_found if is_positional(f) or f.is_required()]
+    given = [argument(n, f) for n, f in fields_found if is_positional(f) or f.is_required()]
     lines = [" ".join(["usage: fedtalos", name, *given, "[OPTIONS]"]), ""]
     lines += textwrap.wrap(config_type.__doc__ or "", WIDTH)
     for title, fields in found.items():
         if fields:
             lines += ["", title]
         for option, field in fields.items():
-            lines += _entry(_argument(option, field), field.description or "", hint(field))
+            lines += _entry(argument(option, field), field.description or "", hint(field))
     if hidden:
         lines += ["", f"fedtalos {name} --help_all shows {hidden} more options."]
     return "\n".join(lines) + "\n"
@@ -111,8 +111,16 @@ def sections(config_type: type[Options]) -> dict[str, dict[str, FieldInfo]]:
 
 def option_names(config_type: type[Options]) -> dict[str, FieldInfo]:
     """Collect everything that a command takes as --flags."""
-    every = {name: field for fields in sections(config_type).values() for name, field in fields.items()}
-    return {name: field for name, field in every.items() if not is_positional(field)}
+    return {name: field for name, field in every_option(config_type).items() if not is_positional(field)}
+
+
+def every_option(config_type: type[Options]) -> dict[str, FieldInfo]:
+    """Collect everything that a command takes, those without a flag first.
+
+    >>> list(every_option(EvaluateConfig))[0]
+    'checkpoint'
+    """
+    return {name: field for fields in sections(config_type).values() for name, field in fields.items()}
 
 
 def heading(group: type[Options]) -> str:
@@ -128,6 +136,11 @@ def is_everyday(field: FieldInfo) -> bool:
 def is_positional(field: FieldInfo) -> bool:
     """Tell whether an option is given without a flag."""
     return tyro.conf.Positional in field.metadata
+
+
+def takes_several(field: FieldInfo) -> bool:
+    """Tell whether an option takes any number of values."""
+    return any(get_origin(kind) is tuple for kind in (field.annotation, *get_args(field.annotation)))
 
 
 def choices(annotation: Any) -> list[str]:
@@ -173,11 +186,15 @@ def hint(field: FieldInfo) -> str:
     return f"[{'; '.join(inside)}]" if inside else ""
 
 
-def _argument(name: str, field: FieldInfo) -> str:
-    """An option as it is written, with a word for its value."""
+def argument(name: str, field: FieldInfo) -> str:
+    """Write an option as it is given, with a word for its value.
+
+    >>> argument("seed", RunOptions.model_fields["seed"])
+    '--seed N'
+    """
     marks = [mark.metavar for mark in field.metadata if getattr(mark, "metavar", None)]
     metavar = marks[0] if marks and not marks[0].startswith("{") else None
-    several = get_origin(field.annotation) is tuple
+    several = takes_several(field)
     kinds = types(field.annotation)
     word = metavar or (WORDS.get(kinds[0], "") if kinds else "NAME")
     if is_positional(field):

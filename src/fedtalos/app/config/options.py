@@ -1,5 +1,6 @@
 """The base of every group of options: limits, one-sentence errors, and marks for the help."""
 
+import re
 from pathlib import Path
 from typing import Any, Self, get_args
 
@@ -7,7 +8,7 @@ import tyro
 from pydantic import BaseModel, ConfigDict, ModelWrapValidatorHandler, ValidationError, model_validator
 from pydantic.fields import FieldInfo
 
-from fedtalos.errors import InputError, shown
+from fedtalos.errors import InputError, nearest, shown
 
 
 class Everyday:
@@ -100,5 +101,8 @@ def sentence(error: ValidationError) -> str:
     """Put the first thing that is wrong into one sentence with the option's name."""
     option = error.errors()[0]["loc"][0]
     # Of a choice between types, the last says more: "auto" or a number.
-    first = [each for each in error.errors() if each["loc"][:1] == (option,)][-1]
-    return f"{option}: {first['msg'][0].lower()}{first['msg'][1:]}, got {shown(first['input'])}"
+    wrong = [each for each in error.errors() if each["loc"][:1] == (option,)]
+    first, came = wrong[-1], wrong[-1]["input"]
+    words = [word for each in wrong for word in re.findall("'([^']+)'", each.get("ctx", {}).get("expected", ""))]
+    hint = nearest(came, words) if isinstance(came, str) else ""
+    return f"{option}: {first['msg'][0].lower()}{first['msg'][1:]}, got {shown(came)}{hint}"

@@ -339,7 +339,7 @@ class EditingOptions(Options):
     criterion: Annotated[
         Criterion,
         EVERYDAY,
-        tyro.conf.arg(constructor=str, metavar="NAME"),
+        tyro.conf.arg(metavar="NAME"),
         BeforeValidator(lambda value: "least_sensitive" if value == "talos" else value),
     ] = Field("least_sensitive", description="entries that may move; least_sensitive is TaLoS, and talos works too")
     eligible: Eligible = Field(

@@ -18,6 +18,8 @@ from fedtalos.app.config.watching import CompareConfig, RunsConfig
 from fedtalos.training.editing.combine import JoinRule
 
 FigureFormat = Literal["png", "pdf", "svg"]
+MOST_FILES = 100
+"""Masks at once; each is compared with each."""
 
 
 class EvaluateConfig(Options):
@@ -64,7 +66,7 @@ class PlotConfig(Options):
     runs: Annotated[tuple[Path, ...], tyro.conf.Positional] = Field(
         (), description="run names, or folders of results; or a sweep's"
     )
-    masks: tuple[Path, ...] = Field((), description="mask files to draw")
+    masks: tuple[Path, ...] = Field((), max_length=MOST_FILES, description="mask files to draw")
     name: Annotated[str | None, unset("NAME", "the names of the runs, or of the masks")] = Field(
         None, description="name of the folder under plots/"
     )
@@ -153,7 +155,7 @@ class MaskCompareConfig(Options):
 
     command: ClassVar[str] = "compare"
 
-    masks: Files = Field(description="mask files, each with its own name")
+    masks: Files = Field(max_length=MOST_FILES, description="mask files, each with its own name")
     name: Annotated[str | None, unset("NAME", "the names of the masks")] = Field(
         None, description="name of the folder under plots/"
     )
@@ -165,7 +167,7 @@ class MaskCombineConfig(Options):
 
     command: ClassVar[str] = "combine"
 
-    masks: Files = Field(description="mask files of one model and its weights")
+    masks: Files = Field(max_length=MOST_FILES, description="mask files of one model and its weights")
     rule: JoinRule = Field("union", description="votes that an entry needs: one, all, over half, or the --quorum")
     quorum: float = Field(0.5, gt=0, le=1, description="rule vote: share of the masks that must let an entry move")
     name: NewName = Field(description="name of the new file under masks/")

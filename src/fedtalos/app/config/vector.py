@@ -103,7 +103,7 @@ class VectorMergeConfig(ValidationOptions):
     command: ClassVar[str] = "merge"
 
     vectors: Vectors = Field(description="vector files of one base")
-    method: Annotated[MergeRule, tyro.conf.arg(constructor=str, metavar="RULE")] = Field(
+    method: Annotated[MergeRule, tyro.conf.arg(metavar="RULE")] = Field(
         "sum",
         description="sum, mean, ties, dare, magmax, consensus, lines, tsv or iso_c; fisher and regmean want clients' "
         "images, so they are rules of federated --merge",

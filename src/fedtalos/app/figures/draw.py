@@ -21,14 +21,13 @@ from fedtalos.app.figures.records import FEW, History, read_history, read_report
 from fedtalos.app.figures.style import drawable, rendered
 from fedtalos.app.run.courses import read_courses
 from fedtalos.app.run.runs import check_one_data_set
-from fedtalos.app.run.split_file import read_split, split_title
+from fedtalos.app.run.split_file import counts_shown, read_split, split_title
 from fedtalos.errors import InputError
 from fedtalos.facts import Count, Number, facts_from, open_schema
 from fedtalos.files import refuse_link, write_atomic
 from fedtalos.training.editing.combine import overlap
 from fedtalos.training.editing.describe import density_table
 from fedtalos.training.editing.mask_file import read_mask_file
-from fedtalos.training.federated.clients import class_counts
 from fedtalos.training.federated.partition import Scheme
 
 LONGEST_NAME = 100
@@ -168,17 +167,15 @@ def _split(run_dir: Path) -> dict[str, Figure]:
     split = read_split(run_dir)
     if split is None:
         return {}
-    held_by = int(split.client.max()) + 1
-    shown = min(held_by, figures.MOST_CLIENTS)
-    counts = class_counts(split.client, split.label, shown, len(split.classes))
-    number = f"{held_by} clients" if shown == held_by else f"the first {shown} of {held_by:,} clients"
+    counts, number = counts_shown(split)
     path = run_dir / "config.yaml"
     options = facts_from(_SplitOptions, read_yaml(path), f"{path}: expected the run's options", "make the run anew")
-    if options.partition == "iid" and held_by > MANY_ALIKE:
+    if options.partition == "iid" and split.client.max() >= MANY_ALIKE:
         return {}
     name = split_title(options.partition, options.classes_per_client, options.alpha)
     title = f"Images of each class at each client\n{name}, {number}"
-    return {"clients": figures.clients(counts, [drawable(name, 40) for name in split.classes], title)}
+    names = [drawable(name, 40) for name in split.classes[: counts.shape[1]]]
+    return {"clients": figures.clients(counts, names, title)}
 
 
 def _courses(run_dir: Path) -> dict[str, Figure]:

@@ -6,9 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fedtalos.app.figures.style import drawable
-from fedtalos.app.run.books import MOST_ROWS as EDIT_ROWS
 from fedtalos.app.run.books import ReportRow
-from fedtalos.app.run.recorder import MOST_BYTES, MOST_ROWS, MetricsLine, known
+from fedtalos.app.run.recorder import MetricsLine, known
 from fedtalos.errors import InputError, shown
 from fedtalos.facts import read_table
 from fedtalos.training.editing.describe import DensityRow
@@ -71,7 +70,7 @@ def read_history(run_dir: Path) -> History:
             f"run {run_dir}: expected a run's folder, found no metrics.csv in it; "
             "give a folder under results/ that `fedtalos centralized` or `fedtalos federated` made"
         )
-    columns, lines = read_table(MetricsLine, path, most_bytes=MOST_BYTES, most_rows=MOST_ROWS, first="step")
+    columns, lines = read_table(MetricsLine, path, first="step")
     if (step_name := columns[0]) not in _STEP_NAMES:
         raise InputError(
             f"{path}: expected the columns round or epoch, split ..., got {shown(step_name)} first; make the run anew"
@@ -90,9 +89,7 @@ def _row(line: MetricsLine) -> Row:
 def read_report(run_dir: Path) -> dict[int, list[DensityRow]]:
     """Read an edit's report.csv: the density rows of each iteration. InputError where it cannot be read."""
     path = run_dir / "report.csv"
-    _, lines = read_table(
-        ReportRow, path, most_bytes=MOST_BYTES, most_rows=EDIT_ROWS, advice="name a run of `fedtalos editing`"
-    )
+    _, lines = read_table(ReportRow, path, advice="name a run of `fedtalos editing`")
     iterations: dict[int, list[DensityRow]] = {}
     for line in lines:
         if line.active > line.entries:

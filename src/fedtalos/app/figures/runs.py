@@ -21,8 +21,6 @@ from fedtalos.metrics import wilson
 from fedtalos.training.editing.describe import KINDS, DensityRow
 
 MOST_RUNS = MOST_LINES
-MOST_CLIENTS = 200  # the first ones: their columns are five pixels wide, and others would look alike
-
 _GREY = "#555555"
 CELLS = LinearSegmentedColormap.from_list("blue", ["#C2DBED", "#0072B2", "#00263B"])
 _SHARES = LinearSegmentedColormap.from_list("white to blue", ["#FFFFFF", "#9CC9E5", "#0072B2", "#00263B"])

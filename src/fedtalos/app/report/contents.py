@@ -1,33 +1,29 @@
 """Contents of a report, gathered from what runs left behind: figures, curves, splits, masks, options."""
 
-import csv
-import io
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from statistics import fmean
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import yaml
 from annotated_types import MaxLen
 
 from fedtalos.app.config.files import read_yaml
 from fedtalos.app.figures.records import History, read_history
-from fedtalos.app.figures.runs import MOST_CLIENTS
 from fedtalos.app.report.mistakes import Classes
 from fedtalos.app.report.pictures import map_of
 from fedtalos.app.run.paths import RunPaths
 from fedtalos.app.run.resume import MAY_DIFFER
-from fedtalos.app.run.split_file import read_split, split_title
+from fedtalos.app.run.split_file import counts_shown, read_split, split_title
 from fedtalos.app.run.units import duration, megabytes, percent, thousands
 from fedtalos.app.sweep.tables import Spread
-from fedtalos.errors import InputError
-from fedtalos.facts import Count, Number, Word, facts_from, open_schema, read_file
+from fedtalos.errors import InputError, printable
+from fedtalos.facts import Count, Number, Share, Word, facts_from, open_schema, read_table, table_schema
 from fedtalos.metrics import wilson
 from fedtalos.training.editing.describe import density_table
 from fedtalos.training.editing.mask_file import read_mask_file
-from fedtalos.training.federated.clients import class_counts
 
 UNKNOWN = dict.fromkeys(("command_line", "device", "commit", "fedtalos", "torch", "started"), "unknown")
 MOST_POINTS = 400
@@ -182,14 +178,11 @@ def split_of(run: RunRecord) -> Split | None:
     split = read_split(run.paths.results)
     if split is None:
         return None
-    held_by = int(split.client.max()) + 1
-    shown = min(held_by, MOST_CLIENTS)
-    counts = class_counts(split.client, split.label, shown, len(split.classes)).T
-    number = f"{held_by} clients" if shown == held_by else f"the first {shown} of {thousands(held_by)} clients"
+    counts, number = counts_shown(split)
     config = run.config
     scheme = split_title(str(config.get("partition")), config.get("classes_per_client"), config.get("alpha"))
     title = f"{scheme}, {number}: darkest are {thousands(float(counts.max()))} images, empty cells none"
-    return Split(title, map_of(counts.astype(float)))
+    return Split(title, map_of(counts.T.astype(float)))
 
 
 @dataclass(frozen=True)
@@ -229,17 +222,22 @@ class ClientAccuracies:
     worst: str
 
 
+@table_schema
+@dataclass(frozen=True)
+class _ClientLine:
+    """The column of client_accuracy.csv that is shown; empty where no class of the client's was tested."""
+
+    accuracy: Share | Literal[""]
+
+
 def client_accuracies(run: RunRecord) -> ClientAccuracies | None:
     """Read client_accuracy.csv; None where the run has none (``--client_evaluation`` makes it)."""
     path = run.paths.results / "client_accuracy.csv"
     if not path.is_file():
         return None
-    text = read_file(path, str(path), most=2**26).decode("utf-8", "replace")
-    try:
-        found = sorted(100 * float(row["accuracy"]) for row in csv.DictReader(io.StringIO(text)) if row["accuracy"])
-    except (KeyError, ValueError, csv.Error) as error:
-        raise InputError(f"{path}: expected client, examples and accuracy; make the run anew") from error
-    if not found or not all(0 <= share <= 100 for share in found):
+    _, lines = read_table(_ClientLine, path)
+    found = sorted(100 * line.accuracy for line in lines if isinstance(line.accuracy, float))
+    if not found:
         return None
     worst = found[: max(1, len(found) // 10)]
     return ClientAccuracies(found, f"{fmean(found):.1f} %", f"{fmean(worst):.1f} %")
@@ -279,7 +277,7 @@ def files_of(run: RunRecord) -> list[str]:
     paths = run.paths
     folders = (paths.results, paths.plots, paths.checkpoints)
     return [
-        str(path.relative_to(paths.root))
+        printable(str(path.relative_to(paths.root)))
         for folder in folders
         if folder.is_dir()
         for path in sorted(folder.iterdir())

@@ -11,7 +11,7 @@ from torch import Tensor
 from fedtalos.app.run.paths import RunPaths
 from fedtalos.checkpoint import load_checkpoint, save_checkpoint
 from fedtalos.errors import InputError
-from fedtalos.facts import Count, Share, open_schema, schema
+from fedtalos.facts import MOST_ROWS, Count, Share, open_schema, schema
 from fedtalos.training.editing.describe import KINDS, OUTSIDE, density_table
 from fedtalos.training.editing.eligible import Eligible, mask_of
 from fedtalos.training.editing.ranking import Groups
@@ -19,8 +19,6 @@ from fedtalos.training.editing.talos import Iteration
 from fedtalos.training.entries import Entries
 
 Rows = list[dict[str, Any]]
-MOST_ROWS = 200_000
-"""Rows of a report: a thousand iterations of 24 blocks of 8 kinds."""
 Number = Annotated[int, Interval(ge=0, le=10**6)]
 """Number of an iteration."""
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fedtalos.app.merging import factor
 from fedtalos.app.run.apart import AFTER, Apart
-from fedtalos.app.run.recorder import MOST_BYTES, MOST_ROWS, known, write_csv
+from fedtalos.app.run.recorder import known, write_csv
 from fedtalos.data.images import LabelledImages
 from fedtalos.errors import InputError
 from fedtalos.facts import read_table, table_schema
@@ -118,7 +118,7 @@ def read_courses(run_dir: Path) -> dict[tuple[str, str], Course]:
     path = run_dir / FILE
     if not path.is_file():
         return {}
-    _, lines = read_table(CourseLine, path, most_bytes=MOST_BYTES, most_rows=MOST_ROWS)
+    _, lines = read_table(CourseLine, path)
     cells: dict[tuple[str, str], dict[tuple[int, int], float]] = {}
     for line in lines:
         cells.setdefault((line.row, line.head), {})[line.after, line.task] = known(line.accuracy)

@@ -22,7 +22,7 @@ from fedtalos.app.run.runs import made_by_then
 from fedtalos.app.run.trackers import require_tracker
 from fedtalos.checkpoint import remove_replaced
 from fedtalos.errors import InputError
-from fedtalos.files import locked, remove_leftovers
+from fedtalos.files import locked, refuse_link, remove_leftovers
 from fedtalos.notes import noted
 
 
@@ -62,8 +62,11 @@ def claimed(paths: RunPaths) -> Iterator[None]:
     """Inside, no other process works on the run; what a killed one left is removed.
 
     The lock is the operating system's, so it ends with the process that holds it. Where the run does not come to
-    begin, nothing of it stays. Raises InputError where another process has the run, or the file system has no locks.
+    begin, nothing of it stays. Raises InputError where another process has the run, a folder of it is a link, or the
+    file system has no locks.
     """
+    for folder in (paths.results, paths.checkpoints, paths.plots):
+        refuse_link(folder)
     made = [folder for folder in (paths.results, *paths.results.parents) if not folder.exists()]
     paths.results.mkdir(parents=True, exist_ok=True)
     is_new = not paths.lock.exists()

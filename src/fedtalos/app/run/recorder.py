@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import version
+from itertools import islice
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -21,12 +22,10 @@ from annotated_types import Interval
 from fedtalos._version import __version__
 from fedtalos.app.run.trackers import Tracker
 from fedtalos.errors import InputError, printable
-from fedtalos.facts import read_file, table_of, table_schema
-from fedtalos.files import naming, write_atomic
+from fedtalos.facts import MOST_TABLE, read_file, table_of, table_schema
+from fedtalos.files import naming, opened, write_atomic
 from fedtalos.metrics import Metrics
 
-MOST_BYTES, MOST_ROWS = 2**26, 200_000
-"""Size of a metrics.csv that is read again: of 100 000 rounds that are validated each time."""
 LARGEST = 1e18
 """Largest number in it; axes of figures fail beyond."""
 COLUMNS = ("split", "loss", "accuracy", "examples", "learning_rate", "bytes_down", "bytes_up", "seconds")
@@ -156,8 +155,8 @@ class Recorder:
         if self._kept is not None:
             write_atomic(self._path, _csv(self._kept))
             self._kept = None
-        with naming(self._path), self._path.open("a", encoding="utf-8") as file:
-            file.write(_csv([row]))
+        with naming(self._path), opened(self._path, "ab") as file:
+            file.write(_csv([row]).encode())
             file.flush()
             os.fsync(file.fileno())
         logged = {f"{split}/loss": metrics.loss, f"{split}/accuracy": metrics.accuracy, "seconds": self.seconds}
@@ -182,14 +181,14 @@ def _whole_rows(path: Path, header: list[str]) -> list[list[str]]:
 
     Raises InputError where the table is not what this version writes.
     """
-    content = read_file(path, str(path), most=MOST_BYTES) if path.exists() else b""
-    try:
-        rows = list(csv.reader(io.StringIO(content[: content.rfind(b"\n") + 1].decode())))
-        if (rows and rows[0] != header) or not all(len(row) == len(header) and int(row[0]) >= 0 for row in rows[1:]):
-            raise ValueError("other columns")
-    except (ValueError, csv.Error) as error:
-        raise InputError(f"{path}: broken, or of another version; start a run of another name") from error
-    if rows:
-        text = _csv(rows).encode()
-        table_of(MetricsLine, text, path, most_rows=MOST_ROWS, first="step", advice="start a run of another name")
-    return rows[1:]
+    content = read_file(path, str(path), most=MOST_TABLE) if path.exists() else b""
+    content = content[: content.rfind(b"\n") + 1]
+    if not content:
+        return []
+    # Read by the schema first: then there are not too many rows to keep.
+    columns, lines = table_of(MetricsLine, content, path, first="step", advice="start a run of another name")
+    rows = csv.reader(io.StringIO(content.decode()))
+    kept = [row for row in islice(rows, len(lines) + 1) if len(row) == len(header)][1:]
+    if columns != header or len(kept) != len(lines):
+        raise InputError(f"{path}: broken, or of another version; start a run of another name")
+    return kept

@@ -8,13 +8,14 @@ from typing import Annotated, Literal
 
 from annotated_types import Interval, MaxLen
 
-from fedtalos.app.config.files import nearest, read_yaml
+from fedtalos.app.config.files import read_yaml
 from fedtalos.app.run.books import Edited
 from fedtalos.app.run.paths import RunPaths
-from fedtalos.app.run.recorder import MOST_BYTES, MOST_ROWS, MetricsLine, known
-from fedtalos.errors import InputError
+from fedtalos.app.run.recorder import MetricsLine, known
+from fedtalos.errors import InputError, nearest
 from fedtalos.facts import (
     MOST_JSON,
+    MOST_TABLE,
     Count,
     Word,
     facts_from,
@@ -164,9 +165,9 @@ def _rows(path: Path) -> list[_Line]:
     """Whole lines of a table that may be written to at this moment."""
     if not path.exists():
         return []
-    content = read_file(path, str(path), most=MOST_BYTES)
+    content = read_file(path, str(path), most=MOST_TABLE)
     content = content[: content.rfind(b"\n") + 1]
-    return table_of(_Line, content, path, most_rows=MOST_ROWS, first="step")[1] if content else []
+    return table_of(_Line, content, path, first="step")[1] if content else []
 
 
 def _edit(paths: RunPaths, state: State, total: int) -> Run:

@@ -11,17 +11,22 @@ import numpy as np
 from numpy.lib import format as npy
 
 from fedtalos.app.config.schema import SplitOptions
+from fedtalos.data.sampling import Ids
 from fedtalos.errors import InputError
 from fedtalos.facts import MOST_CLASSES, read_file
 from fedtalos.files import write_atomic
-from fedtalos.training.federated.clients import Clients, Integers
+from fedtalos.training.federated.clients import Clients, Integers, class_counts
 
 MOST_BYTES = 2**28
 """Bytes of a split.npz; of 10 million images it has 80 million at most."""
 MOST_HEADER = 10_000
 """Bytes of an array's header, as numpy itself has it."""
-LONGEST = 4 * 1000
+MOST_IMAGES = 2**24
+"""Images of a split; ImageNet-21k has 14 million."""
+LONGEST = 4 * 255
 """Bytes of a class's name, 4 a character."""
+MOST_CLIENTS, MOST_SHOWN = 200, 1000
+"""Clients and classes that are drawn, the first ones: a client's column is five pixels wide then."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -87,6 +92,21 @@ def read_split(run_dir: Path) -> Manifest | None:
     return Manifest(client.astype(np.uint32), label.astype(np.uint32), names)
 
 
+def counts_shown(split: Manifest) -> tuple[Ids, str]:
+    """Count the images of each client and class (K, C) that a figure has room for; also says which these are.
+
+    >>> counts, which = counts_shown(read_split(Path("results/mine")))
+    >>> which
+    'the first 200 of 1,000 clients'
+    """
+    clients, classes = int(split.client.max()) + 1, len(split.classes)
+    rows, columns = min(clients, MOST_CLIENTS), min(classes, MOST_SHOWN)
+    there = split.label < columns
+    counts = class_counts(split.client[there], split.label[there], rows, columns)
+    which = f"{clients} clients" if rows == clients else f"the first {rows} of {clients:,} clients"
+    return counts, which if columns == classes else f"{which}, the first {columns} of {classes:,} classes"
+
+
 def _check_sizes(content: io.BytesIO) -> None:
     """Compare what each array is to take with the bytes that it has; ValueError where it is packed, or says more."""
     with zipfile.ZipFile(content) as archive:
@@ -102,5 +122,6 @@ def _check_sizes(content: io.BytesIO) -> None:
                 shape, _, dtype = npy.read_array_header_1_0(file, max_header_size=MOST_HEADER)
                 if math.prod(shape) * dtype.itemsize != member.file_size - file.tell() or dtype.itemsize == 0:
                     raise ValueError("arrays of another size than they say")
-                if len(shape) != 1 or (dtype.kind == "U" and (dtype.itemsize > LONGEST or shape[0] > MOST_CLASSES)):
-                    raise ValueError("too many names, or names that are too long")
+                most = MOST_CLASSES if dtype.kind == "U" else MOST_IMAGES
+                if len(shape) != 1 or shape[0] > most or (dtype.kind == "U" and dtype.itemsize > LONGEST):
+                    raise ValueError("too many names or images, or names that are too long")

@@ -15,12 +15,12 @@ from typing import Annotated, Any, Literal
 from pydantic import ConfigDict, Field, field_validator
 
 from fedtalos.app.config.checks import check_together
-from fedtalos.app.config.files import NOT_IN_FILES, FileError, flatten, groups, named_entry, nearest, override
+from fedtalos.app.config.files import NOT_IN_FILES, FileError, flatten, groups, named_entry, override
 from fedtalos.app.config.options import Options
 from fedtalos.app.config.schema import RUN_CONFIGS, RunConfig
 from fedtalos.app.run.paths import RunPaths, plain_name
 from fedtalos.app.run.resume import MAY_DIFFER
-from fedtalos.errors import InputError, shown
+from fedtalos.errors import InputError, nearest, shown
 
 MADE_BY_THE_SWEEP = {"run_name", "output_dir", "seed"}
 REFERENCE = "run:"

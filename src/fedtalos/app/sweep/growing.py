@@ -1,5 +1,6 @@
 """A sweep as it runs: a table that grows by a line per run, above a line of where the present run is."""
 
+import io
 import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -14,6 +15,7 @@ from fedtalos.app.run.watched import line_of
 from fedtalos.app.sweep.grid import Cell
 from fedtalos.app.sweep.tables import COLUMNS, cell_text, read_result
 from fedtalos.errors import printable
+from fedtalos.files import opened
 
 SHOWN = ("val_percent", "test_percent", "megabytes")
 WIDTHS = {name: max(len(COLUMNS[name]), 8) for name in SHOWN}
@@ -47,7 +49,7 @@ class GrowingTable:
         """Show where a run is, and give it a console that writes to ``log``; a traceback goes there too."""
         title = f"{self._heading(number)} {cell.name}"
         log.parent.mkdir(parents=True, exist_ok=True)
-        with log.open("w", encoding="utf-8", errors="backslashreplace", buffering=1) as file:
+        with io.TextIOWrapper(opened(log, "wb"), "utf-8", "backslashreplace", line_buffering=True) as file:
             try:
                 with line_of(self._console, title, cell.paths) if is_live(self._console) else nullcontext(), hidden():
                     yield Console(file=file, force_terminal=False, width=120)

@@ -3,10 +3,8 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
 
 import torch
-from annotated_types import Interval
 from torch import Tensor
 
 from fedtalos.checkpoint import load_checkpoint
@@ -15,7 +13,7 @@ from fedtalos.facts import ClassNames, open_schema
 from fedtalos.models.library_model import LibraryArchitecture, bare_model
 from fedtalos.models.vision_transformer import Architecture
 from fedtalos.models.weights import Weights
-from fedtalos.models.weights.pixels import Interpolation, Middle, Width
+from fedtalos.models.weights.pixels import Crop, Interpolation, Middle, Width
 from fedtalos.models.weights.read import architecture_of
 
 
@@ -33,7 +31,7 @@ class ModelFacts:
     std: tuple[Width, Width, Width]
     classes: ClassNames
     interpolation: Interpolation = "bilinear"
-    crop: Annotated[float, Interval(gt=0, le=1)] = 1.0
+    crop: Crop = 1.0
 
 
 def checkpoint_weights(path: Path) -> Weights:

@@ -24,6 +24,9 @@ from fedtalos.facts import facts_from, open_schema, read_file
 
 Channels = tuple[float, float, float]
 """One number per colour channel, for pixels in 0..1."""
+LEAST_CROP = 0.25
+Crop = Annotated[float, Interval(ge=LEAST_CROP, le=1)]
+"""Share of an image's side that a model sees; for a smaller one, images would be stored at many times their size."""
 Interpolation = Literal["bilinear", "bicubic"]
 Middle = Annotated[float, Interval(ge=-1e4, le=1e4)]
 """A mean of pixels, as files may state it."""
@@ -184,7 +187,7 @@ def _resizing(config: Mapping[str, Any]) -> tuple[Interpolation, float]:
     if crop is None and config.get("do_center_crop"):
         side, of = (_side(config.get(key)) for key in ("crop_size", "size"))
         crop = side / of if side and of else None
-    share = float(crop) if isinstance(crop, int | float) and 0 < crop <= 1 else 1.0
+    share = float(crop) if isinstance(crop, int | float) and LEAST_CROP <= crop <= 1 else 1.0
     return _RESAMPLE.get(kind, "bilinear") if isinstance(kind, int | str) else "bilinear", share
 
 

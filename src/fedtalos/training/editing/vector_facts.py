@@ -8,13 +8,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated
 
-from annotated_types import Interval, MaxLen
+from annotated_types import MaxLen
 
 from fedtalos._version import __version__
 from fedtalos.facts import ClassNames, Count, Word, schema
 from fedtalos.models.backbone import Backbone
 from fedtalos.models.heads import Head
-from fedtalos.models.weights.pixels import Interpolation, Middle, Width
+from fedtalos.models.weights.pixels import Crop, Interpolation, Middle, Width
 
 SEVERAL = "several"
 """Said of a sum of vectors where these disagree."""
@@ -39,7 +39,7 @@ class VectorFacts:
     """Mean by channel of the pixels that the base takes."""
     std: tuple[Width, Width, Width] = (0.5, 0.5, 0.5)
     interpolation: Interpolation = "bilinear"
-    crop: Annotated[float, Interval(gt=0, le=1)] = 1.0
+    crop: Crop = 1.0
     head: Word = "unknown"
     """Fingerprint of the base's head."""
     classes: ClassNames = ()
