@@ -65,7 +65,10 @@ def options_in(name: str, options: type[Options], words: Iterable[str]) -> dict[
             found[option] = _value(field, [word for word, _ in loose[:taken]])
             loose = loose[taken:]
         if option not in found and field.is_required():
-            raise InputError(f"{name}: expected {argument(option, field)}; `fedtalos {name} --help` says what it is")
+            what = f" ({field.description})" if field.description else ""
+            raise InputError(
+                f"{name}: expected {argument(option, field)}{what}, got nothing; see fedtalos {name} --help"
+            )
     if loose:
         raise _nobodys(name, *loose[0], every)
     return found

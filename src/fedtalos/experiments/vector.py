@@ -67,7 +67,7 @@ def show(config: VectorShowConfig, console: Console) -> list[Path]:
     from fedtalos.app.figures.draw import mask_names, name_together, write_figures
 
     _check_images(config, asked=config.base is not None, what="--base")
-    vectors = _load(config.vectors)
+    vectors = [load_vector(path) for path in config.vectors]
     check_together(vectors)
     names = mask_names(config.vectors)
     if len(set(names)) < len(names):
@@ -97,7 +97,7 @@ def apply_to_base(config: VectorApplyConfig, console: Console) -> list[Path]:
     folder = RunPaths(config.output_dir, plain_name("--name", config.name)).checkpoints
     if folder.exists():
         raise InputError(f"{folder} exists: move it away, or choose another --name")
-    vectors = _load(config.vectors)
+    vectors = [load_vector(path) for path in config.vectors]
     base = base_of(config.base, vectors, config.output_dir)
     alpha = config.alpha
     if alpha == "auto":
@@ -137,7 +137,7 @@ def merged(config: VectorMergeConfig, console: Console) -> list[Path]:
 
     def of_all() -> TaskVector:
         found = merge(
-            _load(config.vectors),
+            [load_vector(path) for path in config.vectors],
             config.method,
             share=config.share,
             drop=config.drop,
@@ -163,12 +163,6 @@ def _check_images(config: ValidationOptions, *, asked: bool, what: str) -> None:
     for name in () if asked else OF_IMAGES:
         if (value := getattr(config, name)) is not None:
             raise InputError(f"--{name} {value}: is of {what}; give that, or leave it out")
-
-
-def _load(paths: tuple[Path, ...]) -> list[TaskVector]:
-    if not paths:
-        raise InputError("vectors: expected one or more vector files, got none; runs with --save_vector write them")
-    return [load_vector(path) for path in paths]
 
 
 def _written(name: str, output_dir: Path, vector: Callable[[], TaskVector]) -> list[Path]:

@@ -25,6 +25,8 @@ Asgi = Callable[[Scope, Any, Any], Awaitable[None]]
 
 PARENT = "FEDTALOS_PARENT"
 """Environment variable with the process that starts a program, and with which it ends."""
+PATIENCE = 15
+"""Seconds that a program has to save what it has."""
 OPEN_TO_NODES = "/v1/fleet/"
 """Beginnings of the paths that other machines may ask of a SuperLink."""
 
@@ -122,7 +124,14 @@ def _is_here(scope: Scope) -> bool:
         return False
 
 
-def _end_with_parent(end: Callable[[], None] = lambda: signal.raise_signal(signal.SIGINT)) -> None:
+def _end() -> None:
+    """Stop this program as Ctrl-C does, so that it saves what it has; kill it where that is ignored."""
+    os.kill(os.getpid(), signal.SIGINT)  # unlike raise_signal it wakes the main thread
+    time.sleep(PATIENCE)
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def _end_with_parent(end: Callable[[], None] = _end) -> None:
     """End this program soon after the one that started it has ended, however that came, and even if nobody notes it.
 
     That may have been before this program had read its own modules, so its starter tells it who it is.
