@@ -1,6 +1,7 @@
 """Runs of tasks and of one round, and what forgetting takes out of them again."""
 
 import copy
+import csv
 import shlex
 from pathlib import Path
 
@@ -11,8 +12,12 @@ from commands import SMALL, interrupt_after, refused
 from safetensors.torch import load_file
 
 import fedtalos as ft
+from fedtalos.app.config.rounds import rounds_of
+from fedtalos.app.config.schema import FederatedConfig
+from fedtalos.app.run.paths import RunPaths
+from fedtalos.app.run.runs import read_run
 from fedtalos.app.run.trained_apart import read_trained_apart
-from fedtalos.cli import main
+from fedtalos.cli import main, parse
 from fedtalos.models.heads import set_head
 from fedtalos.training.masked_parameters import MaskedParameters
 
@@ -61,6 +66,19 @@ def inside(runs, tmp_path, monkeypatch) -> Path:
             (tmp_path / kind / folder.name).symlink_to(folder)
     monkeypatch.chdir(tmp_path)
     return tmp_path
+
+
+@pytest.mark.parametrize(("command", "name"), [(TASKS, "two"), (ONE_SHOT, "once")])
+def test_the_rounds_that_options_say_are_those_that_a_run_has(inside, command, name):
+    config = parse(command)
+    assert isinstance(config, FederatedConfig)
+    found, run_ = rounds_of(config), read_run(RunPaths(Path(), name))
+    assert found.total == summary(name)["rounds"] == run_.done == run_.total
+    with Path("results", name, "metrics.csv").open() as file:
+        images = [int(row["examples"]) for row in csv.DictReader(file) if row["split"] == "train"]
+    assert len(images) == found.total
+    assert found.clients == 1
+    assert max(images) <= 2 * 8  # one client's two steps of eight
 
 
 def test_every_task_leaves_its_vector_and_the_table_says_what_came_of_it(inside):
@@ -207,6 +225,8 @@ def test_what_cannot_be_forgotten_is_refused_and_nothing_is_written(inside, caps
         ("--one_shot --merge best", "merge"),
         ("--one_shot --leave_out 4", "the clients are 0 to 3"),
         ("--one_shot --leave_out 0 1 2 3", "nobody would be left"),
+        ("--one_shot --num_rounds 5", "one of them is used"),
+        ("--one_shot --warmup 1", "one of them is used"),
         ("--one_shot --workers 2", "leave it out"),
         ("--one_shot --aggregation median", "leave one of them out"),
         ("--one_shot --merge_alpha inf", "merge_alpha"),

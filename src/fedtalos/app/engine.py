@@ -7,6 +7,7 @@ import os
 from dataclasses import replace
 from typing import TypeVar
 
+from fedtalos.app.config.rounds import rounds_of
 from fedtalos.app.config.schema import CentralizedConfig, EditingConfig, FederatedConfig
 from fedtalos.app.load import Loaded
 from fedtalos.data.folder_cache import cache_folder
@@ -17,7 +18,6 @@ from fedtalos.models.vision_transformer import VisionTransformer
 from fedtalos.notes import note
 from fedtalos.training.engine.batches import stages_passed
 from fedtalos.training.engine.capture import Compile
-from fedtalos.training.federated.client_sampling import clients_per_round
 from fedtalos.training.local_training import LocalTraining
 from fedtalos.training.masked_parameters import MaskedParameters
 
@@ -99,7 +99,7 @@ def clients_at_once(config: FederatedConfig, moving: MaskedParameters, local: Lo
         return asked
     if not ours or moving.device.type != "cuda":
         return 1
-    per_round = -(-clients_per_round(config.split.num_clients, federation.client_fraction) // federation.workers)
+    per_round = -(-rounds_of(config).clients // federation.workers)
     kept = local.batch_size * work_an_image(model, stages_passed(moving, local)) * BYTES_OF_ACTIVATIONS[local.precision]
     fit = max(1, int(SHARE_OF_MEMORY * total_memory(moving.device) / (kept + BYTES_OF_STATE * len(moving))))
     return -(-per_round // -(-per_round // fit))
@@ -117,6 +117,6 @@ def images_of(config: CentralizedConfig | FederatedConfig, images: int, local: L
     """Images that a run trains on, of ``images`` that there are; each as often as it comes."""
     if isinstance(config, CentralizedConfig):
         return float(config.num_epochs * images)
-    federation, clients = config.federation, config.split.num_clients
-    chosen = clients_per_round(clients, federation.client_fraction)
-    return float(federation.num_rounds * chosen * local.steps_for(images // clients) * local.batch_size)
+    rounds = rounds_of(config)
+    of_client = local.steps_for(images // config.split.num_clients) * local.batch_size
+    return float(rounds.total * rounds.clients * of_client)

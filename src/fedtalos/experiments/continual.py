@@ -5,9 +5,10 @@ from itertools import chain
 
 from rich.console import Console
 
+from fedtalos.app.config.rounds import rounds_of
 from fedtalos.app.config.schema import ContinualConfig
 from fedtalos.app.federation import local_training
-from fedtalos.app.run.apart import Apart, rounds_of_a_unit
+from fedtalos.app.run.apart import Apart
 from fedtalos.app.run.courses import courses, write_courses
 from fedtalos.app.run.evaluation import evaluate_split
 from fedtalos.app.run.folders import begun
@@ -28,10 +29,9 @@ def run(config: ContinualConfig, console: Console) -> None:
         if not paths.started:
             Kept(paths).check_free()
         loaded, clients, moving, algorithm = begin(config)
-        each, rate = rounds_of_a_unit(loaded.config), local_training(loaded.config).rate
-        once = each * config.apart.tasks
+        rounds, rate = rounds_of(loaded.config), local_training(loaded.config).rate
         with Session(
-            loaded, paths, console, unit="round", total=2 * once, rate=lambda done: rate(done % each)
+            loaded, paths, console, unit="round", total=rounds.total, rate=lambda done: rate(done % rounds.each)
         ) as session:
             session.introduce(moving, clients)
             write_split(paths.results, clients, loaded.data.classes)
@@ -42,7 +42,7 @@ def run(config: ContinualConfig, console: Console) -> None:
                 session.validate(evaluate)
             traffic = Traffic(moving, algorithm, len(clients), first_contact=first_contact_bytes(loaded, moving))
             apart.skip(traffic)
-            for round_ in session.shown(chain(apart.rounds(onward=True), apart.rounds(first=once))):
+            for round_ in session.shown(chain(apart.rounds(onward=True), apart.rounds(first=rounds.total // 2))):
                 session.record(round_, *traffic.count(round_))
             summary = write_courses(courses(apart), apart, console)
             if session.due(session.done):  # else a run that goes on has done so

@@ -6,6 +6,7 @@ from functools import partial
 import torch
 from rich.console import Console
 
+from fedtalos.app.config.rounds import rounds_of
 from fedtalos.app.config.schema import FederatedConfig
 from fedtalos.app.engine import with_engine
 from fedtalos.app.federation import (
@@ -21,7 +22,7 @@ from fedtalos.app.federation import (
 )
 from fedtalos.app.load import Loaded, load
 from fedtalos.app.moving import moving_parameters
-from fedtalos.app.run.apart import Apart, rounds_of_a_unit
+from fedtalos.app.run.apart import Apart
 from fedtalos.app.run.client_accuracy import evaluate_clients
 from fedtalos.app.run.evaluation import evaluate_part, evaluate_split
 from fedtalos.app.run.first_head import fit_first_head
@@ -106,7 +107,7 @@ def run_apart(config: FederatedConfig, paths: RunPaths, console: Console) -> Non
     if not paths.started:
         Kept(paths).check_free()
     loaded, clients, moving, algorithm = begin(config)
-    config, each = loaded.config, rounds_of_a_unit(loaded.config)
+    config, each = loaded.config, rounds_of(loaded.config).each
     holders, rate = Here(loaded, clients, moving), local_training(config).rate
     total = each * len(units_of(config, holders, groups_of(config, loaded.data)))
     with Session(loaded, paths, console, unit="round", total=total, rate=lambda done: rate(done % each)) as session:

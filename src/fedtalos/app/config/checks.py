@@ -45,6 +45,10 @@ USED_WHEN: dict[str, tuple[Condition, ...]] = {
     "alpha": (OF_CLIENTS, ("partition", ("dirichlet", "quantity"))),
     "min_client_size": (OF_CLIENTS, ("partition", ("dirichlet", "quantity"))),
     "local_steps": (("local_epochs", (None,)),),
+    "num_rounds": (("one_shot", (False,)),),
+    "client_fraction": (("one_shot", (False,)),),
+    "client_sampling": (("one_shot", (False,)),),
+    "warmup": (("one_shot", (False,)),),
     "task_order": (("tasks", (GIVEN,)),),
     "local_classes": (("tasks", (GIVEN,)),),
     "prox_mu": (("algorithm", ("fedprox",)),),
@@ -124,7 +128,7 @@ def check_used(config: RunConfig, given: Collection[str] | None = None) -> None:
                 raise InputError(
                     f"{_asked(option, values)}: has no effect without --{other}; give --{other} too, or leave it out"
                 )
-            if wanted == (None,):
+            if wanted in ((None,), (False,)):
                 raise InputError(f"{_asked(option, values)} and {_asked(other, values)}: one of them is used; give one")
             of = f"--{other} {' or '.join(map(str, wanted))}"
             mend = f"give {of} too" if len(wanted) == 1 else "choose one of these"

@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
+from fedtalos.app.config.rounds import rounds_of
 from fedtalos.app.config.schema import FederatedConfig
 from fedtalos.app.federation import algorithm_of, local_training, transforms_of
 from fedtalos.app.load import Loaded
@@ -54,7 +55,8 @@ class Apart:
         self.config = loaded.config
         self.groups = groups_of(self.config, loaded.data)
         self.units = units_of(self.config, holders, self.groups)
-        self.each = rounds_of_a_unit(self.config)
+        rounds = rounds_of(self.config)
+        self.each, self.fraction = rounds.each, rounds.fraction
         self.kept = Kept(session.paths)
         self.kind: ClosedForm = closed_form(self.config.model.head) or "ridge"
         self.algorithm = FedAvg()
@@ -118,7 +120,7 @@ class Apart:
             local=local_training(config).but(groups=self.groups if config.apart.local_classes == "task" else ()),
             units=members,
             rounds=self.each,
-            fraction=self._fraction,
+            fraction=self.fraction,
             sampling=config.federation.client_sampling,
             seed=config.run.seed,
             keep=partial(self._keep, prefix),
@@ -139,7 +141,7 @@ class Apart:
         for number in range(min(self.session.done, total)):  # a second pass over the units meets nobody new
             unit, round_ = self.units[number // self.each], number % self.each + 1
             seed, sampling = unit_seed(self.config.run.seed, unit.members), self.config.federation.client_sampling
-            chosen = sample_clients(len(unit.members), self._fraction, seed, round_, sampling)
+            chosen = sample_clients(len(unit.members), self.fraction, seed, round_, sampling)
             traffic.count(Round(round_, tuple(unit.members[client] for client in chosen)))
 
     def vectors(self, prefix: str = "") -> list[TaskVector]:
@@ -190,11 +192,6 @@ class Apart:
         fit_to_sums(loaded.model, total, loaded.limited("val"), self.kind, loaded.features)
         return clients, clients * total.wire_bytes
 
-    @property
-    def _fraction(self) -> float:
-        """Share of a unit's clients that train in a round."""
-        return 1.0 if self.config.apart.one_shot else self.config.federation.client_fraction
-
     def _new_algorithm(self) -> FedAvg:
         """A fresh algorithm for the next unit; for the one that a stopped run was at, with its state."""
         self.algorithm = algorithm_of(self.config)
@@ -236,11 +233,6 @@ class Apart:
         return {f"{APART}{name}": tensor for name, tensor in start.items()} | {
             f"{ALGORITHM}{name}": tensor for name, tensor in self.algorithm.state.items()
         }
-
-
-def rounds_of_a_unit(config: FederatedConfig) -> int:
-    """Rounds that every unit trains."""
-    return 1 if config.apart.one_shot else config.federation.num_rounds
 
 
 def shapes_of_start(moving: MaskedParameters) -> dict[str, tuple[int, ...]]:

@@ -4,11 +4,11 @@ from typing import Any
 
 import torch
 
+from fedtalos.app.config.rounds import rounds_of
 from fedtalos.app.config.schema import CentralizedConfig, EditingConfig, FederatedConfig
 from fedtalos.app.load import Loaded
 from fedtalos.app.run.split_file import split_title
 from fedtalos.app.run.units import megabytes, percent, thousands
-from fedtalos.training.federated.client_sampling import clients_per_round
 from fedtalos.training.federated.clients import Clients
 from fedtalos.training.federated.fedavg import FedAvg
 from fedtalos.training.masked_parameters import MaskedParameters
@@ -78,13 +78,15 @@ def shares(config: FederatedConfig, clients: Clients) -> str:
     least, most = int(clients.sizes.min()), int(clients.sizes.max())
     size = thousands(least) if least == most else f"{thousands(least)} to {thousands(most)}"
     title = split_title(split.partition, split.classes_per_client, split.alpha)
-    count = clients_per_round(len(clients), federation.client_fraction)
-    drawn = f"about {count}" if federation.client_sampling == "poisson" else f"{count}"
+    count, rounds, tasks = f"{thousands(len(clients))}", rounds_of(config), config.apart.tasks
+    drawn = f"about {rounds.clients}" if federation.client_sampling == "poisson" else f"{rounds.clients}"
     many = "step" if federation.local_steps == 1 else "steps"
     work = f"{federation.local_steps} {many} of {config.train.batch_size}"
     if federation.local_epochs is not None:
         work = f"{federation.local_epochs} passes over their images"
-    return f"{thousands(len(clients))}, {title}, {size} images each; {drawn} in a round, {work}"
+    if tasks is not None:
+        count += f" of {tasks} task{'' if tasks == 1 else 's'}"
+    return f"{count}, {title}, {size} images each; {drawn} in a round, {work}"
 
 
 def model(loaded: Loaded[Any]) -> str:
@@ -125,9 +127,9 @@ def head_source(option: str) -> str:
 
 def sends(config: FederatedConfig, wire: int) -> str:
     """Megabytes of a round, and of the whole run."""
-    federation, clients = config.federation, config.split.num_clients
-    round_ = wire * clients_per_round(clients, federation.client_fraction)
-    total = megabytes(2 * round_ * federation.num_rounds)
+    rounds = rounds_of(config)
+    round_ = wire * rounds.clients
+    total = megabytes(2 * round_ * rounds.total)
     return f"{megabytes(round_)} down and {megabytes(round_)} up in a round, {total} in all"
 
 

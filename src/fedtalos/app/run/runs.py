@@ -9,6 +9,7 @@ from typing import Annotated, Literal
 from annotated_types import Interval, MaxLen
 
 from fedtalos.app.config.files import read_yaml
+from fedtalos.app.config.rounds import units_apart
 from fedtalos.app.run.books import Edited
 from fedtalos.app.run.paths import RunPaths
 from fedtalos.app.run.recorder import MetricsLine, known
@@ -63,7 +64,9 @@ class _Record:
     num_epochs: Total | None = None
     num_rounds: Total | None = None
     num_iterations: Total | None = None
+    num_clients: Total | None = None
     tasks: Total | None = None
+    one_shot: bool = False
     leave_out: Annotated[tuple[Count, ...], MaxLen(2**16)] = ()
     dataset: Word | None = None
     data_dir: Name | None = None
@@ -75,10 +78,12 @@ class _Record:
         return self.made_by if isinstance(self.made_by, MadeBy) else None
 
     @property
-    def units_apart(self) -> int:
-        """Number of tasks that train one after another, each its own rounds (`continual`: twice); 1 where none do."""
+    def total(self) -> int:
+        """Epochs, rounds or iterations of the whole run."""
+        each: int | None = 1 if self.one_shot else getattr(self, TOTALS.get(self.command, ""), None)
+        units = units_apart(self.num_clients or 0, self.tasks, one_shot=self.one_shot) - len(self.leave_out)
         passes = 2 if self.command == "continual" else 1
-        return 1 if self.tasks is None else passes * max(0, self.tasks - len(self.leave_out))
+        return passes * (each or 0) * max(0, units)
 
 
 @table_schema
@@ -126,10 +131,9 @@ def read_run(paths: RunPaths) -> Run:
     try:
         record = _record(paths.config)
         command = record.command
-        total = (getattr(record, TOTALS.get(command, ""), None) or 0) * record.units_apart
         if command == "editing":
-            return _edit(paths, state, total)
-        return _training(paths, command, state, total)
+            return _edit(paths, state, record.total)
+        return _training(paths, command, state, record.total)
     except InputError:
         return Run(paths, "", "broken")
 

@@ -2,10 +2,10 @@
 
 from collections.abc import Mapping, Sequence
 
+from fedtalos.app.config.rounds import rounds_of
 from fedtalos.app.config.schema import LOOKS_AT_IMAGES, CentralizedConfig, EditingConfig, FederatedConfig, RunConfig
 from fedtalos.app.sweep.grid import Cell
 from fedtalos.app.sweep.tables import Result
-from fedtalos.training.federated.client_sampling import clients_per_round
 
 
 def estimate(cell: Cell, finished: Sequence[Result]) -> float | None:
@@ -41,8 +41,8 @@ def _work(config: RunConfig) -> float:
         return config.num_epochs
     if isinstance(config, EditingConfig):
         return config.editing.num_iterations * config.editing.calibration_images
-    federation, clients = config.federation, config.split.num_clients
-    trained = federation.num_rounds * clients_per_round(clients, federation.client_fraction)
+    federation, rounds = config.federation, rounds_of(config)
+    trained = rounds.total * rounds.clients
     if federation.local_epochs is not None:
-        return trained * federation.local_epochs / clients
+        return trained * federation.local_epochs / config.split.num_clients
     return trained * federation.local_steps * config.train.batch_size
