@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 import torch
 
-from fedtalos.errors import InputError
+from fedtalos.errors import InputError, check_word
 
 Precision = Literal["fp32", "bf16"]
 
@@ -81,7 +81,12 @@ def choose_precision(name: str, device: torch.device) -> Precision:
 
 
 def autocast(device: torch.device, precision: Precision) -> AbstractContextManager[object]:
-    """Compute forward passes in mixed precision: bf16 products, float32 weights, gradients and sums."""
+    """Compute forward passes in mixed precision: bf16 products, float32 weights, gradients and sums.
+
+    Raises InputError for an unknown precision.
+    """
+    if precision not in ("fp32", "bf16"):  # torch.compile comes by here
+        check_word("precision", precision, Precision)
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bf16")
 
 

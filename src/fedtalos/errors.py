@@ -3,6 +3,7 @@
 import difflib
 import re
 from collections.abc import Iterable
+from typing import get_args
 
 
 class InputError(Exception):
@@ -77,3 +78,15 @@ def nearest(name: str, known: Iterable[str]) -> str:
     """
     close = difflib.get_close_matches(name[:100], list(known), n=1)
     return f"; did you mean {shown(close[0])}?" if close else ""
+
+
+def check_word(what: str, word: object, words: object) -> None:
+    """Refuse a word that is none of a Literal's, with an InputError that lists them and suggests the nearest.
+
+    >>> check_word("optimizer", "adam", Literal["sgd", "adamw"])
+    Traceback (most recent call last):
+    fedtalos.errors.InputError: optimizer 'adam': expected one of sgd, adamw; did you mean 'adamw'?
+    """
+    known = get_args(words)
+    if word not in known:
+        raise InputError(f"{what} {shown(word)}: expected one of {', '.join(known)}{nearest(str(word), known)}")

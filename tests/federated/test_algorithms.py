@@ -245,6 +245,13 @@ def test_fednova_with_equal_steps_is_fedavg_to_the_bit(mask):
     assert all(torch.equal(a, b) for a, b in zip(ours, plain, strict=True))
 
 
+def test_fednova_lets_the_first_client_be_without_images(mask):
+    found, clients = FedNova(), np.array([0, 4, 8])
+    weights = found.weights(clients, LocalTraining(epochs=1, batch_size=2, optimizer="sgd", momentum=0.0))
+    assert weights[0] == 0
+    assert weights[1] / weights[2] == 1  # twice the images, twice the steps
+
+
 def test_fednova_is_the_published_update(mask):
     task = Quadratics(mask, steps=[1, 9, 2, 3, 4, 7], sizes=(3, 5, 7, 9, 11, 13))
     x = task.start.double()

@@ -80,7 +80,7 @@ def test_poisson_sampling_wants_a_mean(vit):
     local, robust_mean = Formula(lambda *_: None), FedAvg(aggregation=robust(median))
     with pytest.raises(InputError, match="sampling poisson: robust rules need a fixed number of clients"):
         next(fedavg(vit, clients, local=local, rounds=1, sampling="poisson", algorithm=robust_mean))
-    with pytest.raises(InputError, match="sampling 'often': expected uniform or poisson"):
+    with pytest.raises(InputError, match="sampling 'often': expected one of uniform, poisson"):
         next(fedavg(vit, clients, local=local, rounds=1, sampling="often"))
 
 

@@ -193,7 +193,7 @@ def test_stratified_sample_takes_each_class_its_share():
         ("quantity", 4, {"alpha": float("inf")}, "at most"),
         ("quantity", 4, {"min_size": 16}, "choose 1 to 15"),
         ("dirichlet", 4, {"min_size": 0}, "choose 1 to 15"),
-        ("label skew", 4, {}, "scheme 'label skew': expected iid, label_skew, dirichlet, quantity"),
+        ("label skew", 4, {}, "scheme 'label skew': expected one of iid, label_skew, dirichlet, quantity"),
     ],
 )
 def test_impossible_splits_say_what_would_work(scheme, num_clients, options, says):

@@ -51,7 +51,7 @@ def test_orders_are_what_they_say():
         (FINE, 21, "superclass", "21 groups of 20 superclasses"),
         (FINE, 0, "random", "0 groups"),
         (["1", "2"], 1, "superclass", "class '1'"),
-        (FINE, 5, "alphabet", "expected fixed"),
+        (FINE, 5, "alphabet", "expected one of fixed"),
     ],
 )
 def test_groups_that_do_not_exist_are_refused(classes, count, order, says):

@@ -1,6 +1,7 @@
 import copy
 import errno
 import os
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -116,6 +117,7 @@ def test_a_store_keeps_a_cache_per_set_of_images_and_drops_that_of_other_stages(
         (stored.slice(0, 10), 8, [1, 10]),
         (stored, 4, [1, 20]),  # other stages
         (stored, 8, [1, 20]),
+        (replace(stored, labels=stored.labels.flip(0)), 8, [1, 20]),  # other labels
     ]:
         seen.clear()
         store.source(vit, images, passed, [np.arange(len(images))])

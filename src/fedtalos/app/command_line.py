@@ -37,7 +37,7 @@ _FLAG = re.compile(r"--.*|-(?![\d.]|inf|nan)[^-].*", re.DOTALL | re.IGNORECASE)
 def options_in(name: str, options: type[Options], words: Iterable[str]) -> dict[str, Any]:
     """Sort the words after the command ``name`` into its options: text, lists of texts, True and False, or None.
 
-    Raises InputError for flags that there are not, values that are missing, and words that nothing takes.
+    Raises InputError for unknown flags, missing values and stray words.
 
     >>> options_in("federated", FederatedConfig, ["--num-clients=10", "--no_freeze_head"])
     {'num_clients': '10', 'freeze_head': False}

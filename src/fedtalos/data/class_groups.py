@@ -4,11 +4,11 @@ Letters: C classes, T groups.
 """
 
 from collections.abc import Sequence
-from typing import Literal, get_args
+from typing import Literal
 
 import numpy as np
 
-from fedtalos.errors import InputError
+from fedtalos.errors import InputError, check_word
 from fedtalos.randomness import generator
 
 Groups = tuple[tuple[int, ...], ...]
@@ -51,6 +51,7 @@ def class_groups(classes: Sequence[str], count: int, order: GroupOrder = "fixed"
     >>> class_groups(["cat", "dog", "cow", "horse", "sheep"], 2)
     ((0, 1, 2), (3, 4))
     """
+    check_word("order", order, GroupOrder)
     units: list[list[int]] = [[number] for number in range(len(classes))]
     match order:
         case "fixed":
@@ -59,8 +60,6 @@ def class_groups(classes: Sequence[str], count: int, order: GroupOrder = "fixed"
             units = [[int(number)] for number in generator(seed, "class groups").permutation(len(classes))]
         case "superclass":
             units = _superclasses(classes)
-        case _:
-            raise InputError(f"order {order!r}: expected {', '.join(get_args(GroupOrder))}")
     if not 1 <= count <= len(units):
         what = "superclasses" if order == "superclass" else "classes"
         raise InputError(f"{count} groups of {len(units)} {what}: choose 1 to {len(units)}")

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from safetensors.torch import save as save_safetensors
 from torch import Tensor
 
-from fedtalos.errors import InputError, shown
+from fedtalos.errors import InputError, check_word, shown
 from fedtalos.facts import read_file, refusal
 from fedtalos.files import UNSEALED, is_sealed, sealed, write_atomic
 from fedtalos.models.backbone import Backbone
@@ -66,6 +66,7 @@ def head_sums(kind: ClosedForm, features: Tensor, labels: Tensor, num_classes: i
     >>> head_sums("ncm", torch.rand(6, 4), torch.arange(6) % 3, num_classes=3).xy.shape
     torch.Size([5, 3])
     """
+    check_word("kind", kind, ClosedForm)
     x = F.pad(features.cpu().double(), (0, 1), value=1.0)
     y = F.one_hot(labels.cpu(), num_classes).double()
     return HeadSums(x.T @ y, x.T @ x if kind == "ridge" else None)

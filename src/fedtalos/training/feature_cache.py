@@ -96,7 +96,8 @@ class FeatureStore:
 
     def _cache(self, model: Backbone, images: LabelledImages, passed: int) -> "FeatureCache":
         """Find the cache of the images after ``passed`` stages; one of other stages or values is dropped for it."""
-        key = (images.pixels.data_ptr(), images.pixels.shape)  # a view of the same images is the same
+        # a view of the same images is the same
+        key = (images.pixels.data_ptr(), images.labels.data_ptr(), images.pixels.shape)
         if key in self._caches and not self._caches[key].is_of(model, passed):
             del self._caches[key]
         if key not in self._caches:

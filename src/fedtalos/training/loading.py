@@ -6,7 +6,7 @@ from typing import get_args
 from fedtalos.checkpoint import find_checkpoint, load_checkpoint
 from fedtalos.data.images import LabelledImages
 from fedtalos.devices import choose_device
-from fedtalos.errors import InputError
+from fedtalos.errors import InputError, check_word
 from fedtalos.models.backbone import Backbone
 from fedtalos.models.heads import read_head, set_head
 from fedtalos.models.load import Resize, build_model, model_with_weights
@@ -45,6 +45,7 @@ def load_model(
     >>> data = load_dataset("cifar100")
     >>> model = load_model("tiny", data.classes, head=data.calibration)
     """
+    check_word("resize", resize, Resize)
     sizes = get_args(ModelSize)
     if not pretrained:
         if source not in sizes:

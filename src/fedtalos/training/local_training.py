@@ -18,7 +18,7 @@ from fedtalos.data.images import LabelledImages
 from fedtalos.data.sampling import Ids
 from fedtalos.data.view import Augmentation
 from fedtalos.devices import Precision
-from fedtalos.errors import InputError
+from fedtalos.errors import InputError, check_word
 from fedtalos.metrics import Metrics
 from fedtalos.training.feature_cache import plain_source
 from fedtalos.training.loop import Adjust, Batches, train
@@ -44,7 +44,7 @@ class LocalTraining:
     the 2-norm of the gradient of what moves. A holder begins with a fresh optimiser: it keeps no momentum. ``groups``
     are groups of classes, such as tasks: of an image, the logits of its label's group alone count (of none: all).
 
-    Raises InputError for values outside their limits.
+    Raises InputError for unknown words and values outside their limits.
 
     >>> local = LocalTraining(steps=4, learning_rate=1e-3)
     >>> metrics = local.run(moving, images, np.arange(len(images)), np.random.default_rng(0))
@@ -63,6 +63,9 @@ class LocalTraining:
     groups: Groups = ()
 
     def __post_init__(self) -> None:
+        check_word("optimizer", self.optimizer, OptimizerName)
+        check_word("augmentation", self.augmentation, Augmentation)
+        check_word("precision", self.precision, Precision)
         for name in ("steps", "epochs", "batch_size"):
             value = getattr(self, name)
             if value is not None and value < 1:

@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
-from fedtalos.errors import InputError
+from fedtalos.errors import InputError, check_word
 
 ScheduleKind = Literal["constant", "cosine", "step"]
 
@@ -16,7 +16,7 @@ class Schedule:
     Linear warm-up from 0 over ``warmup`` epochs or rounds, then: constant; cosine down to the share ``final`` of the
     peak; or times ``step_gamma`` every ``step_every``.
 
-    Raises InputError for a share outside 0 to 1.
+    Raises InputError for an unknown kind, or a share outside 0 to 1.
 
     >>> rate = Schedule(1e-3, total=100, kind="cosine")
     >>> rate(0), rate(50)
@@ -32,6 +32,7 @@ class Schedule:
     final: float = 0.0
 
     def __post_init__(self) -> None:
+        check_word("kind", self.kind, ScheduleKind)
         if not 0 <= self.final <= 1:
             raise InputError(f"final {self.final}: expected a share of the peak from 0 to 1, such as 0.05")
 

@@ -5,9 +5,9 @@ import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Literal
 
-from fedtalos.errors import InputError, shown
+from fedtalos.errors import InputError, check_word
 from fedtalos.files import write_atomic
 from fedtalos.models.backbone import Backbone
 from fedtalos.models.export.hugging_face import hugging_face_files
@@ -59,8 +59,7 @@ def files_of(model: Backbone, classes: Sequence[str], format: str) -> dict[str, 
     >>> sorted(files_of(model, data.classes, "hf"))
     ['config.json', 'model.safetensors', 'preprocessor_config.json']
     """
-    if format not in WRITERS:
-        raise InputError(f"format {shown(format)}: expected one of {', '.join(get_args(Format))}")
+    check_word("format", format, Format)
     if len(classes) != model.architecture.num_classes:
         raise InputError(
             f"classes: expected {model.architecture.num_classes} names, one per output of the head, got {len(classes)}"

@@ -3,12 +3,12 @@
 import math
 from collections.abc import Sequence
 from dataclasses import fields
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import torch
 
 from fedtalos._version import __version__
-from fedtalos.errors import InputError
+from fedtalos.errors import InputError, check_word
 from fedtalos.models.vision_transformer import parts
 from fedtalos.training.editing.eligible import Eligible, eligible_masks
 from fedtalos.training.editing.mask_file import SEVERAL, MaskFacts, fingerprint
@@ -91,6 +91,7 @@ def votes_needed(rule: JoinRule, masks: int, quorum: float = 0.5) -> int:
     >>> votes_needed("majority", 4)
     3
     """
+    check_word("rule", rule, JoinRule)
     match rule:
         case "union":
             return 1
@@ -102,8 +103,6 @@ def votes_needed(rule: JoinRule, masks: int, quorum: float = 0.5) -> int:
             if not 0 < quorum <= 1:
                 raise InputError(f"quorum {quorum}: expected a share above 0 and at most 1, such as 0.5")
             return max(1, math.ceil(quorum * masks - 1e-9))  # 0.7 x 10 is a little above 7
-        case _:
-            raise InputError(f"rule {rule!r}: expected one of {', '.join(get_args(JoinRule))}")
 
 
 def joined_facts(rule: str, masks: Sequence[Mask], headers: Sequence[MaskFacts], active: int) -> MaskFacts:

@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from fedtalos.errors import InputError
+from fedtalos.errors import InputError, check_word
 from fedtalos.models.vision_transformer import parts
 from fedtalos.randomness import generator, torch_generator
 from fedtalos.training.editing.eligible import Eligible, eligible_entries, eligible_masks, mask_of
@@ -16,6 +16,7 @@ from fedtalos.training.editing.ranking import Groups, entries_kept, keep_lowest
 from fedtalos.training.entries import Entries, Mask, named_tensors
 
 Control = Literal["lowest_magnitude", "highest_magnitude", "random"]
+Scope = Literal["tensor", "global"]
 
 
 def random_mask(model: nn.Module, density: float = 0.1, seed: int = 0, eligible: Eligible = "blocks") -> Mask:
@@ -62,15 +63,14 @@ def score_by_weights(
     return magnitude if criterion == "lowest_magnitude" else -magnitude
 
 
-def random_like(
-    mask: Mask, eligible_in: Eligible = "blocks", seed: int = 0, scope: Literal["tensor", "global"] = "tensor"
-) -> Mask:
+def random_like(mask: Mask, eligible_in: Eligible = "blocks", seed: int = 0, scope: Scope = "tensor") -> Mask:
     """A random mask as dense as another: in every tensor, where q, k and v are three, or only in all (global).
 
     ``eligible_in`` says which entries the other mask chose from. Raises InputError where it lets others move.
 
     >>> control = random_like(mask, seed=1)
     """
+    check_word("scope", scope, Scope)
     eligible = eligible_masks({name: tensor.shape for name, tensor in mask.items()}, eligible_in)
     stray = [name for name, tensor in mask.items() if name not in eligible or bool((tensor & ~eligible[name]).any())]
     if stray:

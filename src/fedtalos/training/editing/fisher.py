@@ -26,7 +26,7 @@ from fedtalos.data.batches import evaluation_batches
 from fedtalos.data.images import LabelledImages
 from fedtalos.data.sampling import Ids
 from fedtalos.devices import Precision, autocast, strict_float32
-from fedtalos.errors import InputError, TrainingError
+from fedtalos.errors import TrainingError, check_word
 from fedtalos.models.backbone import Backbone
 from fedtalos.randomness import generator
 from fedtalos.training.engine.capture import Compile, Steps
@@ -91,6 +91,7 @@ def targets(mode: FisherMode, log_p: Tensor, labels: Tensor, uniforms: Tensor) -
     exact: every class, weighted by its probability. empirical: the labels given, which is no Fisher information. batch:
     drawn labels too, but squares are taken of sums over examples.
     """
+    check_word("fisher", mode, FisherMode)
     match mode:
         case "true" | "batch":
             return [(draw_labels(log_p, u), uniforms.shape[1] ** -0.5) for u in uniforms.unbind(1)]
@@ -99,8 +100,6 @@ def targets(mode: FisherMode, log_p: Tensor, labels: Tensor, uniforms: Tensor) -
             return [(torch.full_like(labels, c), root_p[:, c]) for c in range(log_p.shape[1])]
         case "empirical":
             return [(labels, 1.0)]
-        case _:
-            raise InputError(f"fisher {mode!r}: expected true, exact, empirical or batch")
 
 
 def fisher_scores(

@@ -5,11 +5,11 @@ is to be scaled by an alpha (``best_alpha``), as in the papers.
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Literal, get_args
+from typing import Literal
 
 from torch import Tensor
 
-from fedtalos.errors import InputError, shown
+from fedtalos.errors import InputError, check_word
 from fedtalos.training.editing.merging_by_data import fisher_merge, regmean
 from fedtalos.training.editing.merging_by_svd import iso_c, tsv_merge
 from fedtalos.training.editing.merging_by_value import consensus, dare, lines, magmax, mean, said, ties
@@ -46,6 +46,7 @@ def merge(
     >>> merged = merge([tau_of_cats, tau_of_dogs], "ties", share=0.2)
     >>> edited = apply(model, merged, alpha=best_alpha(model, merged, accuracy).alpha)
     """
+    check_word("method", method, Method)
     match method:
         case "sum":
             return weighted_sum(vectors, [1.0] * len(vectors), said("sum", vectors))
@@ -69,7 +70,6 @@ def merge(
             return tsv_merge(vectors)
         case "iso_c":
             return iso_c(vectors)
-    raise InputError(f"method {shown(method)}: expected one of {', '.join(get_args(Method))}")
 
 
 def _given(

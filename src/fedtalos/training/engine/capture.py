@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from fedtalos.devices import out_of_memory
+from fedtalos.errors import check_word
 from fedtalos.notes import note
 
 log = logging.getLogger(__name__)
@@ -98,6 +99,7 @@ class Steps:
     """
 
     def __init__(self, step: StepFunction, state: State = list, *, compile: Compile, after: int = 1) -> None:
+        check_word("compile", compile, Compile)
         self._step, self._state, self._after = step, state, after
         self._compile = compile
         self._seen: dict[tuple[torch.Size, ...], int] = {}
@@ -160,7 +162,7 @@ def compiled(function: Callable[P, R]) -> Callable[P, R]:
     >>> forward = compiled(model)
     """
     limits = torch._dynamo.config
-    limits.cache_size_limit = max(SHAPES, limits.cache_size_limit)  # its name of old, under which all versions know it
+    limits.cache_size_limit = max(SHAPES, limits.cache_size_limit)  # the old name, which every version accepts
     made: Callable[P, R] = torch.compile(function, dynamic=False)
     return made
 

@@ -106,7 +106,7 @@ class Stack:
 
     @torch.no_grad()
     def load(self, theta: Values) -> None:
-        """Let every client start from theta, with an optimiser that has seen nothing and no adjustment."""
+        """Let every client start from theta, with an optimiser that has seen nothing."""
         self._model.refresh()
         for tensor, part in zip(self._tensors, theta.parts, strict=True):
             tensor.copy_(part.view(tensor.shape[1:]).expand_as(tensor))

@@ -6,13 +6,13 @@ Letters: K clients, C fraction sampled per round, theta the values of what may m
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import reduce
-from typing import Any, Literal, Protocol, get_args
+from typing import Any, Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from fedtalos.errors import BadUpdateError, InputError
+from fedtalos.errors import BadUpdateError, InputError, check_word
 from fedtalos.metrics import Metrics
 from fedtalos.models.backbone import Backbone
 from fedtalos.randomness import generator
@@ -233,8 +233,8 @@ def fedavg(
     """
     if not 0 < fraction <= 1:
         raise InputError(f"fraction {fraction}: expected a share of clients above 0 and at most 1, such as 0.1")
-    if sampling not in get_args(Sampling):
-        raise InputError(f"sampling {sampling!r}: expected uniform or poisson")
+    check_word("sampling", sampling, Sampling)
+    check_word("on_bad_client", on_bad_client, OnBadClient)
     algorithm = algorithm or FedAvg()
     moving = MaskedParameters.of(model, mask)
     updates = reduce(

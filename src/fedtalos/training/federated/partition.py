@@ -6,13 +6,13 @@ by construction, and a client's ids come out ascending. One client that holds ev
 """
 
 import math
-from typing import Literal, get_args
+from typing import Literal
 
 import numpy as np
 
 from fedtalos.data.images import LabelledImages
 from fedtalos.data.sampling import Ids, largest_remainder
-from fedtalos.errors import InputError
+from fedtalos.errors import InputError, check_word
 from fedtalos.randomness import generator
 from fedtalos.training.federated.clients import Clients, Integers
 
@@ -41,6 +41,7 @@ def split_clients(
 
     >>> clients = split_clients(data.train, 100, "label_skew", classes_per_client=5)
     """
+    check_word("scheme", scheme, Scheme)
     if scheme == "given":
         return given_clients(images)
     labels = images.labels.cpu().numpy()
@@ -62,8 +63,6 @@ def split_clients(
             _check_dirichlet(len(labels), num_clients, alpha, min_client_size)
             owner = quantity(len(labels), num_clients, alpha, rng)
             owner = raise_to_min_size(owner, num_clients, min_client_size, rng)
-        case _:
-            raise InputError(f"scheme {scheme!r}: expected {', '.join(get_args(Scheme))}")
     return Clients.of(images, owner, num_clients)
 
 

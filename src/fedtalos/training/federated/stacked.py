@@ -93,6 +93,12 @@ def stacked(
             torch.cuda.empty_cache()
         return None
 
+    def alone(number: int, group: Sequence[int], theta: Values, share: float) -> Iterator[tuple[int, Update | Lost]]:
+        within = one_by_one(
+            moving, clients, local, seed, algorithm, message=message, watch=lambda b, s: watch(b, s * share)
+        )
+        return iter(within(number, group, theta))
+
     def plan(client: int) -> tuple[int, ...]:
         """Sizes of the client's batches: only batches of one shape can be stacked."""
         count = len(clients[client])
@@ -102,15 +108,12 @@ def stacked(
 
     def updates(number: int, chosen: Sequence[int], theta: Values) -> Iterator[tuple[int, Update | Lost]]:
         nonlocal limit
-        alone = one_by_one(
-            moving, clients, local, seed, algorithm, message=message, watch=lambda b, s: watch(b, s / len(chosen))
-        )
         for sizes, neighbours in groupby(chosen, key=plan):
             same = list(neighbours)
             while same:
                 group = same[:limit]
                 if not sizes or not group:  # without images, or where even a stack of one does not fit
-                    yield from alone(number, same, theta)
+                    yield from alone(number, same, theta, len(same) / len(chosen))
                     break
                 found = together_if_it_fits(number, group, theta, len(group) / len(chosen))
                 if found is None:

@@ -10,6 +10,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from fedtalos.errors import check_word
 from fedtalos.randomness import generator
 from fedtalos.training.entries import Values
 from fedtalos.training.federated.fedavg import Lost, Transform, Update, Updates
@@ -38,6 +39,7 @@ def attacked(attack: Attack, attackers: Collection[int]) -> Transform:
 
     >>> through = [attacked("sign_flip", attackers={0, 3}), clipped(1.0)]
     """
+    check_word("attack", attack, Attack)
     return _scaled(lambda client, _update: FACTORS[attack] if client in attackers else 1.0)
 
 

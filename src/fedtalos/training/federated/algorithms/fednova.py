@@ -45,7 +45,7 @@ class FedNova(FedAvg):
 
     def weights(self, sizes: Integers, local: LocalTraining) -> NDArray[np.number[Any]]:
         momentum = local.momentum if local.optimizer == "sgd" else 0.0
-        progress = np.array([local_progress(local.steps_for(int(size)), momentum) for size in sizes])
+        progress = np.array([local_progress(local.steps_for(max(1, int(size))), momentum) for size in sizes])
         self._sizes, self._progress = sizes, progress / progress[0]  # only ratios count; equal ones become exactly 1
         return self._sizes / self._progress
 
