@@ -3,6 +3,7 @@
 import csv
 import shlex
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -10,6 +11,9 @@ import torch
 import yaml
 from commands import interrupt_after
 
+from fedtalos.app.report.contents import client_accuracies
+from fedtalos.app.run.client_accuracy import write_client_accuracy
+from fedtalos.app.run.paths import RunPaths
 from fedtalos.checkpoint import load_checkpoint
 from fedtalos.cli import main
 from fedtalos.data.images import LabelledImages
@@ -163,6 +167,17 @@ def test_mean_and_worst_tenth():
     accuracies = np.concatenate([np.linspace(0, 1, 21), [np.nan]])
     assert mean_and_worst(accuracies) == {"mean": 0.5, "worst_10_percent": pytest.approx(0.05)}
     assert mean_and_worst(np.array([0.25]))["worst_10_percent"] == 0.25
+
+
+def test_the_report_shows_the_means_that_the_summary_has(tmp_path):
+    """Of 12 clients the worst tenth are two; of one no class was tested."""
+    paths = RunPaths(tmp_path, "run")
+    accuracies = np.array([np.nan, *np.linspace(0, 0.11, 12)])
+    write_client_accuracy(paths, np.full(13, 5), {"accuracy": accuracies})
+    shown = client_accuracies(SimpleNamespace(paths=paths))
+    said = mean_and_worst(accuracies)
+    assert (shown.mean, shown.worst) == (f"{100 * said['mean']:.1f} %", f"{100 * said['worst_10_percent']:.1f} %")
+    assert shown.worst == "0.5 %"
 
 
 def test_clients_that_hold_all_classes_alike_fare_as_the_test_says_and_personal_models_are_left_nowhere():

@@ -8,6 +8,7 @@ import yaml
 from commands import SMALL, interrupt_after, refused
 
 from fedtalos.app.run.courses import read_courses
+from fedtalos.checkpoint import load_checkpoint
 from fedtalos.cli import main
 from fedtalos.errors import InputError
 
@@ -44,7 +45,8 @@ def test_courses_of_every_row_repeat_and_go_on_where_they_were_stopped(monkeypat
         with monkeypatch.context() as patched:
             interrupt_after(patched, calls)
             with pytest.raises(SystemExit):
-                main([*COMMAND, "--run_name", name])
+                main([*COMMAND, "--run_name", name, "--eval_every", "1"])
+        assert load_checkpoint(Path("checkpoints", name, "last.json")).facts["progress"]["done"] == calls
         main(["continual", "--resume", "--run_name", name])
         assert courses(name) == rows
 

@@ -17,6 +17,7 @@ from fedtalos.app.config.schema import FederatedConfig
 from fedtalos.app.run.paths import RunPaths
 from fedtalos.app.run.runs import read_run
 from fedtalos.app.run.trained_apart import read_trained_apart
+from fedtalos.checkpoint import load_checkpoint
 from fedtalos.cli import main, parse
 from fedtalos.models.heads import set_head
 from fedtalos.training.masked_parameters import MaskedParameters
@@ -135,7 +136,8 @@ def test_rules_that_weigh_by_clients_images_are_the_librarys_and_count_what_is_s
 
     moving, inputs = trained.moving, sum(t.shape[-1] for n, t in weights[0].items() if n in trained.moving.parameters)
     sums = 8 * (97 * 98 // 2 + 97 * 10)
-    sent = 4 * (moving.nbytes + 2 * sums + (moving.nbytes if rule == "fisher" else 4 * inputs))
+    scores = sum(scores.numel() for scores in weights[0].values())  # embeddings have none
+    sent = 4 * (moving.nbytes + 2 * sums + 4 * (scores if rule == "fisher" else inputs))
     assert summary("weighed")["megabytes_sent"]["up"] == pytest.approx(sent / 1e6, abs=1e-3)
 
     kept = [number for number in range(4) if number != 1]
@@ -148,10 +150,12 @@ def test_rules_that_weigh_by_clients_images_are_the_librarys_and_count_what_is_s
 
 @pytest.mark.parametrize("calls", [1, 2, 3])
 def test_a_run_that_was_stopped_ends_as_one_that_was_not(inside, monkeypatch, calls):
+    """It ends in the middle of a round; those before it were saved, as often as --eval_every says."""
     with monkeypatch.context() as patched:
         interrupt_after(patched, calls)
         with pytest.raises(SystemExit):
-            run(TASKS, "--run_name stopped --merge_alpha 0.5")
+            run(TASKS, "--run_name stopped --merge_alpha 0.5 --eval_every 1")
+    assert load_checkpoint(Path("checkpoints", "stopped", "last.json")).facts["progress"]["done"] == calls
     run(["federated"], "--resume --run_name stopped")
     whole, found = summary("two"), summary("stopped")
     for figures in (whole, found):

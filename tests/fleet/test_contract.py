@@ -12,7 +12,8 @@ from rich.console import Console
 
 from fedtalos.app.config.fleet import FleetNodeConfig
 from fedtalos.app.config.schema import EditingConfig, FederatedConfig
-from fedtalos.checkpoint import load_checkpoint
+from fedtalos.app.run import books
+from fedtalos.checkpoint import load_checkpoint, save_checkpoint
 from fedtalos.cli import main, parse
 from fedtalos.errors import InputError
 from fedtalos.fleet import editing
@@ -23,8 +24,8 @@ from fedtalos.training.editing.vector_file import load_vector
 
 FEDERATED = shlex.split(
     "federated --dataset digits --model_size micro --image_size 8 --patch_size 4 --eval_limit 40 --eval_batch_size 16 "
-    "--weights none --train_limit 300 --num_clients 4 --client_fraction 0.5 --num_rounds 3 --local_steps 2 "
-    "--batch_size 16 --eval_every 2 --threads 1 --device cpu --precision fp32"
+    "--weights none --train_limit 300 --num_clients 4 --local_steps 2 --batch_size 16 --eval_every 2 --threads 1 "
+    "--device cpu --precision fp32"
 )
 MASK = shlex.split(
     "editing --dataset digits --model_size micro --image_size 8 --patch_size 4 --weights none --head random "
@@ -46,8 +47,14 @@ def nodes(count: int = 4, **options: object) -> list[Node]:
     ]
 
 
+def federated(name: str, words: str = "") -> list[str]:
+    """The command of a run: of three rounds, each of half of the clients, where it is not of one."""
+    rounds = "" if "--one_shot" in words else "--client_fraction 0.5 --num_rounds 3"
+    return [*FEDERATED, "--run_name", name, *shlex.split(f"{rounds} {words}")]
+
+
 def in_a_fleet(words: str = "", terms: Terms | None = None, post: LocalPost | None = None) -> LocalPost:
-    config = parse([*FEDERATED, "--run_name", "fleet", *shlex.split(words)])
+    config = parse(federated("fleet", words))
     assert isinstance(config, FederatedConfig)
     post = post or LocalPost(nodes())
     run_rounds(config, post, terms or Terms(patience=60), Console(quiet=True))
@@ -75,7 +82,7 @@ def assert_same(first: str, second: str) -> None:
         "--algorithm fedprox --mask masks/m.safetensors --freeze_head",
         "--algorithm scaffold --optimizer sgd --mask masks/m.safetensors",
         "--algorithm scaffold --optimizer sgd --dropout_rate 0.3",
-        "--head ridge --trainable blocks --freeze_head --client_evaluation",
+        "--head ridge --trainable blocks --freeze_head --client_evaluation --save_vector",
         pytest.param("--head ncm --client_evaluation", marks=pytest.mark.slow),
         "--algorithm fedadam --trainable blocks --partition dirichlet --client_fraction 1",
     ],
@@ -83,7 +90,7 @@ def assert_same(first: str, second: str) -> None:
 def test_a_fleet_gives_the_bytes_of_a_simulation(options):
     if "--mask" in options:
         main(MASK)
-    main([*FEDERATED, "--run_name", "alone", *shlex.split(options)])
+    main(federated("alone", options))
     in_a_fleet(options)
     assert_same("alone", "fleet")
     if "--client_evaluation" in options:
@@ -112,7 +119,7 @@ ONE_SHOT = "--one_shot --merge_alpha 0.5"
 def test_one_round_of_a_fleet_gives_the_bytes_of_a_simulation(options):
     if "--mask" in options:
         main(MASK)
-    main([*FEDERATED, "--run_name", "alone", *shlex.split(f"{ONE_SHOT} {options}")])
+    main(federated("alone", f"{ONE_SHOT} {options}"))
     post = in_a_fleet(f"{ONE_SHOT} {options}")
     assert_same("alone", "fleet")
     vectors = {run: sorted(Path("vectors").glob(f"{run}.*")) for run in ("alone", "fleet")}
@@ -147,8 +154,10 @@ def mask_in_a_fleet(options: str, post: LocalPost) -> LocalPost:
 @pytest.mark.parametrize(
     "options", ["--head ridge", "--head ncm --criterion most_sensitive --granularity row --calibration_clients 3"]
 )
-def test_a_mask_of_a_fleet_has_the_bytes_of_a_simulation(options):
+def test_a_mask_of_a_fleet_has_the_bytes_of_a_simulation(options, monkeypatch):
     main([*EDITING, "--run_name", "alone", *options.split()])
+    saved = []
+    monkeypatch.setattr(books, "save_checkpoint", lambda *args: saved.append(args[2]) or save_checkpoint(*args))
     post = mask_in_a_fleet(options, LocalPost(nodes()))
     for file in ("{}.safetensors", "{}.head.safetensors"):
         alone, fleet = (Path("masks", file.format(run)).read_bytes() for run in ("alone", "fleet"))
@@ -156,6 +165,7 @@ def test_a_mask_of_a_fleet_has_the_bytes_of_a_simulation(options):
     scores = [letter for letter in post.seen if letter.kind == "scores"]
     assert scores
     assert all(set(letter.arrays) == {"scores"} and not letter.facts for letter in scores)
+    assert saved == list(range(1, len(saved) + 1))  # once each: a kill between two would lose the bytes
     counted = sum(letter.nbytes for letter in post.seen)
     assert int(Path("results/fleet/iterations.csv").read_text().splitlines()[-1].split(",")[4]) == counted
 

@@ -17,7 +17,7 @@ from fedtalos.errors import InputError
 from fedtalos.fleet.gathering import Terms
 from fedtalos.fleet.letter import TYPES, Letter
 from fedtalos.fleet.node import Node
-from fedtalos.fleet.still import read_still_part, shapes_of, still_part
+from fedtalos.fleet.still import frozen_part, read_frozen_part, shapes_of
 from fedtalos.fleet.wire import BLOCK, pack, unpack
 from fedtalos.training.editing.controls import random_mask
 from fedtalos.training.entries import named_tensors
@@ -72,21 +72,21 @@ def test_bytes_of_the_wires():
 @pytest.mark.parametrize("density", [0.1, None])
 def test_the_still_part_has_every_frozen_value_and_the_mask(vit, density):
     moving = MaskedParameters(vit, None if density is None else random_mask(vit, density))
-    content = still_part(moving)
-    tensors, mask = read_still_part(content, shapes_of(moving))
+    content = frozen_part(moving)
+    tensors, mask = read_frozen_part(content, shapes_of(moving))
     assert all(torch.equal(mask[name], tensor) for name, tensor in moving.entries.masks.items())
     for name, tensor in named_tensors(vit).items():
         still = ~mask.get(name, torch.zeros_like(tensor, dtype=torch.bool))
         assert torch.equal(tensors[name][still], tensor[still])
     moving.write(torch.randn(len(moving)))
-    assert still_part(moving) == content  # however far training has come
+    assert frozen_part(moving) == content  # however far training has come
     with pytest.raises(InputError):
-        read_still_part(content[:-9], shapes_of(moving))
+        read_frozen_part(content[:-9], shapes_of(moving))
     with pytest.raises(InputError, match="other tensors"):
-        read_still_part(content, {"head.weight": [2, 2]})
+        read_frozen_part(content, {"head.weight": [2, 2]})
     for shape in ([2**20, 2**11], [-1]):  # refused before memory is taken
         with pytest.raises(InputError, match="entries"):
-            read_still_part(content, {**shapes_of(moving), "head.weight": shape})
+            read_frozen_part(content, {**shapes_of(moving), "head.weight": shape})
 
 
 @folders

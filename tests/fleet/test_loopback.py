@@ -94,6 +94,8 @@ def test_a_fleet_on_loopback_gives_the_bytes_of_a_simulation(more):
 
     make_random_mask(Path("masks/m.safetensors"), seed=0)
     options = OPTIONS | more
+    if "one_shot" in more:
+        del options["num_rounds"], options["client_fraction"]
     main(["federated", "--run_name", "alone", "--on_bad_client", "skip", *words(options)])
     with nothing_left(), fleet(Path("place"), options, QUIET) as place:
         run(place, patience=600, min_nodes=3)  # a busy machine takes minutes to have them all

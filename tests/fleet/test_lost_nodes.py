@@ -9,16 +9,22 @@ import pytest
 import yaml
 from local_post import LocalPost
 from rich.console import Console
-from test_contract import FEDERATED, assert_same, in_a_fleet, nodes
+from test_contract import assert_same, federated, in_a_fleet, nodes
 
+from fedtalos._version import __version__
 from fedtalos.cli import main, parse
 from fedtalos.errors import BadUpdateError, InputError
+from fedtalos.fleet.engine import read_update
 from fedtalos.fleet.gathering import Terms
+from fedtalos.fleet.in_process import InProcess
 from fedtalos.fleet.letter import Letter
+from fedtalos.fleet.members import Members
 from fedtalos.fleet.node import Node
 from fedtalos.fleet.post import NoAnswer
 from fedtalos.fleet.rounds import run_rounds
+from fedtalos.fleet.still import sha256
 from fedtalos.training.editing.vector_file import load_vector
+from fedtalos.training.federated.fedavg import Lost
 
 pytestmark = pytest.mark.usefixtures("in_a_folder_of_its_own", "without_figures")
 
@@ -27,6 +33,50 @@ EVERYBODY = "--client_fraction 1 --on_bad_client skip"
 
 def left_out() -> dict[str, int]:
     return yaml.safe_load(Path("results/fleet/summary.yaml").read_text()).get("clients_left_out", {})
+
+
+def test_reasons_that_are_counted_are_the_servers_own():
+    """A node could send any, which no checkpoint would take."""
+    for why in ("a\nb", "x" * 1001):
+        lost = read_update(Letter("lost", {"why": why, "sent": False}), None, None, replies=False)
+        assert lost == Lost("lost on its node")
+
+
+def test_a_node_whose_disk_takes_nothing_says_so():
+    content, said = b"a model", []
+    Path("state").write_text("no folder")
+    node = Node(nodes()[0].options, Path("state"), said.append)
+    letter = Letter("begin", {"still": sha256(content)}, {"still": np.frombuffer(content, np.uint8)})
+    answer = node.answer(letter)
+    assert answer.kind == "refused"
+    assert "state" in answer.facts["why"]
+    assert said == [f"refused 'begin': {answer.facts['why']}"]
+
+
+def test_a_node_that_is_late_for_one_model_begins_anew_for_the_next():
+    """Its old "begun" comes when the head has been fitted: it would train through the head before."""
+
+    class Late(InProcess):
+        held = False
+
+        def collect(self, tickets):
+            return {} if self.held else super().collect(tickets)
+
+    class Ready:
+        def answer(self, letter: Letter) -> Letter:
+            if letter.kind == "hello":
+                return Letter("hello", {"client": 0, "version": __version__})
+            return Letter("begun", {"run": letter.facts["head"], "images": 5})
+
+    post = Late([Ready()])
+    members = Members(post, 1, deadline=60)
+    members.prepare(Letter("begin", {"head": "random"}), b"")
+    members.refresh()  # it has said hello, and is to begin
+    post.held = True
+    members.prepare(Letter("begin", {"head": "ridge"}), b"")
+    post.held = False
+    members.gather(patience=5)
+    assert members.by_client[0].run == "ridge"
 
 
 class Failing(LocalPost):
@@ -94,7 +144,7 @@ def test_values_that_are_not_finite_are_refused():
 def test_a_lost_node_is_as_a_client_that_drops_out():
     """The sum of the others is that of a simulation in which the same client sends nothing."""
     drops_out = "--client_fraction 1 --dropout_rate 0.3 --seed 5"
-    main([*FEDERATED, "--run_name", "alone", *drops_out.split()])
+    main(federated("alone", drops_out))
     in_a_fleet(drops_out)
     assert_same("alone", "fleet")
 
@@ -218,7 +268,7 @@ def test_a_node_that_does_not_belong_is_left_out(wrong, why, capsys):
             strange = number == 103 and answer.kind == "hello"
             return replace(answer, facts=answer.facts | wrong) if strange else answer
 
-    config = parse([*FEDERATED, "--run_name", "fleet", *EVERYBODY.split()])
+    config = parse(federated("fleet", EVERYBODY))
     run_rounds(config, Strange(nodes()), Terms(patience=0.5), Console())
     assert why in capsys.readouterr().out
     assert left_out() == {"no node": 3}
@@ -226,7 +276,7 @@ def test_a_node_that_does_not_belong_is_left_out(wrong, why, capsys):
 
 def test_a_run_goes_on_from_its_checkpoint_with_other_nodes():
     """As after a server that was killed: the same bytes as without a break."""
-    main([*FEDERATED, "--run_name", "alone"])
+    main(federated("alone"))
     with pytest.raises(RuntimeError, match="killed"):
         in_a_fleet(post=Killed(nodes()))
     in_a_fleet("--resume")
@@ -250,7 +300,7 @@ ONE_SHOT = "--one_shot --merge_alpha 0.5 --head random"
 @pytest.mark.slow
 def test_a_run_of_one_round_goes_on_from_its_vectors():
     """A server that is killed once all have trained: nobody trains again, and the bytes are the same."""
-    main([*FEDERATED, "--run_name", "alone", *ONE_SHOT.split()])
+    main(federated("alone", ONE_SHOT))
     with pytest.raises(RuntimeError, match="killed"):
         in_a_fleet(ONE_SHOT, post=Killed(nodes()))
     post = in_a_fleet(f"{ONE_SHOT} --resume")

@@ -1,6 +1,5 @@
 """The parts that every edit has, whoever is asked for scores: entries and holders, its rounds, its end."""
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -54,8 +53,8 @@ def scoring_clients(config: EditingConfig, clients: Clients) -> list[Holder]:
     return [Holder(number, clients[number], clients.images) for number in numbers]
 
 
-def refined(edit: Edit, score: Score, books: Books, display: Display) -> Iterator[None]:
-    """Refine the mask by a score, from where the books are; each iteration is in them when it is given."""
+def refine_mask(edit: Edit, score: Score, books: Books, display: Display) -> None:
+    """Refine the mask by a score, from where the books are; they record each iteration."""
     options = edit.loaded.config.editing
     for iteration in refine(
         score,
@@ -67,7 +66,6 @@ def refined(edit: Edit, score: Score, books: Books, display: Display) -> Iterato
         groups=edit.groups,
     ):
         books.record(iteration, options.eligible)
-        yield
         display.show(iteration.number, f"{100 * iteration.density:.1f} % of {len(edit.eligible)} may move")
 
 

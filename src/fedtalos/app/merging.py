@@ -5,11 +5,12 @@ from dataclasses import dataclass
 from functools import reduce
 from itertools import islice
 
-from torch import Tensor, nn
+import torch
+from torch import Tensor
 
 from fedtalos.app.config.schema import FederatedConfig
 from fedtalos.app.load import Loaded
-from fedtalos.app.run.holders import Holders, WeighedBy, Weights
+from fedtalos.app.run.holders import Holders, MergeWeights, WeighedBy, weights_sent
 from fedtalos.app.run.kept import Unit
 from fedtalos.data.images import LabelledImages
 from fedtalos.models.backbone import Backbone
@@ -55,15 +56,13 @@ class Merger:
         A client that trained by itself has its vector's model; several get what they came to together.
         """
         rule, clients = self.loaded.config.apart.merge, sum(len(unit.members) for unit in units)
-        if rule not in ("fisher", "regmean"):
+        if rule != "fisher" and rule != "regmean":
             return 0, 0
-        layers = (self.moving.model.get_submodule(name.rpartition(".")[0]) for name in self.moving.parameters)
-        inputs = {layer: layer.in_features for layer in layers if isinstance(layer, nn.Linear)}
-        sums = self.moving.nbytes if rule == "fisher" else 4 * sum(inputs.values())
+        sums = torch.float32.itemsize * sum(weights_sent(self.moving, rule).values())
         asked = sum(len(unit.members) for unit in units if len(unit.members) > 1)
         return self.moving.nbytes * asked, sums * clients
 
-    def _sums(self, rule: WeighedBy, units: Sequence[Unit], vectors: Sequence[TaskVector]) -> list[Weights]:
+    def _sums(self, rule: WeighedBy, units: Sequence[Unit], vectors: Sequence[TaskVector]) -> list[MergeWeights]:
         """Each unit's sums over its clients, under its own model with the first head."""
         model, now = self.loaded.model, self.moving.vector()
         weight, bias = (parameter.detach().clone() for parameter in model.head.parameters())
@@ -80,7 +79,7 @@ class Merger:
         return found
 
 
-def _added(first: Weights, second: Weights) -> Weights:
+def _added(first: MergeWeights, second: MergeWeights) -> MergeWeights:
     return {name: tensor + second[name] for name, tensor in first.items()}
 
 

@@ -12,7 +12,7 @@ from fedtalos.app.run.apart import Apart
 from fedtalos.app.run.courses import courses, write_courses
 from fedtalos.app.run.evaluation import evaluate_split
 from fedtalos.app.run.folders import begun
-from fedtalos.app.run.holders import Here
+from fedtalos.app.run.holders import LocalHolders
 from fedtalos.app.run.kept import Kept
 from fedtalos.app.run.session import Session
 from fedtalos.app.run.split_file import write_split
@@ -35,7 +35,7 @@ def run(config: ContinualConfig, console: Console) -> None:
         ) as session:
             session.introduce(moving, clients)
             write_split(paths.results, clients, loaded.data.classes)
-            apart = Apart(loaded, Here(loaded, clients, moving), moving, session)
+            apart = Apart(loaded, LocalHolders(loaded, clients, moving), moving, session)
             apart.begin(partial(rounds_of_the_head, loaded, clients))
             evaluate = partial(evaluate_split, loaded, moving, watch=session.evaluating)
             if session.done == 0 and session.due(0):

@@ -6,7 +6,7 @@ from dataclasses import replace
 from rich.console import Console
 
 from fedtalos.app.config.schema import EditingConfig
-from fedtalos.app.edit import Edit, finish, refined, scoring_clients
+from fedtalos.app.edit import Edit, finish, refine_mask, scoring_clients
 from fedtalos.app.engine import way_of_scores
 from fedtalos.app.federation import clients_of
 from fedtalos.app.load import Loaded, load
@@ -42,8 +42,7 @@ def run(config: EditingConfig, console: Console) -> None:
         sent = fit_first_head(edit, paths, console)
         books, options = Books(paths, edit.eligible, edit.groups, edit.senders, sent), config.editing
         with Display(console, "iteration", options.num_iterations, books.done) as display:
-            for _ in refined(edit, score_of(edit, display.watch), books, display):
-                pass
+            refine_mask(edit, score_of(edit, display.watch), books, display)
         finish(edit, paths, books, console)
 
 

@@ -27,7 +27,7 @@ from fedtalos.app.run.client_accuracy import evaluate_clients
 from fedtalos.app.run.evaluation import evaluate_part, evaluate_split
 from fedtalos.app.run.first_head import fit_first_head
 from fedtalos.app.run.folders import begun
-from fedtalos.app.run.holders import Here
+from fedtalos.app.run.holders import LocalHolders
 from fedtalos.app.run.kept import Kept, groups_of, units_of
 from fedtalos.app.run.launch import Others, others, rank
 from fedtalos.app.run.paths import RunPaths
@@ -49,9 +49,6 @@ from fedtalos.training.local_training import Watch, unwatched
 from fedtalos.training.loop import Batches
 from fedtalos.training.masked_parameters import MaskedParameters
 
-ALGORITHM = "algorithm/"
-"""Prefix of an algorithm's state in checkpoints."""
-
 
 def run(config: FederatedConfig, console: Console) -> None:
     """Train for ``num_rounds`` rounds, leading other processes where asked."""
@@ -67,9 +64,8 @@ def run(config: FederatedConfig, console: Console) -> None:
         config, local, total = loaded.config, local_training(loaded.config), config.federation.num_rounds
         with Session(loaded, paths, console, unit="round", total=total, rate=local.rate) as session:
             session.introduce(moving, clients, algorithm)
-            algorithm.state |= session.restored(ALGORITHM, len(moving))
+            session.keep_algorithm(algorithm, len(moving))
             write_split(paths.results, clients, loaded.data.classes)
-            session.state = lambda: {f"{ALGORITHM}{name}": tensor for name, tensor in algorithm.state.items()}
             if session.fresh:
                 fit_first_head(session, moving, clients, partial(rounds_of_the_head, loaded, clients))
             session.keep_start(moving)
@@ -108,7 +104,7 @@ def run_apart(config: FederatedConfig, paths: RunPaths, console: Console) -> Non
         Kept(paths).check_free()
     loaded, clients, moving, algorithm = begin(config)
     config, each = loaded.config, rounds_of(loaded.config).each
-    holders, rate = Here(loaded, clients, moving), local_training(config).rate
+    holders, rate = LocalHolders(loaded, clients, moving), local_training(config).rate
     total = each * len(units_of(config, holders, groups_of(config, loaded.data)))
     with Session(loaded, paths, console, unit="round", total=total, rate=lambda done: rate(done % each)) as session:
         session.introduce(moving, clients)

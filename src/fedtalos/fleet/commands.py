@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 from rich.console import Console
@@ -124,7 +125,7 @@ def join(options: FleetNodeConfig, console: Console) -> None:
     state = options.state_dir or options.folder / "state" / f"client_{options.client}"
     words = node_words(place, options)
     check_files(override(FederatedConfig(), own_options(options, state) | {"dataset": options.dataset}, "fleet node"))
-    node = Node(options, state)
+    node = Node(options, state, partial(say, console))
     say(console, by_hand(words))
     stopped = threading.Event()
     with Desk() as desk:

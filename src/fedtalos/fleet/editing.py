@@ -1,14 +1,13 @@
 """Make a mask over a fleet: the edit of ``editing --calibration federated``, its scores from nodes' own images."""
 
 from dataclasses import replace
-from typing import Any
 
 import numpy as np
 import torch
 from rich.console import Console
 
 from fedtalos.app.config.schema import EditingConfig
-from fedtalos.app.edit import Edit, finish, refined, scoring_clients
+from fedtalos.app.edit import Edit, finish, refine_mask, scoring_clients
 from fedtalos.app.load import Loaded, load
 from fedtalos.app.run.beginning import introduction_to_edit
 from fedtalos.app.run.books import Books
@@ -16,7 +15,6 @@ from fedtalos.app.run.display import Display, say, say_facts
 from fedtalos.app.run.folders import begun, open_run
 from fedtalos.fleet.calibration import ScoresOfNodes, refuse_what_asks_no_client
 from fedtalos.fleet.gathering import Terms, clients_of_sizes, gather, members_of
-from fedtalos.fleet.members import Members
 from fedtalos.fleet.post import Post
 from fedtalos.fleet.questions import fit_head_from_sums
 from fedtalos.models.heads import closed_form, save_head
@@ -49,11 +47,10 @@ def run(config: EditingConfig, post: Post, terms: Terms, console: Console) -> No
             say(console, f"fitting the {kind} head from clients' sums")
             fit_head_from_sums(loaded, moving, members, kind)
             save_head(paths.head, loaded.model)
-        books = Books(paths, edit.eligible, edit.groups, 0, (0, 0))
+        books = Books(paths, edit.eligible, edit.groups, 0, (0, 0), members.bytes_since)
         score = ScoresOfNodes(config, moving, edit.eligible, edit.holders, members)
         with Display(console, "iteration", options.num_iterations, books.done) as display:
-            for _ in refined(edit, score, books, display):
-                count_bytes(books, members)
+            refine_mask(edit, score, books, display)
         finish(edit, paths, books, console)
 
 
@@ -82,11 +79,3 @@ def prepare(loaded: Loaded[EditingConfig], clients: Clients) -> Edit:
         clients,
         draw_holders(holders, options.calibration_images, config.run.seed),
     )
-
-
-def count_bytes(books: Books, members: Members) -> None:
-    """Add the bytes of the letters of an iteration to its row, to those before it."""
-    before: dict[str, Any] = books.rows[-2] if len(books.rows) > 1 else {"bytes_down": 0, "bytes_up": 0}
-    for way, sent in zip(("bytes_down", "bytes_up"), members.bytes_since(), strict=True):
-        books.rows[-1][way] = before[way] + sent
-    books.save()

@@ -64,7 +64,10 @@ def on_nodes(
             if answer.kind in ("refused", "unprepared"):
                 yield client, Lost("refused")
                 continue
-            yield client, read_update(answer, moving, values, replies=algorithm.vectors_sent > 1)
+            update = read_update(answer, moving, values, replies=algorithm.vectors_sent > 1)
+            if isinstance(update, Lost) and not update.sent:
+                members.note(f"round {number}, client {client}: its node says {answer.facts['why']!r}")
+            yield client, update
 
     return updates
 
@@ -73,7 +76,8 @@ def read_update(answer: Letter, moving: MaskedParameters, theta: torch.Tensor, *
     """Read a node's answer to a round, into the model's own memory; one that cannot be used is lost."""
     try:
         if answer.kind == "lost":
-            return Lost(fact(answer, "why", str), sent=fact(answer, "sent", bool))
+            why, sent = fact(answer, "why", str), fact(answer, "sent", bool)
+            return Lost(why, sent=True) if sent else Lost("lost on its node")  # reasons are counted, so they are ours
         if answer.kind != "update":
             raise InputError(f"expected an update, got a letter of kind {answer.kind!r}")
         examples, correct = fact(answer, "examples", int), fact(answer, "correct", int)

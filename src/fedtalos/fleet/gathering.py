@@ -18,7 +18,7 @@ from fedtalos.app.run.interruption import safe_point
 from fedtalos.fleet.letter import Letter
 from fedtalos.fleet.members import POLL, Members
 from fedtalos.fleet.post import Post
-from fedtalos.fleet.still import sha256, shapes_of, still_part
+from fedtalos.fleet.still import frozen_part, sha256, shapes_of
 from fedtalos.training.federated.clients import Clients
 from fedtalos.training.masked_parameters import MaskedParameters
 
@@ -45,7 +45,7 @@ def members_of(config: FederatedConfig | EditingConfig, post: Post, terms: Terms
 
 def gather(loaded: Loaded[Any], moving: MaskedParameters, name: str, members: Members, terms: Terms) -> None:
     """Make the nodes ready for the model as it is, those that are not; wait for all, or later for those met before."""
-    members.prepare(begin_letter(loaded, moving, name), still_part(moving))
+    members.prepare(begin_letter(loaded, moving, name), frozen_part(moving))
     met = int((members.sizes > 0).sum())
     members.gather(terms.patience, terms.min_nodes, wanted=met or None)
 
@@ -58,7 +58,7 @@ def begin_letter(loaded: Loaded[Any], moving: MaskedParameters, run: str) -> Let
         {
             "name": run,
             "options": {name: value for name, value in flatten(loaded.config).items() if name in known},
-            "still": sha256(still_part(moving)),
+            "still": sha256(frozen_part(moving)),
             "shapes": shapes_of(moving),
             "model": json.loads(json.dumps({key: value for key, value in facts.items() if key != "classes"})),
             "classes": list(facts["classes"]),

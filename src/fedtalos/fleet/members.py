@@ -68,18 +68,22 @@ class Members:
         self.sizes: NDArray[np.int64] = np.zeros(num_clients, np.int64)
         """Numbers of images of the clients met so far, (K,)."""
         self.bytes_down = self.bytes_up = 0
-        self._note, self._pause = note, pause
+        self.note, self._pause = note, pause
         self._joining: dict[str, _Asked] = {}
         self._refused: set[int] = set()
         self._begin, self._still = Letter("begin"), Letter("begin")
 
     def prepare(self, begin: Letter, still: bytes) -> None:
-        """Set what makes nodes ready; those that were ready for something else have to begin again."""
+        """Set what makes nodes ready; nodes that are, or will be, ready for something else begin again."""
         if begin == self._begin:
             return
         self._begin = begin
         self._still = replace(begin, arrays={"still": np.frombuffer(still, np.uint8)})
         asked = {member.node: client for client, member in self.by_client.items()}
+        for ticket, joining in list(self._joining.items()):
+            if joining.client is not None:  # it is being made ready for something else
+                asked[joining.node] = joining.client
+                del self._joining[ticket]
         self.by_client.clear()
         for node, client in asked.items():
             self._ask(node, self._begin, client)
@@ -125,7 +129,7 @@ class Members:
         One of them may be the same client's: without TLS a node comes back with another number.
         """
         if self.by_client.pop(client, None) is not None:
-            self._note(f"client {client}: its node {why}")
+            self.note(f"client {client}: its node {why}")
             self._refused.clear()
 
     def _ask(self, node: int, letter: Letter, client: int | None) -> None:
@@ -196,7 +200,7 @@ class Members:
                     raise InputError(f"expected another answer than {other!r}")
         except InputError as error:
             self._refused.add(asked.node)
-            self._note(f"a node was left out: {error}")
+            self.note(f"a node was left out: {error}")
 
     def _client(self, hello: Letter) -> int:
         client: int = fact(hello, "client", int)

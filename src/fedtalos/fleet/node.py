@@ -26,15 +26,15 @@ class Node:
     """Answers letters, one at a time: "hello", "begin", and the work that its options admit.
 
     ``state`` is a folder of its own. By run it keeps there what the server sent once and what the client's updates
-    lost on the wire, so that a node that was killed goes on as if nothing had been.
+    lost on the wire, so that a node that was killed goes on as if nothing had been. ``note`` is told what is refused.
 
     >>> node = Node(options, Path("state/client_0"))
     >>> node.answer(Letter("hello")).facts["client"]
     0
     """
 
-    def __init__(self, options: FleetNodeConfig, state: Path) -> None:
-        self.options, self.state = options, state
+    def __init__(self, options: FleetNodeConfig, state: Path, note: Callable[[str], None] = lambda _: None) -> None:
+        self.options, self.state, self._note = options, state, note
         self._task: tuple[str, Task] | None = None
         self._work: dict[str, Callable[[Task, Letter], Letter]] = {
             "train": self._train,
@@ -57,7 +57,8 @@ class Node:
                 case other:
                     admitted = ", ".join(self.options.admit)
                     raise InputError(f"this node does not admit {other!r}; it admits {admitted}")
-        except (InputError, TrainingError) as error:
+        except (InputError, TrainingError, OSError) as error:  # a full disk, say
+            self._note(f"refused {letter.kind!r}: {error}")
             return Letter("refused", {"why": str(error)})
 
     def _begin(self, letter: Letter) -> Letter:

@@ -13,7 +13,7 @@ from fedtalos.app.moving import moving_parameters
 from fedtalos.app.run.apart import Apart
 from fedtalos.app.run.display import say
 from fedtalos.app.run.evaluation import evaluate_split
-from fedtalos.app.run.holders import WeighedBy, Weights
+from fedtalos.app.run.holders import MergeWeights, WeighedBy
 from fedtalos.app.run.kept import Kept, units_of
 from fedtalos.app.run.paths import RunPaths
 from fedtalos.app.run.session import Session
@@ -39,7 +39,7 @@ def run_one_shot(config: FederatedConfig, paths: RunPaths, post: Post, terms: Te
     loaded = load(config)
     config, moving = loaded.config, moving_parameters(loaded)
     members = members_of(config, post, terms, console)
-    nodes, rate = Nodes(loaded, moving, members, terms), local_training(config).rate
+    nodes, rate = FleetHolders(loaded, moving, members, terms), local_training(config).rate
     total = len(units_of(config, nodes, ()))
     with Session(loaded, paths, console, unit="round", total=total, rate=lambda _: rate(0)) as session:
         gather(loaded, moving, paths.name, members, terms)
@@ -70,10 +70,10 @@ def check_counted(apart: Apart, members: Members) -> None:
             )
 
 
-class Nodes:
+class FleetHolders:
     """Clients on machines of their own, as holders of a run whose units, a client each, train apart.
 
-    >>> apart = Apart(loaded, Nodes(loaded, moving, members, Terms()), moving, session)
+    >>> apart = Apart(loaded, FleetHolders(loaded, moving, members, Terms()), moving, session)
     """
 
     def __init__(
@@ -114,7 +114,7 @@ class Nodes:
     def head_sums(self, clients: Sequence[int], kind: ClosedForm) -> Iterator[tuple[int, HeadSums]]:
         return sums_of_clients(self.loaded, self.moving, self.members, kind, clients)
 
-    def weights(self, rule: WeighedBy, models: Iterable[tuple[int, Tensor]]) -> Iterator[Weights]:
+    def weights(self, rule: WeighedBy, models: Iterable[tuple[int, Tensor]]) -> Iterator[MergeWeights]:
         return weights_of_clients(self.moving, self.members, rule, models)
 
     def sent(self, _counted: tuple[int, int]) -> tuple[int, int]:

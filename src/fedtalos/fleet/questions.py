@@ -12,20 +12,21 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from fedtalos.app.config.schema import FederatedConfig
 from fedtalos.app.load import Loaded
-from fedtalos.app.run.holders import Here, WeighedBy, Weights, has_scores
+from fedtalos.app.run.client_accuracy import of_everybody, write_client_accuracy
+from fedtalos.app.run.holders import LocalHolders, MergeWeights, WeighedBy, weights_sent
 from fedtalos.app.run.paths import RunPaths
-from fedtalos.app.run.recorder import write_csv
 from fedtalos.errors import InputError
 from fedtalos.fleet.letter import Letter, fact, vector
 from fedtalos.fleet.members import Members
 from fedtalos.fleet.post import NoAnswer
 from fedtalos.fleet.task import Task
-from fedtalos.models.heads import ClosedForm, HeadSums, best_head, head_sums, set_head
+from fedtalos.models.heads import ClosedForm, HeadSums, head_sums
 from fedtalos.training.federated.personal import accuracy_by_class, accuracy_by_client, mean_and_worst
+from fedtalos.training.head_fitting import fit_to_sums
 from fedtalos.training.masked_parameters import MaskedParameters
 
 AT_ONCE = 8
@@ -72,8 +73,8 @@ def weights_for_merging(task: Task, letter: Letter) -> Letter:
     moving, rule = task.moving, fact(letter, "rule", str)
     if rule not in ("fisher", "regmean"):
         raise InputError(f"rule {rule!r}: expected fisher or regmean")
-    found = next(Here(task.loaded, task.clients, moving).weights(rule, [(task.client, moving.vector())]))
-    masks = {name: mask for name, mask in moving.entries.masks.items() if name in found}
+    found = next(LocalHolders(task.loaded, task.clients, moving).weights(rule, [(task.client, moving.vector())]))
+    masks = {name: moving.entries.masks[name] for name in weights_sent(moving, rule)}
     arrays = {name: found[name][mask] if rule == "fisher" else found[name] for name, mask in masks.items()}
     return Letter("weights", {}, {name: tensor.cpu().numpy() for name, tensor in arrays.items()})
 
@@ -107,18 +108,9 @@ def evaluate_nodes(
         models = ((client, theta + vector) for client, vector in own.items() if client in members.by_client)
         columns["own_vector_accuracy"] = accuracy_of_clients(members, models)
         said["own_vector_accuracy"] = "own_vector_test_accuracy"
-    rows = [
-        {
-            "client": client,
-            "examples": int(size),
-            **{column: f"{found[client]:.6f}" if client in found else "" for column, found in columns.items()},
-        }
-        for client, size in enumerate(members.sizes)
-    ]
-    write_csv(paths.results / "client_accuracy.csv", rows)
-    everybody = range(len(members.sizes))
-    accuracies = {column: [found.get(client, math.nan) for client in everybody] for column, found in columns.items()}
-    return {said[column]: mean_and_worst(np.array(values)) for column, values in accuracies.items()}
+    accuracies = {column: of_everybody(found, len(members.sizes)) for column, found in columns.items()}
+    write_client_accuracy(paths, members.sizes, accuracies)
+    return {said[column]: mean_and_worst(values) for column, values in accuracies.items()}
 
 
 def accuracy_of_clients(members: Members, models: Iterable[tuple[int, Tensor]]) -> dict[int, float]:
@@ -139,11 +131,7 @@ def fit_head_from_sums(loaded: Loaded[Any], moving: MaskedParameters, members: M
     """
     found = sums_of_clients(loaded, moving, members, kind, sorted(members.by_client))
     total = reduce(add, (sums for _, sums in found))
-    set_head(
-        loaded.model,
-        *best_head(kind, total, *loaded.features.features(loaded.model, loaded.limited("val"))),
-        source=kind,
-    )
+    fit_to_sums(loaded.model, total, loaded.limited("val"), kind, loaded.features)
     loaded.features.keep_only(moving.frozen_stages)
 
 
@@ -171,12 +159,12 @@ def sums_of_clients(
 
 def weights_of_clients(
     moving: MaskedParameters, members: Members, rule: WeighedBy, models: Iterable[tuple[int, Tensor]]
-) -> Iterator[Weights]:
+) -> Iterator[MergeWeights]:
     """Ask clients for what a rule of merging weighs their vectors by, each under its own model's values (A,).
 
     Raises InputError where one is away or sends something else.
     """
-    sizes = _weights_expected(moving, rule)
+    sizes = weights_sent(moving, rule)
     for client, answer in ask_each(members, "weigh", {"rule": rule}, models):
         if isinstance(answer, NoAnswer) or answer.kind != "weights":
             raise InputError(
@@ -192,15 +180,6 @@ def weights_of_clients(
                 mask = moving.entries.masks[name].cpu()
                 found[name] = torch.zeros(mask.shape).masked_scatter_(mask, values)
         yield found
-
-
-def _weights_expected(moving: MaskedParameters, rule: WeighedBy) -> dict[str, int]:
-    """Numbers that a client sends for a rule, by name of the parameter."""
-    model, masks = moving.model, moving.entries.masks
-    if rule == "fisher":
-        return {name: int(mask.sum()) for name, mask in masks.items() if has_scores(model, name)}
-    layers = {name: model.get_submodule(name.removesuffix(".weight")) for name in masks if name.endswith(".weight")}
-    return {name: layer.in_features for name, layer in layers.items() if isinstance(layer, nn.Linear)}
 
 
 def ask_each(

@@ -24,14 +24,11 @@ from fedtalos.models.heads import closed_form
 from fedtalos.training.federated.fedavg import FedAvg, Round, fedavg
 from fedtalos.training.masked_parameters import MaskedParameters
 
-ALGORITHM = "algorithm/"
-"""Prefix of an algorithm's state in checkpoints."""
-
 
 def run_rounds(config: FederatedConfig, post: Post, terms: Terms, console: Console) -> None:
     """Train for ``num_rounds`` rounds, or in one, with the nodes that the post reaches; results as in a simulation.
 
-    Raises InputError for options that a fleet has not, and where too few nodes come.
+    Raises InputError for options that a fleet does not support, and where too few nodes come.
     """
     refuse_what_a_fleet_has_not(config)
     with begun(config, console) as paths:
@@ -45,8 +42,7 @@ def run_rounds(config: FederatedConfig, post: Post, terms: Terms, console: Conso
         rate = local_training(config).rate
         members = members_of(config, post, terms, console)
         with Session(loaded, paths, console, unit="round", total=total, rate=rate) as session:
-            algorithm.state |= session.restored(ALGORITHM, len(moving))
-            session.state = lambda: {f"{ALGORITHM}{name}": tensor for name, tensor in algorithm.state.items()}
+            session.keep_algorithm(algorithm, len(moving))
             evaluate = partial(evaluate_split, loaded, moving)
             gather(loaded, moving, paths.name, members, terms)
             say(console, f"{len(members.by_client)} of {members.num_clients} nodes are ready")
@@ -54,6 +50,7 @@ def run_rounds(config: FederatedConfig, post: Post, terms: Terms, console: Conso
                 say(console, f"fitting the {kind} head from clients' sums")
                 fit_head_from_sums(loaded, moving, members, kind)
                 gather(loaded, moving, paths.name, members, terms)  # it is part of what stays still, or may be
+            session.keep_start(moving)
             session.progress.count(*members.bytes_since())
             if session.due(session.done):
                 session.validate(evaluate)

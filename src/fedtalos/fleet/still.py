@@ -24,12 +24,12 @@ MOST_ENTRIES = 2**30
 Shapes = Mapping[str, list[int]]
 
 
-def still_part(moving: MaskedParameters) -> bytes:
+def frozen_part(moving: MaskedParameters) -> bytes:
     """Write a model's mask, one bit per entry, and the values of its frozen entries, as a safetensors file.
 
     Tensors that move as a whole are in it by an empty mask alone. It is the same however far training has come.
 
-    >>> content = still_part(moving)
+    >>> content = frozen_part(moving)
     """
     arrays: Arrays = {}
     for name, tensor in named_tensors(moving.model).items():
@@ -49,10 +49,10 @@ def shapes_of(moving: MaskedParameters) -> dict[str, list[int]]:
     return {name: list(tensor.shape) for name, tensor in named_tensors(moving.model).items()}
 
 
-def read_still_part(content: bytes, shapes: Shapes) -> tuple[dict[str, Tensor], Mask]:
+def read_frozen_part(content: bytes, shapes: Shapes) -> tuple[dict[str, Tensor], Mask]:
     """Read tensors, zero where they move, and the mask; InputError where it is not the still part of such a model.
 
-    >>> tensors, mask = read_still_part(content, shapes_of(moving))
+    >>> tensors, mask = read_frozen_part(content, shapes_of(moving))
     """
     try:
         arrays = load_safetensors(content)

@@ -12,12 +12,12 @@ from fedtalos.app.config.fleet import FleetNodeConfig
 from fedtalos.app.config.schema import FederatedConfig
 from fedtalos.app.federation import algorithm_of, clients_of, local_training
 from fedtalos.app.load import Loaded, load
-from fedtalos.app.run.holders import Here
+from fedtalos.app.run.holders import LocalHolders
 from fedtalos.checkpoint import save_checkpoint
 from fedtalos.data.class_names import check_same_classes
 from fedtalos.errors import InputError
 from fedtalos.fleet.letter import Letter, fact
-from fedtalos.fleet.still import read_still_part
+from fedtalos.fleet.still import read_frozen_part
 from fedtalos.training.entries import named_tensors
 from fedtalos.training.federated.apart import unit_seed
 from fedtalos.training.federated.clients import Clients
@@ -50,7 +50,7 @@ class Task:
         """A fact about the client's classes, where the server writes them beside its vector; else none."""
         if not self.loaded.config.apart.one_shot:
             return {}
-        return {"classes": list(Here(self.loaded, self.clients, self.moving).classes(self.client))}
+        return {"classes": list(LocalHolders(self.loaded, self.clients, self.moving).classes(self.client))}
 
     @property
     def drawn(self) -> tuple[Clients, int, int]:
@@ -69,7 +69,7 @@ def begin_task(letter: Letter, still: bytes, node: FleetNodeConfig, state: Path)
     options = {name: value for name, value in fact(letter, "options", dict).items() if name not in OF_THE_SERVER}
     if options.get("dataset") != node.dataset:
         raise InputError(f"this node admits the data set {node.dataset}, not {options.get('dataset')!r}")
-    tensors, mask = read_still_part(still, fact(letter, "shapes", dict))
+    tensors, mask = read_frozen_part(still, fact(letter, "shapes", dict))
     name = fact(letter, "still", str)
     about = {**fact(letter, "model", dict), "classes": fact(letter, "classes", list)}
     checkpoint = save_checkpoint(state / "models" / name, "still", 0, tensors, about)

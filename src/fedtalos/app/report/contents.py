@@ -7,6 +7,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Annotated, Any, Literal
 
+import numpy as np
 import yaml
 from annotated_types import MaxLen
 
@@ -24,6 +25,7 @@ from fedtalos.facts import Count, Number, Share, Word, facts_from, open_schema, 
 from fedtalos.metrics import wilson
 from fedtalos.training.editing.describe import density_table
 from fedtalos.training.editing.mask_file import read_mask_file
+from fedtalos.training.federated.personal import mean_and_worst
 
 UNKNOWN = dict.fromkeys(("command_line", "device", "commit", "fedtalos", "torch", "started"), "unknown")
 MOST_POINTS = 400
@@ -239,8 +241,8 @@ def client_accuracies(run: RunRecord) -> ClientAccuracies | None:
     found = sorted(100 * line.accuracy for line in lines if isinstance(line.accuracy, float))
     if not found:
         return None
-    worst = found[: max(1, len(found) // 10)]
-    return ClientAccuracies(found, f"{fmean(found):.1f} %", f"{fmean(worst):.1f} %")
+    said = mean_and_worst(np.array(found))
+    return ClientAccuracies(found, f"{said['mean']:.1f} %", f"{said['worst_10_percent']:.1f} %")
 
 
 @dataclass(frozen=True)

@@ -1,10 +1,12 @@
 """Runs whose tasks, or clients, train apart from one start: --tasks, --one_shot, and continual's.
 
-A run that was stopped goes on after its last whole round; what a unit left is kept as soon as it has trained.
+A run that was stopped goes on from its last checkpoint: of every --eval_every rounds, and of a unit's end. What a
+unit left is kept as soon as it has trained.
 """
 
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 from itertools import groupby
 from typing import Any
@@ -22,7 +24,7 @@ from fedtalos.app.run.first_head import HeadRounds, fit_first_head
 from fedtalos.app.run.folders import say_decisions
 from fedtalos.app.run.holders import Holders
 from fedtalos.app.run.kept import Kept, Unit, clients_in, groups_of, units_of
-from fedtalos.app.run.session import Evaluate, Session
+from fedtalos.app.run.session import ALGORITHM, Evaluate, Session
 from fedtalos.app.run.task_table import write_task_table
 from fedtalos.models.heads import ClosedForm, Head, HeadSums, closed_form, set_head
 from fedtalos.training.editing.task_vectors import TaskVector, scaled
@@ -35,7 +37,6 @@ from fedtalos.training.masked_parameters import MaskedParameters
 
 APART = "apart/"
 """Prefix, in checkpoints, of what every unit starts from: the values that move, and the head."""
-ALGORITHM = "algorithm/"
 AFTER = "after-"
 """Prefix of the names of vectors that lead from the common start over all units so far."""
 
@@ -133,7 +134,9 @@ class Apart:
             done=done,
         )
         for round_ in rounds:
-            yield Round(first + round_.number, round_.clients, round_.train, round_.lost)
+            yield replace(round_, number=first + round_.number)
+            if round_.number % self.each and self.session.due(first + round_.number):
+                self.session.save()  # at a unit's end its vector is kept, and the run saved with that
 
     def skip(self, traffic: Traffic) -> None:
         """Note whom the rounds that are done have met, for a run that goes on."""

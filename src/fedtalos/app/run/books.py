@@ -1,6 +1,7 @@
 """Books of an edit: what each iteration let move and sent, saved so that the edit can be resumed."""
 
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Annotated, Any
 
@@ -62,19 +63,27 @@ class Books:
 
     ``senders`` clients send scores, and ``sent`` are the bytes down and up before the first iteration. Bytes of an
     iteration: of each candidate a number from every sender, and a bit to it; a candidate is an entry, or group, that is
-    still in. The weights that all start from are not counted.
+    still in. The weights that all start from are not counted. Where senders are on other machines, ``bytes_since``
+    gives the bytes down and up since it was last asked, which are counted instead.
 
     Raises InputError where the checkpoint to go on from is not of this edit.
     """
 
     def __init__(
-        self, paths: RunPaths, eligible: Entries, groups: Groups | None, senders: int, sent: tuple[int, int]
+        self,
+        paths: RunPaths,
+        eligible: Entries,
+        groups: Groups | None,
+        senders: int,
+        sent: tuple[int, int],
+        bytes_since: Callable[[], tuple[int, int]] | None = None,
     ) -> None:
         self._folder, self._eligible, self._groups, self._senders = paths.checkpoints, eligible, groups, senders
         self.kept: Tensor = torch.ones(len(eligible), dtype=torch.bool, device=eligible.device)
         self.rows: Rows = []
         self.report: Rows = []
         self._down, self._up = sent
+        self._bytes_since = bytes_since
         self._resume()
         self._start = time.perf_counter() - (self.rows[-1]["seconds"] if self.rows else 0.0)
 
@@ -85,10 +94,8 @@ class Books:
 
     def record(self, iteration: Iteration, eligible_in: Eligible) -> None:
         """Write down an iteration, and save."""
-        groups = self._groups
-        candidates = int(self.kept.sum()) if groups is None else len(groups.of[self.kept].unique())
-        self._up += self._senders * candidates * torch.float32.itemsize
-        self._down += self._senders * -(-candidates // 8)
+        down, up = self._counted() if self._bytes_since is None else self._bytes_since()
+        self._down, self._up = self._down + down, self._up + up
         self.kept = iteration.kept
         self.rows.append(
             {
@@ -102,13 +109,15 @@ class Books:
         )
         table = density_table(mask_of(self._eligible, self.kept), eligible_in)
         self.report += [{"iteration": iteration.number, **asdict(row)} for row in table]
-        self.save()
-
-    def save(self) -> None:
-        """Write the checkpoint that the edit goes on from."""
         save_checkpoint(
             self._folder, "last", self.done, {"state": self.kept}, {"rows": self.rows, "report": self.report}
         )
+
+    def _counted(self) -> tuple[int, int]:
+        """Bytes down and up of an iteration of a simulation, from the entries that are still in."""
+        groups = self._groups
+        candidates = int(self.kept.sum()) if groups is None else len(groups.of[self.kept].unique())
+        return self._senders * -(-candidates // 8), self._senders * candidates * torch.float32.itemsize
 
     def _resume(self) -> None:
         path = self._folder / "last.json"

@@ -13,11 +13,12 @@ from fedtalos.app.config.schema import FederatedConfig
 from fedtalos.app.federation import local_training, settled
 from fedtalos.app.load import Loaded
 from fedtalos.app.run.paths import RunPaths
-from fedtalos.app.run.recorder import write_csv
+from fedtalos.app.run.recorder import cell, write_csv
 from fedtalos.data.sampling import Ids
 from fedtalos.randomness import generator
-from fedtalos.training.federated.clients import Clients
+from fedtalos.training.federated.clients import Clients, Integers
 from fedtalos.training.federated.personal import (
+    Accuracies,
     accuracy_by_class,
     accuracy_by_client,
     mean_and_worst,
@@ -58,10 +59,7 @@ def evaluate_clients(
         return accuracy_by_client(clients, by_class)
 
     before = expected(np.unique(labels))
-    rows = [
-        {"client": client, "examples": int(size), "accuracy": _cell(accuracy)}
-        for client, (size, accuracy) in enumerate(zip(clients.sizes, before, strict=True))
-    ]
+    columns = {"accuracy": before}
     summary: dict[str, Any] = {"client_test_accuracy": mean_and_worst(before)}
     if options.personalise_steps:
         chosen = _chosen(config, len(clients))
@@ -69,26 +67,35 @@ def evaluate_clients(
         peak = settled(config.train.learning_rate)
         local = local_training(config).but(steps=options.personalise_steps, epochs=None, learning_rate=peak)
         tuned = personalised(moving, clients, chosen.tolist(), local, config.run.seed, options.personalise_alpha)
-        after = np.array([expected(np.unique(labels[clients[client]]))[client] for client in tuned])
-        for row in rows:
-            row["personalised_accuracy"] = ""
-        for client, accuracy in zip(chosen, after, strict=True):
-            rows[client]["personalised_accuracy"] = _cell(accuracy)
+        after = {client: expected(np.unique(labels[clients[client]]))[client] for client in tuned}
+        columns["personalised_accuracy"] = of_everybody(after, len(clients))
         summary["personalised_test_accuracy"] = {
             "clients": len(chosen),
             "before": mean_and_worst(before[chosen]),
-            "after": mean_and_worst(after),
+            "after": mean_and_worst(columns["personalised_accuracy"]),
         }
     if own:
-        for row in rows:
-            row["own_vector_accuracy"] = ""
-        accuracies = []
-        for client in with_own_vectors(moving, own):
-            accuracies.append(expected(np.unique(labels[clients[client]]))[client])
-            rows[client]["own_vector_accuracy"] = _cell(accuracies[-1])
-        summary["own_vector_test_accuracy"] = mean_and_worst(np.array(accuracies))
-    write_csv(paths.results / "client_accuracy.csv", rows)
+        found = {
+            client: expected(np.unique(labels[clients[client]]))[client] for client in with_own_vectors(moving, own)
+        }
+        columns["own_vector_accuracy"] = of_everybody(found, len(clients))
+        summary["own_vector_test_accuracy"] = mean_and_worst(columns["own_vector_accuracy"])
+    write_client_accuracy(paths, clients.sizes, columns)
     return summary
+
+
+def of_everybody(found: Mapping[int, float], count: int) -> Accuracies:
+    """Accuracies of all ``count`` clients, (K,), nan for those that are not in ``found``."""
+    return np.array([found.get(client, math.nan) for client in range(count)])
+
+
+def write_client_accuracy(paths: RunPaths, sizes: Integers, columns: Mapping[str, Accuracies]) -> None:
+    """Write client_accuracy.csv: a row for each client with its number of images, and columns (K,) of accuracies."""
+    rows = [
+        {"client": client, "examples": int(size), **{name: cell(values[client]) for name, values in columns.items()}}
+        for client, size in enumerate(sizes)
+    ]
+    write_csv(paths.results / "client_accuracy.csv", rows)
 
 
 def _chosen(config: FederatedConfig, num_clients: int) -> Ids:
@@ -96,7 +103,3 @@ def _chosen(config: FederatedConfig, num_clients: int) -> Ids:
     count = config.personal.personalise_clients or num_clients
     rng = generator(config.run.seed, "personal clients")
     return np.sort(rng.choice(num_clients, size=count, replace=False)).astype(np.int64)
-
-
-def _cell(accuracy: float) -> str:
-    return "" if math.isnan(accuracy) else f"{accuracy:.6f}"

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fedtalos.app.merging import factor
 from fedtalos.app.run.apart import AFTER, Apart
-from fedtalos.app.run.recorder import known, write_csv
+from fedtalos.app.run.recorder import cell, known, write_csv
 from fedtalos.data.images import LabelledImages
 from fedtalos.errors import InputError
 from fedtalos.facts import read_table, table_schema
@@ -92,7 +92,7 @@ def _of_seen(apart: Apart, seen: int) -> LabelledImages:
 def write_courses(found: dict[tuple[str, str], Course], apart: Apart, console: Console) -> dict[str, Any]:
     """Write continual.csv, print average accuracy and backward transfer, and return these for the summary."""
     rows = [
-        {"row": row, "head": head, "after": after, "task": task, "accuracy": "" if np.isnan(value) else f"{value:.6f}"}
+        {"row": row, "head": head, "after": after, "task": task, "accuracy": cell(value)}
         for (row, head), course in found.items()
         for (after, task), value in np.ndenumerate(course.accuracy)
     ]

@@ -17,7 +17,7 @@ from fedtalos.training.head_fitting import holder_sums
 from fedtalos.training.local_training import Watch
 from fedtalos.training.masked_parameters import MaskedParameters
 
-Weights = dict[str, Tensor]
+MergeWeights = dict[str, Tensor]
 """Parameter name -> numbers that a rule weighs a unit's values by: sums over its clients' images, so they add up."""
 WeighedBy = Literal["fisher", "regmean"]
 """Rules of merging that ask clients for weights."""
@@ -43,7 +43,7 @@ class Holders(Protocol):
         """Sum each client's features, as the model makes them now, against its labels; those away are left out."""
         ...
 
-    def weights(self, rule: WeighedBy, models: Iterable[tuple[int, Tensor]]) -> Iterator[Weights]:
+    def weights(self, rule: WeighedBy, models: Iterable[tuple[int, Tensor]]) -> Iterator[MergeWeights]:
         """Make a rule's weights for each client, under a model of its own: the one here with these values (A,)."""
         ...
 
@@ -52,11 +52,11 @@ class Holders(Protocol):
         ...
 
 
-class Here:
+class LocalHolders:
     """Clients whose images are in this process.
 
-    >>> here = Here(loaded, clients, moving)
-    >>> here.classes(0)
+    >>> holders = LocalHolders(loaded, clients, moving)
+    >>> holders.classes(0)
     (2, 5, 7)
     """
 
@@ -74,8 +74,8 @@ class Here:
         loaded, ids = self.loaded, (self.clients[client] for client in clients)
         return zip(clients, holder_sums(loaded.model, loaded.data.train, ids, kind, loaded.features), strict=True)
 
-    def weights(self, rule: WeighedBy, models: Iterable[tuple[int, Tensor]]) -> Iterator[Weights]:
-        of_client: dict[WeighedBy, Callable[[int], Weights]] = {"fisher": self._scores, "regmean": self._moments}
+    def weights(self, rule: WeighedBy, models: Iterable[tuple[int, Tensor]]) -> Iterator[MergeWeights]:
+        of_client: dict[WeighedBy, Callable[[int], MergeWeights]] = {"fisher": self._scores, "regmean": self._moments}
         for client, values in models:
             self.moving.write(values)
             yield of_client[rule](client)
@@ -83,13 +83,25 @@ class Here:
     def sent(self, counted: tuple[int, int]) -> tuple[int, int]:
         return counted
 
-    def _scores(self, client: int) -> Weights:
+    def _scores(self, client: int) -> MergeWeights:
         model, ids, seed = self.loaded.model, self.clients[client], self.loaded.config.run.seed
         masks = {name: mask for name, mask in self.moving.entries.masks.items() if has_scores(model, name)}
         return fisher_scores(model, scored_batches(model, self.loaded.data.train, ids, seed=seed), masks)
 
-    def _moments(self, client: int) -> Weights:
+    def _moments(self, client: int) -> MergeWeights:
         return input_moments(self.loaded.model, self.loaded.data.train.subset(self.clients[client]))
+
+
+def weights_sent(moving: MaskedParameters, rule: WeighedBy) -> dict[str, int]:
+    """Count the numbers that a client sends for a rule, by name of the parameter: what it scores, or inputs of layers.
+
+    >>> 4 * sum(weights_sent(moving, "fisher").values())  # bytes
+    """
+    model, masks = moving.model, moving.entries.masks
+    if rule == "fisher":
+        return {name: int(mask.sum()) for name, mask in masks.items() if has_scores(model, name)}
+    layers = {name: model.get_submodule(name.removesuffix(".weight")) for name in masks if name.endswith(".weight")}
+    return {name: layer.in_features for name, layer in layers.items() if isinstance(layer, nn.Linear)}
 
 
 def has_scores(model: nn.Module, name: str) -> bool:

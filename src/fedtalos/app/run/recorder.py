@@ -106,6 +106,15 @@ class MetricsLine:
     examples: Annotated[int, Interval(ge=0, lt=int(LARGEST))] | Literal[""] = ""
 
 
+def cell(number: float) -> str:
+    """Write a number for a table, nothing where it is not known.
+
+    >>> cell(0.5), cell(math.nan)
+    ('0.500000', '')
+    """
+    return "" if math.isnan(number) else f"{number:.6f}"
+
+
 def known(cell: float | str) -> float:
     """Give a cell's number, nan where it is not known.
 

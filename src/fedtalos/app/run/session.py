@@ -46,6 +46,8 @@ from fedtalos.training.loop import Batches
 from fedtalos.training.masked_parameters import MaskedParameters
 
 Found = TypeVar("Found")
+ALGORITHM = "algorithm/"
+"""Prefix of an algorithm's state in checkpoints."""
 Evaluate = Callable[[str], Metrics]
 """Split -> metrics of the model as it is."""
 
@@ -57,7 +59,7 @@ class Session:
     the other tensors. ``state`` gives the tensors that checkpoints hold beside the model's. A run that is stopped while
     its rounds are shown is saved when the block ends.
 
-        with Session(loaded, paths, console, unit="round", total=100) as session:
+        with Session(loaded, paths, console, unit="round", total=100, rate=lambda _: 0.1) as session:
             for round in session.shown(rounds):
                 session.record(round)
                 if session.due(round.number):
@@ -167,6 +169,11 @@ class Session:
         """Keep what the run starts from, first head included, where its vector is asked for."""
         if self.config.train.save_vector:
             self.start = Start(moving, self.saved)
+
+    def keep_algorithm(self, algorithm: FedAvg, moving: int) -> None:
+        """Give an algorithm the state that the checkpoint holds, and keep it there; ``moving`` parameters move."""
+        algorithm.state |= self.restored(ALGORITHM, moving)
+        self.state = lambda: {f"{ALGORITHM}{name}": tensor for name, tensor in algorithm.state.items()}
 
     def watch(self, batches: Batches, share: float) -> Batches:
         """Pass batches on, each with a safe point before it, and advance the display by their share of a round."""

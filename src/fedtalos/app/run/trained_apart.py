@@ -16,7 +16,7 @@ from fedtalos.app.load import Loaded, load
 from fedtalos.app.merging import Merger
 from fedtalos.app.moving import moving_parameters
 from fedtalos.app.run.apart import APART, shapes_of_start
-from fedtalos.app.run.holders import Here
+from fedtalos.app.run.holders import LocalHolders
 from fedtalos.app.run.kept import Kept, Unit, clients_in, groups_of, units_of
 from fedtalos.app.run.paths import RunPaths, plain_name
 from fedtalos.app.run.progress import Saved
@@ -24,7 +24,7 @@ from fedtalos.app.run.resume import from_here, working_folder
 from fedtalos.checkpoint import Checkpoint, find_checkpoint, load_checkpoint, tensors_under
 from fedtalos.errors import InputError
 from fedtalos.facts import Number, Word, facts_from, open_schema
-from fedtalos.models.heads import ClosedForm, best_head, closed_form, set_head
+from fedtalos.models.heads import ClosedForm, closed_form
 from fedtalos.models.weights.checkpoints import ModelFacts
 from fedtalos.training.editing.task_vectors import TaskVector, scaled
 from fedtalos.training.entries import named_tensors
@@ -66,9 +66,9 @@ class TrainedApart:
         return self.checkpoint.tensors[f"{APART}start"].to(self.moving.device)
 
     @property
-    def holders(self) -> Here:
+    def holders(self) -> LocalHolders:
         """The clients, with their images."""
-        return Here(self.loaded, self.clients, self.moving)
+        return LocalHolders(self.loaded, self.clients, self.moving)
 
     def without(self, out: list[int]) -> Tensor:
         """The values (A,) that the run would have been merged to from the other units' vectors."""
@@ -92,7 +92,7 @@ class TrainedApart:
         total = reduce(add, (self.kept.read_sums(unit.name, kind, model) for unit in rest))
         now = self.moving.vector()
         self.moving.write(self.start)  # the sums are over the start's features
-        set_head(model, *best_head(kind, total, *loaded.features.features(model, val)), source=kind)
+        fit_to_sums(model, total, val, kind, loaded.features)
         self.moving.write(now)
         return "the others' sums over the start's features, the forgotten ones taken off: exact, nobody sends again"
 
@@ -123,7 +123,7 @@ def read_trained_apart(name: str, root: Path, changes: dict[str, Any]) -> Traine
     groups = groups_of(config, loaded.data)
     clients = clients_of(loaded.data.train, config.split, config.run.seed, groups)
     moving, kept = moving_parameters(loaded), Kept(paths)
-    units = units_of(config, Here(loaded, clients, moving), groups)
+    units = units_of(config, LocalHolders(loaded, clients, moving), groups)
     if [unit.name for unit in units] != list(merged.units):
         raise InputError(f"run {name}: its summary names other tasks or clients than its options; make it anew")
     restore(loaded, checkpoint, name)
