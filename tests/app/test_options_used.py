@@ -25,18 +25,21 @@ OTHERS = {  # values that are not the default
     "final_rate": 0.5,
     "server_momentum": 0.5,
     "byzantine": 2,
+    "client_sampling": "poisson",
+    "warmup": 1,
 }
+OF_MANY_ROUNDS = ("num_rounds", "client_fraction", "client_sampling", "warmup")
 EVERY = {name: config for config in RUN_CONFIGS.values() for name in flatten(config())}
 ALWAYS_USED = """
     config preset run_name resume resume_or_start output_dir seed device precision compile threads tracker
     dataset data_dir val_fraction split_seed calibration_fraction train_skip train_limit eval_limit eval_batch_size
     cache_gb model_size image_size patch_size normalisation head
-    mask trainable freeze_head optimizer learning_rate weight_decay batch_size augmentation clip_norm schedule warmup
-    eval_every early_stop num_epochs num_rounds client_fraction local_epochs clients_at_once workers algorithm
+    mask trainable freeze_head optimizer learning_rate weight_decay batch_size augmentation clip_norm schedule
+    eval_every early_stop num_epochs local_epochs clients_at_once workers algorithm
     aggregation max_update_norm attack attackers dp_noise on_bad_client dropout_rate deadline
     tasks one_shot merge merge_alpha refit_head leave_out
     client_evaluation personalise_steps checkpoint target_sparsity num_iterations criterion eligible granularity
-    calibration train_head resize client_sampling cache_dir
+    calibration train_head resize cache_dir
 """
 """Some have conditions of their own in check_together: attack and attackers, train_head, ..."""
 
@@ -84,10 +87,16 @@ def hindering(command: str, option: str) -> dict[str, object]:
         "num_clients": {"partition": "given"} | ({"calibration": "federated"} if command == "editing" else {}),
         "local_steps": {"local_epochs": 1},
         "final_rate": {"schedule": "step"},
+        **{name: {"one_shot": True} for name in OF_MANY_ROUNDS},
     }.get(option, {"criterion": "random"} if ("criterion", USED_WHEN[option][0][1]) == USED_WHEN[option][0] else {})
 
 
-CASES = [(command, option) for option in USED_WHEN for command in commands_of(option)]
+CASES = [
+    (command, option)
+    for option in USED_WHEN
+    for command in commands_of(option)
+    if command != "continual" or option not in OF_MANY_ROUNDS  # continual has no --one_shot
+]
 
 
 @pytest.mark.parametrize(("command", "option"), CASES)

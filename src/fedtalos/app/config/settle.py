@@ -35,6 +35,8 @@ def settle(config: ConfigT, weights: Weights | None, device: torch.device) -> Co
     if isinstance(config, FederatedConfig):
         groups["algorithm"] = _algorithm_defaults(config.algorithm)
         groups["federation"] = _one_round_defaults(config)
+        if weights is None and config.apart.asked:
+            note("start", "an untrained model, from which vectors seldom add up; --weights gives a trained one")
     settled = {name: getattr(config, name).model_copy(update=values) for name, values in groups.items()}
     return config.model_copy(update=settled)
 

@@ -83,7 +83,8 @@ def shares(config: FederatedConfig, clients: Clients) -> str:
     many = "step" if federation.local_steps == 1 else "steps"
     work = f"{federation.local_steps} {many} of {config.train.batch_size}"
     if federation.local_epochs is not None:
-        work = f"{federation.local_epochs} passes over their images"
+        passes = "pass" if federation.local_epochs == 1 else "passes"
+        work = f"{federation.local_epochs} {passes} over their images"
     if tasks is not None:
         count += f" of {tasks} task{'' if tasks == 1 else 's'}"
     return f"{count}, {title}, {size} images each; {drawn} in a round, {work}"

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from fedtalos.app.merging import factor
 from fedtalos.app.run.apart import AFTER, Apart
+from fedtalos.app.run.display import say
 from fedtalos.app.run.recorder import cell, known, write_csv
 from fedtalos.data.images import LabelledImages
 from fedtalos.errors import InputError
@@ -50,6 +51,7 @@ def courses(apart: Apart) -> dict[tuple[str, str], Course]:
     tasks = range(1, len(apart.units) + 1)
     found: dict[tuple[str, str], list[Floats]] = {}
     for row in reversed(ROWS):  # so that the sequential one is the last
+        say(apart.session.console, f"measuring {row}, after each of {len(tasks)} tasks")
         for seen in tasks:
             if row == "sequential":
                 theta = apart.start + onward[seen - 1].values.to(apart.start.device)
