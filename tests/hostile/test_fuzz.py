@@ -243,7 +243,7 @@ def test_metrics(content, tmp_path):
     with only_input_errors():
         read_history(tmp_path)
     with only_input_errors():
-        Recorder(tmp_path, "round", keep_to=3)
+        Recorder(tmp_path, "round", keep_to={"train": 3})
 
 
 def a_split() -> bytes:

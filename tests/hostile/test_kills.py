@@ -29,9 +29,11 @@ from fedtalos import files
 from fedtalos.app.figures import draw, runs, sweeps
 from fedtalos.app.run.folders import clean_up
 from fedtalos.app.run.paths import RunPaths
+from fedtalos.app.run.recorder import Recorder
 from fedtalos.checkpoint import load_checkpoint, remove_replaced, save_checkpoint
 from fedtalos.cli import main
 from fedtalos.files import PART, remove_leftovers
+from fedtalos.metrics import Metrics
 
 SMALL = (
     "--dataset digits --model_size micro --image_size 8 --patch_size 4 --weights none --device cpu --precision fp32 "
@@ -257,6 +259,17 @@ def test_a_checkpoint_of_the_same_step_replaces_another():
             assert found.tensors["w"].sum() == found.facts["sum"]
         assert sorted(path.name for path in folder.glob("[!.]*")) == ["last-000002.safetensors", "last.json"]
     assert sorted(path.name for path in folder.iterdir()) == ["last-000002.safetensors", "last.json"]
+
+
+def test_a_validation_that_no_checkpoint_knows_of_is_written_once(tmp_path):
+    metrics = Metrics(0.5, 1, 2)
+    killed = Recorder(tmp_path, "round")
+    for step, split in [(0, "val"), (1, "train"), (1, "val")]:
+        killed.record(step, split, metrics)
+    again = Recorder(tmp_path, "round", keep_to={"train": 1, "val": 0})
+    again.record(1, "val", metrics)
+    rows = [line.split(",")[:2] for line in (tmp_path / "metrics.csv").read_text().splitlines()[1:]]
+    assert rows == [["0", "val"], ["1", "train"], ["1", "val"]]
 
 
 def test_a_run_leaves_what_a_running_one_of_a_longer_name_writes():

@@ -127,15 +127,17 @@ def known(cell: float | str) -> float:
 class Recorder:
     """Writes one run's rows as they come; ``step_name`` ("round" or "epoch") is the first column's name."""
 
-    def __init__(self, folder: Path, step_name: str, *, keep_to: int = -1, seconds: float = 0.0) -> None:
-        """A killed run's rows after step ``keep_to``, and of the test, are dropped; ``seconds`` were spent before."""
+    def __init__(
+        self, folder: Path, step_name: str, *, keep_to: Mapping[str, int] | None = None, seconds: float = 0.0
+    ) -> None:
+        """Go on with a killed run's rows, of each split up to step ``keep_to``; ``seconds`` were spent before."""
         self.folder = folder
         self._path = folder / "metrics.csv"
         self._start = time.perf_counter() - seconds
         self._trackers: list[Tracker] = []
         rows = [[step_name, *COLUMNS]]
-        if keep_to >= 0:
-            rows += [row for row in _whole_rows(self._path, rows[0]) if int(row[0]) <= keep_to and row[1] != "test"]
+        if keep_to is not None:
+            rows += [row for row in _whole_rows(self._path, rows[0]) if int(row[0]) <= keep_to.get(row[1], -1)]
         self._kept: list[list[Any]] | None = rows  # written with the first row: until then the run may be refused
 
     def track(self, tracker: Tracker) -> None:

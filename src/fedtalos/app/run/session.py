@@ -106,7 +106,7 @@ class Session:
             self._check_classes()  # says more, where it is they that changed
             raise
         self._resume()
-        keep_to = -1 if self.fresh else self.progress.done
+        keep_to = None if self.fresh else {"train": self.progress.done, "val": self.progress.validated}
         self.recorder = Recorder(self.paths.results, self.unit, keep_to=keep_to, seconds=self.progress.seconds)
         tracker = open_tracker(self.config.run.tracker, self.paths, flatten(self.config))
         if tracker is not None:
