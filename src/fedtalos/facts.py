@@ -12,6 +12,7 @@ import json
 import os
 import re
 import stat
+import sys
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -34,6 +35,8 @@ MOST_HEADER = 2**24
 """Bytes of a safetensors header; a ViT's has 20 000."""
 MOST_CLASSES = 2**16
 """Classes of a data set or a head; ImageNet-21k has 21 843."""
+MOST_CHARACTERS = 255
+"""Characters of a class's name, as many as a folder's has."""
 MOST_TABLE, MOST_ROWS = 2**26, 200_000
 """Bytes and rows of a table: of a run of 100 000 rounds that are validated each time, or of as many clients."""
 MOST_TENSORS = 2**14
@@ -51,7 +54,7 @@ Number = Annotated[float, Interval(ge=-1e18, le=1e18)]
 Share = Annotated[float, Interval(ge=0, le=1)]
 Word = Annotated[str, MaxLen(1000), Predicate(str.isprintable)]
 """A few words on one line."""
-ClassName = Annotated[str, MaxLen(255)]
+ClassName = Annotated[str, MaxLen(MOST_CHARACTERS)]
 """A class's name, which may be that of any folder."""
 ClassNames = Annotated[tuple[ClassName, ...], MaxLen(MOST_CLASSES)]
 Sides = Annotated[tuple[Annotated[int, Interval(ge=1, le=2**31)], ...], MaxLen(8)]
@@ -163,6 +166,33 @@ def check_free(size: float, head: str, advice: str) -> None:
     free = psutil.virtual_memory().available
     if size > free:
         raise InputError(f"{_short(head)} takes {size / 1e9:.1f} GB of memory, and {free / 1e9:.1f} are free; {advice}")
+
+
+@contextmanager
+def memory_up_to(most: int) -> Iterator[None]:
+    """Let this process take so many more bytes in the block, and no more than are free; beyond, a MemoryError comes.
+
+    For libraries that unpack files by themselves. Only Linux counts so; elsewhere nothing is limited.
+
+    >>> with memory_up_to(2**32):
+    ...     table = pyarrow.parquet.read_table("train.parquet")
+    """
+    if sys.platform != "linux":
+        yield
+        return
+    import resource
+
+    import psutil  # here, for the benchmark on a GPU does without
+
+    soft, hard = resource.getrlimit(resource.RLIMIT_DATA)
+    taken = re.search(r"VmData:\s+(\d+) kB", Path("/proc/self/status").read_text("utf-8"))
+    limit = (int(taken[1]) * 2**10 if taken else 0) + min(most, psutil.virtual_memory().available)
+    limits = [each for each in (soft, hard) if each != resource.RLIM_INFINITY]
+    resource.setrlimit(resource.RLIMIT_DATA, (min([limit, *limits]), hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_DATA, (soft, hard))
 
 
 def read_facts(kind: type[T], content: bytes | str, head: str, advice: str = "give another") -> T:

@@ -2,15 +2,18 @@
 
 import io
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
+from hostile.limits import refused
 from pictures import BLUE, RED
 from PIL import Image as Picture
 
 from fedtalos import notes
+from fedtalos.data import hub_dataset
 from fedtalos.data.dataset_loader import load_dataset
 from fedtalos.data.hub_dataset import read_hub_dataset
 from fedtalos.errors import InputError
@@ -30,7 +33,7 @@ class Value:
 class ClassLabel:
     """The stand-in's type of a column of classes."""
 
-    def __init__(self, names: list[str]) -> None:
+    def __init__(self, names: list[Any]) -> None:
         self.names = names
 
 
@@ -75,12 +78,17 @@ def hub(monkeypatch) -> dict[str, Any]:
     """What the stand-in's hub holds, by name."""
     held: dict[str, Any] = {}
 
-    def load(name: str, config: str | None = None) -> Any:
+    def load(name: str) -> Any:
         if name not in held:
             raise FileNotFoundError(f"Dataset '{name}' doesn't exist on the Hub\nor cannot be accessed")
         return held[name]
 
-    module = SimpleNamespace(Image=Image, load_dataset=load, load_from_disk=load)
+    def builder(name: str, config: str | None) -> Any:
+        kind = "json" if name.endswith("json") else "parquet"
+        return SimpleNamespace(name=kind, download_and_prepare=lambda: None, as_dataset=lambda: load(name))
+
+    config = SimpleNamespace(HF_DATASETS_CACHE="kept")
+    module = SimpleNamespace(Image=Image, load_dataset_builder=builder, load_from_disk=load, config=config)
     monkeypatch.setitem(sys.modules, "datasets", module)
     notes.noted()
     return held
@@ -152,10 +160,105 @@ def test_what_cannot_be_read_is_refused_in_one_sentence(hub):
         "hf:me/test": "expected a split called train, got test",
         "hf:me/broken": r"^dataset hf:me/broken: train/2\.jpg is not a readable image .* move it out of hf:me/broken$",
         "hf:pets": "expected hf:OWNER/NAME, or a folder",
+        "hf:me/json": "its files are json: expected parquet, arrow, imagefolder, webdataset",
     }.items():
         with pytest.raises(InputError, match=says) as error:
             read_hub_dataset(name, 8)
         assert "\n" not in str(error.value)
+
+
+class Torn(list[Any]):
+    """A column that cannot be read."""
+
+    def __iter__(self):
+        raise UnicodeDecodeError("utf-8", b"\xff", 0, 1, "\x1b[2J" * 1000)
+
+
+LABELS: dict[str, tuple[list[Any], Any]] = {
+    "no text": (Torn("ab"), Value()),
+    "torn": (Torn([0, 1]), ClassLabel(["a", "b"])),
+    "no class": ([0, 7], ClassLabel(["a", "b"])),
+    "far from a class": ([0, 2**62], ClassLabel(["a", "b"])),
+    "names that are none": ([0, 1], ClassLabel(["a", {"b": ["x"] * 1000}])),
+    "no classes": ([0, 0], ClassLabel([])),
+    "an empty name": (["", "b"], Value()),
+    "a long name": (["x" * 10**6, "b"], Value()),
+    "a surrogate": (["\ud800", "b"], Value()),
+    "too many": (list(range(2**16 + 1)), Value()),
+}
+PATHS = [
+    "/etc/passwd",
+    "/dev/zero",
+    "../x.png",
+    "kept/../../x.png",
+    "a\0b",
+    "x" * 5000,
+    "http://127.0.0.1/x.png",
+    "\x1b[2J",
+]
+
+
+@pytest.mark.parametrize("what", LABELS)
+def test_labels_of_any_kind_are_refused_in_one_short_sentence(what, hub):
+    values, feature = LABELS[what]
+    found = rows(1)
+    found.columns |= {"img": found.columns["img"] * len(values), "label": values}
+    found.features["label"] = feature
+    hub["me/hostile"] = {"train": found}
+    with refused():
+        read_hub_dataset("hf:me/hostile", 8)
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_rows_name_no_files_but_their_own(path, hub, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    found = rows(4)
+    found.columns["img"][2] = {"bytes": None, "path": path}
+    hub["me/hostile"] = hub["mine"] = {"train": found}
+    Path("mine").mkdir()
+    for name in ("hf:me/hostile", "hf:mine"):
+        with refused("row 2 of train means "):
+            read_hub_dataset(name, 8)
+
+
+def test_rows_without_images_are_refused(hub):
+    found = rows(4)
+    found.select_columns = lambda names: Rows({"label": [0] * 4}, {})
+    hub["me/hostile"] = {"train": found}
+    with refused("cannot be read"):
+        read_hub_dataset("hf:me/hostile", 8)
+
+
+def test_rows_may_name_files_of_their_folder_or_of_the_cache(hub, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    found = rows(4)
+    for number, path in enumerate(["mine/deep/0.png", str(tmp_path / "kept/1.png")]):
+        Path(path).parent.mkdir(parents=True)
+        Path(path).write_bytes(found.columns["img"][number]["bytes"])
+        found.columns["img"][number] = {"bytes": None, "path": path}
+    hub["mine"] = {"train": found}
+    assert len(read_hub_dataset("hf:mine", 8).train) == 4
+
+
+def test_names_and_columns_are_shortened(hub, monkeypatch):
+    long = [str(number) + "\x1b[2J" * 1000 for number in range(99)]
+    hub["me/columns"] = {"train": Rows({name: [0] for name in long}, dict.fromkeys(long, Value()))}
+    hub["me/splits"] = dict.fromkeys(long, rows(1))
+    for name in ("me/columns", "me/columns,label=x", "me/splits", f"me/{long[0]}", "~no/x"):
+        with refused():
+            read_hub_dataset(f"hf:{name}", 8)
+    monkeypatch.setattr(hub_dataset, "MOST_ROWS", 7)
+    hub["me/many"] = {"train": rows(8)}
+    with refused("holds 8 images, of which 7 are the limit"):
+        read_hub_dataset("hf:me/many", 8)
+
+
+def test_only_names_are_looked_for_on_the_hub(hub):
+    """The library takes others for folders, and looks into all that lies below them."""
+    for name in ("../../nothing", "a/..", "-a/b", "a/b/c/d", "/nothing/there"):
+        hub[name] = {"train": rows(4)}
+        with refused("expected hf:OWNER/NAME"):
+            read_hub_dataset(f"hf:{name}", 8)
 
 
 def test_without_the_library_the_extra_is_named(monkeypatch):
@@ -175,7 +278,11 @@ def test_folders_are_read_by_the_library_itself(tmp_path, monkeypatch):
     (tmp_path / "parquet").mkdir()
     for split, part in both.items():
         part.to_parquet(tmp_path / f"parquet/{split}.parquet")
-    for name in ("saved", "parquet"):
+        for number, image in enumerate(images):
+            name = tmp_path / f"folders/{split}/{('red', 'blue')[number % 2]}/{number}.png"
+            name.parent.mkdir(parents=True, exist_ok=True)
+            image.save(name)
+    for name in ("saved", "parquet", "folders"):
         found = read_hub_dataset(f"hf:{tmp_path / name}", 8)
         assert found.classes == ("blue", "red")
         assert found.test is not None

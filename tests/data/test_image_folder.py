@@ -270,7 +270,7 @@ def test_names_in_two_unicode_forms_are_one_class(tmp_path):
 @pytest.mark.skipif(os.name != "posix", reason="names are bytes on POSIX only")
 def test_a_class_name_that_is_no_text_is_named(folder):
     (folder / os.fsdecode(b"gr\xfcn")).mkdir()
-    with pytest.raises(InputError, match=r"class folder 'gr\\udcfcn' has a name that is no UTF-8: rename it"):
+    with pytest.raises(InputError, match=r"the class 'gr\\udcfcn' has a name that is no UTF-8: rename it"):
         load(folder)
 
 

@@ -9,6 +9,7 @@ import io
 import json
 import pickle
 import struct
+import sys
 import tarfile
 import zipfile
 from collections.abc import Callable, Iterator
@@ -37,7 +38,7 @@ from fedtalos.data import cifar
 from fedtalos.data.cifar import CIFAR, _unpickled, read_cifar
 from fedtalos.data.downloads import read_members
 from fedtalos.data.image_folder import read_image_folder
-from fedtalos.facts import read_table
+from fedtalos.facts import memory_up_to, read_table
 from fedtalos.files import UNSEALED, sealed
 from fedtalos.models.heads import read_head
 from fedtalos.models.vision_transformer import VisionTransformer
@@ -472,3 +473,10 @@ def test_a_model_of_its_size_is_still_read(tmp_path, vit):
     for name in ("w.pth", "older.pth"):
         assert load_weights(tmp_path / name, "micro").architecture == vit.architecture
     assert yaml.safe_load("a: 1") == {"a": 1}
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="memory is counted on Linux alone")
+def test_what_libraries_unpack_is_bounded():
+    with memory(64), pytest.raises(MemoryError), memory_up_to(2**26):
+        np.zeros(2**28, np.uint8)
+    assert len(np.zeros(2**28, np.uint8)) == 2**28

@@ -16,6 +16,7 @@ from material import write
 from matplotlib.figure import Figure
 from rich.table import Table
 
+from fedtalos.app.config.after_training import ExportConfig
 from fedtalos.app.config.files import read_yaml
 from fedtalos.app.config.schema import CentralizedConfig
 from fedtalos.app.config.tools import EvaluateConfig
@@ -34,6 +35,7 @@ from fedtalos.cli import main, parse
 from fedtalos.data.class_names import check_same_classes
 from fedtalos.data.photos import open_photos
 from fedtalos.errors import InputError
+from fedtalos.experiments import export
 from fedtalos.experiments.evaluate import of_run
 from fedtalos.files import is_locked, opened
 from fedtalos.notes import note, noted
@@ -105,6 +107,14 @@ def test_a_run_does_not_write_through_links(folder, in_a_folder_of_its_own):
     with refused(f"{folder}: is a link"), claimed(RunPaths(Path(), "a")):
         pass
     assert not any(Path("elsewhere").iterdir())
+
+
+def test_an_export_is_not_written_through_a_link(in_a_folder_of_its_own, monkeypatch):
+    monkeypatch.setattr(export, "open_trained", lambda *_: SimpleNamespace(name="a"))
+    Path("exports").mkdir()
+    Path("exports/a").symlink_to(in_a_folder_of_its_own)
+    with refused("exports/a: is a link"):
+        export.run(ExportConfig(run="a"), PlainConsole())
 
 
 def test_folders_of_all_runs_may_be_links(in_a_folder_of_its_own):

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -24,6 +25,7 @@ from fedtalos.randomness import torch_generator
 from fedtalos.training.editing.mask_file import read_mask_file
 
 REVISION = "0123456789abcdef0123456789abcdef01234567"
+ENDLESS = "100"
 MEAN, STD = [0.1, 0.2, 0.3], [0.4, 0.5, 0.6]
 PRETRAINED = "timm/vit_small_patch16_224.augreg_in21k_ft_in1k"
 DINO = "timm/vit_small_patch16_224.dino"
@@ -34,6 +36,8 @@ class Hub(http.server.BaseHTTPRequestHandler):
 
     files: ClassVar[dict[str, bytes]] = {}
     """By OWNER/REPO/FILE."""
+    said: ClassVar[dict[str, dict[str, str]]] = {}
+    """Headers that are none of the file's, in the same way; without a length, it is sent twenty thousand times."""
     asked: ClassVar[list[tuple[str, str]]] = []
     """HEAD or GET, and OWNER/REPO/FILE."""
 
@@ -46,15 +50,18 @@ class Hub(http.server.BaseHTTPRequestHandler):
         if content is None:
             known = any(file.startswith(f"{owner}/{repo}/") for file in self.files)
             self.send_header("X-Error-Code", "EntryNotFound" if known else "RepoNotFound")
-        self.send_header("ETag", f'"{hashlib.sha1(content or b"").hexdigest()}"')
-        self.send_header("X-Repo-Commit", REVISION)
-        self.send_header("Content-Length", str(len(content or b"")))
+        said = {"ETag": f'"{hashlib.sha1(content or b"").hexdigest()}"', "X-Repo-Commit": REVISION}
+        said |= {"Content-Length": str(len(content or b""))} | self.said.get(name, {})
+        for header in said.items():
+            if self.command == "HEAD" or header != ("Content-Length", ENDLESS):
+                self.send_header(*header)
         self.end_headers()
-        self.content = content or b""
+        self.content = (content or b"") * (20_000 if said["Content-Length"] == ENDLESS else 1)
 
     def do_GET(self) -> None:
         self.do_HEAD()
-        self.wfile.write(self.content)
+        with suppress(ConnectionError):  # who is not read
+            self.wfile.write(self.content)
 
     def log_message(self, *_: object) -> None:
         pass
@@ -74,6 +81,11 @@ def files(monkeypatch: pytest.MonkeyPatch) -> dict[str, bytes]:
         "owner/dino/checkpoints/best.pth": saved.getvalue(),
         "owner/empty/README.md": b"",
     }
+    hostile = {"elsewhere": {"ETag": '"../../../../evil"'}, "huge": {"Content-Length": str(10**15)}}
+    hostile["endless"] = {"Content-Length": ENDLESS}
+    said = {f"owner/{name}/model.safetensors": headers for name, headers in hostile.items()}
+    files |= dict.fromkeys(said, b"0" * 100)
+    monkeypatch.setattr(Hub, "said", said)
     monkeypatch.setattr(Hub, "files", files)
     monkeypatch.setattr(Hub, "asked", [])
     return files
@@ -121,6 +133,11 @@ NOT_FOUND = {
     "hf:owner/unknown": "owner/unknown could not be fetched from http",
     "hf:owner/empty": "owner/empty holds no model.safetensors or pytorch_model.bin; name its file: hf:owner/empty/FILE",
     "hf:owner/bin/other.pth": "owner/bin holds no other.pth",
+}
+HOSTILE = {
+    "hf:owner/elsewhere": "owner/elsewhere/model.safetensors comes without a size, a revision or a usual ETag",
+    "hf:owner/huge": "owner/huge/model.safetensors: of 1000000.0 GB",
+    "hf:owner/endless": "owner/endless/model.safetensors is longer than it was said to be",
 }
 
 
@@ -184,14 +201,21 @@ def test_the_hub_is_asked_once_then_its_cache(files: dict[str, bytes], endpoint:
         said = in_a_fresh_process(endpoint, tmp_path, "-c", READ_IN_A_FRESH_PROCESS, *sources, **more)
         return dict(zip(sources, json.loads(said), strict=True))
 
-    first = read(*FOUND, *NOT_FOUND)
+    first = read(*FOUND, *NOT_FOUND, *HOSTILE)
+    for name, sentence in HOSTILE.items():
+        assert sentence in first[name]
+    left = {
+        path.name for path in tmp_path.rglob("*") if path.name in ("evil", "evil.lock") or ".incomplete" in path.name
+    }
+    assert left == set()
     for name, (source, file, mean) in FOUND.items():
         assert first[name] == [source, hashlib.sha256(files[file]).hexdigest(), mean]
     for name, sentence in NOT_FOUND.items():
         assert first[name].startswith(f"weights: {sentence}")
     assert first["vit_unknown"].endswith("give weights FILE or none")
     sent = [name for method, name in Hub.asked if method == "GET" and name in files]
-    assert sorted(sent) == sorted(files.keys() - {"owner/empty/README.md"})
+    unasked = {"owner/empty/README.md", "owner/elsewhere/model.safetensors", "owner/huge/model.safetensors"}
+    assert sorted(sent) == sorted(files.keys() - unasked)
     Hub.asked.clear()
     found = {name: first[name] for name in FOUND}
     assert read(*FOUND) == found  # online

@@ -21,7 +21,7 @@ def class_name(folder: str) -> str:
     try:
         folder.encode()
     except UnicodeEncodeError as error:
-        raise InputError(f"the class folder {shown(folder)} has a name that is no UTF-8: rename it") from error
+        raise InputError(f"the class {shown(folder)} has a name that is no UTF-8: rename it") from error
     return unicodedata.normalize("NFC", folder)
 
 

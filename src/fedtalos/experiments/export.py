@@ -6,6 +6,7 @@ from fedtalos.app.config.after_training import ExportConfig
 from fedtalos.app.model_card import check_license, model_card
 from fedtalos.app.run.display import say
 from fedtalos.app.trained import open_trained
+from fedtalos.files import refuse_link
 from fedtalos.models.export.folder import check_new, export_model
 
 
@@ -14,6 +15,8 @@ def run(config: ExportConfig, console: Console) -> None:
     check_license(config.license)
     trained = open_trained(config.run, config.output_dir, config.which)
     folder = config.folder or config.output_dir / "exports" / trained.name / config.format
+    if config.folder is None:
+        refuse_link(folder.parent)
     check_new(folder)
     card = model_card(trained, config.format, config.license)
     export_model(trained.model, trained.classes, folder, config.format, beside={"README.md": card})

@@ -1,10 +1,15 @@
 """Weights on the Hugging Face hub: their names, and their files in the usual cache (HF_HUB_OFFLINE is respected)."""
 
+import inspect
 import re
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 from fedtalos.errors import InputError
+from fedtalos.facts import check_free
+from fedtalos.models.weights.pixels import MOST_BYTES
 
 FILES = (".safetensors", ".pth.tar", ".pth", ".pt", ".bin", ".ckpt")
 """Endings that tell a weights file from a name on the hub, where no such file is there."""
@@ -70,7 +75,8 @@ def hub_address(source: str, size: str) -> tuple[str, str | None]:
 def download(repo: str, file: str | None = None) -> WeightsFile:
     """Fetch a repository's weights: ``file``, or else its model.safetensors or pytorch_model.bin.
 
-    Raises InputError where they are neither in the cache nor to be had.
+    Raises InputError where they are neither in the cache nor to be had, and before they are fetched where they are
+    larger than the memory that is free.
 
     >>> download("timm/vit_small_patch16_224.dino").label
     'hub:timm/vit_small_patch16_224.dino@3f2c...'
@@ -87,7 +93,9 @@ def download(repo: str, file: str | None = None) -> WeightsFile:
         if weights is not None:
             name = file or weights.name
             revision = weights.parents[len(PurePosixPath(name).parts) - 1].name  # the cache's snapshots/REVISION/FILE
-            configs = [path for name in about if (path := _fetch(repo, name, revision)) is not None]
+            configs = [path for name in about if (path := _fetch(repo, name, revision, MOST_BYTES)) is not None]
+    except InputError:
+        raise
     except Exception as error:  # httpx's, requests' and the hub's own errors share no narrower base
         why = "HF_HUB_OFFLINE is set, and it is not in the cache" if constants.HF_HUB_OFFLINE else type(error).__name__
         raise InputError(
@@ -99,17 +107,56 @@ def download(repo: str, file: str | None = None) -> WeightsFile:
     return WeightsFile(weights, configs, f"hub:{repo}{f'/{file}' if file else ''}@{revision}")
 
 
-def _fetch(repo: str, name: str, revision: str | None = None) -> Path | None:
-    """Find a file in the hub's cache, or fetch it; None where the repository holds none of that name."""
+def _fetch(repo: str, name: str, revision: str | None = None, most: int | None = None) -> Path | None:
+    """Find a file in the hub's cache, or fetch it; None where the repository holds none of that name.
+
+    Raises InputError where it is said to be of more than ``most`` bytes; without, of more than the free memory takes.
+    """
     from huggingface_hub import hf_hub_download, try_to_load_from_cache
     from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
     cached = try_to_load_from_cache(repo, name, revision=revision)  # no request where an earlier run fetched it
     if cached is not None:
         return Path(cached) if isinstance(cached, str) else None  # else known not to be there
+    bounds: dict[str, Any] = {}
     try:
-        return Path(hf_hub_download(repo, name, revision=revision))
+        with suppress(EntryNotFoundError):  # the cache is to note it, below
+            size = _stated_size(repo, name, revision, most)
+            if "tqdm_class" in inspect.signature(hf_hub_download).parameters:  # not in older versions
+                bounds["tqdm_class"] = _bar_up_to(2 * size + 2**20, f"{repo}/{name}")
+        return Path(hf_hub_download(repo, name, revision=revision, **bounds))
     except LocalEntryNotFoundError:  # offline, or no answer: nobody knows
         raise
     except EntryNotFoundError:
         return None
+
+
+def _stated_size(repo: str, name: str, revision: str | None, most: int | None) -> int:
+    """Look at what the hub says of a file: its size, and names that the cache makes paths of."""
+    from huggingface_hub import get_hf_file_metadata, hf_hub_url
+
+    said = get_hf_file_metadata(hf_hub_url(repo, name, revision=revision))
+    names = said.etag or "", said.commit_hash or ""
+    if said.size is None or not all(re.fullmatch(r"\w[\w.-]{,199}", each) for each in names):
+        raise InputError(f"weights: {repo}/{name} comes without a size, a revision or a usual ETag; give weights FILE")
+    if most is None:
+        check_free(2 * said.size, f"weights {repo}/{name}: of {said.size / 1e9:.1f} GB", "give another")
+    elif said.size > most:
+        raise InputError(f"weights: {repo}/{name} holds {said.size} bytes, of which {most} are the limit; give another")
+    return said.size
+
+
+def _bar_up_to(most: int, label: str) -> type:
+    """Make a progress bar that ends, with an InputError, a download of more bytes: a server may send without end."""
+    from huggingface_hub.utils.tqdm import tqdm
+
+    class Bounded(tqdm):
+        seen = 0
+
+        def update(self, n: float | None = 1) -> Any:
+            self.seen += int(n or 0)
+            if self.seen > most:
+                raise InputError(f"weights: {label} is longer than it was said to be; give weights FILE")
+            return super().update(n)
+
+    return Bounded

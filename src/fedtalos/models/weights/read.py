@@ -13,6 +13,7 @@ from pathlib import Path
 from torch import Tensor
 
 from fedtalos.errors import InputError
+from fedtalos.facts import refusal
 from fedtalos.models.library_model import LIBRARIES
 from fedtalos.models.vision_transformer import WIDTH_DEPTH_HEADS, Architecture
 from fedtalos.models.weights import Weights
@@ -21,7 +22,7 @@ from fedtalos.models.weights.library import published
 from fedtalos.models.weights.names import in_timms_names
 from fedtalos.models.weights.pixels import STATISTICS, Beside, Channels, Preprocessing, preprocessing
 from fedtalos.models.weights.state_dicts import StateDict, read_vit
-from fedtalos.models.weights.wrappers import some_names
+from fedtalos.models.weights.wrappers import OUR_NAMES, some_names
 from fedtalos.notes import note
 
 _GATED = "a gated MLP (SwiGLU)"
@@ -148,10 +149,8 @@ def architecture_of(label: str, tensors: Mapping[str, Tensor]) -> Architecture:
     ranks |= {name: rank for name, rank in {"head.weight": 2, "reg_token": 3}.items() if name in tensors}
     for name, rank in ranks.items():
         if name not in tensors or tensors[name].ndim != rank or 0 in tensors[name].shape:
-            raise InputError(
-                f"weights {label}: no {name} of {rank} dimensions among its {len(tensors)} tensors "
-                f"({some_names(list(tensors))}); give a ViT with the parameter names of timm, DINO or transformers"
-            )
+            head = f"weights {label}: no {name} of {rank} dimensions among its {len(tensors)} tensors"
+            raise refusal(head, some_names(list(tensors)), OUR_NAMES)
     width = tensors["cls_token"].shape[2]
     depth = len({name.split(".")[1] for name in tensors if name.startswith("blocks.")})
     size = next((s for s, (w, d, _) in WIDTH_DEPTH_HEADS.items() if (w, d) == (width, depth)), None)

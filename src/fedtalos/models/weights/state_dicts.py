@@ -110,8 +110,8 @@ def _content(path: Path) -> tuple[Any, Mapping[str, str]]:
         why = f"it pickles a {object_[1]}" if object_ else type(error).__name__
         why = str(error) if isinstance(error, _ExcessiveError) else why
         raise InputError(
-            f"weights {path}: neither a whole safetensors file nor a torch state dict of plain tensors "
-            f"({why}); fetch it again, or save the state dict alone with torch.save"
+            f"weights {shortened(str(path), 120)}: neither a whole safetensors file nor a torch state dict of plain "
+            f"tensors ({why}); fetch it again, or save the state dict alone with torch.save"
         ) from error
 
 

@@ -11,8 +11,11 @@ import torch
 from torch import Tensor
 
 from fedtalos.errors import InputError, shown
+from fedtalos.facts import refusal
 from fedtalos.notes import note
 
+OUR_NAMES = "give a ViT with the parameter names of timm, DINO or transformers"
+"""Advice where tensors are of other names."""
 _DEEPEST = 8
 """Dicts inside one another that are looked into."""
 
@@ -87,9 +90,10 @@ def inner_vit(label: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     if not prefixes and not any(tensor.is_floating_point() for tensor in tensors.values()):
         raise InputError(f"weights {label}: whole numbers alone, as a mask file holds them; give weights in float32")
     if not prefixes:
-        raise InputError(
-            f"weights {label}: no cls_token of 3 dimensions and no patch embedding among its {len(tensors)} tensors "
-            f"({some_names(list(tensors))}); give a ViT with the parameter names of timm, DINO or transformers"
+        raise refusal(
+            f"weights {label}: no cls_token of 3 dimensions and no patch embedding among its {len(tensors)} tensors",
+            some_names(list(tensors)),
+            OUR_NAMES,
         )
     prefix = _chosen(label, prefixes, tensors)
     others = [other for other in prefixes if other != prefix]
