@@ -19,7 +19,7 @@ import yaml
 from fedtalos.app.config.fleet import FleetInitConfig
 from fedtalos.cli import parse
 from fedtalos.errors import InputError, TrainingError
-from fedtalos.fleet import programs
+from fedtalos.fleet import programs, submission
 from fedtalos.fleet.desk import Desk, ask_desk
 from fedtalos.fleet.letter import Letter
 from fedtalos.fleet.place import Place, add_editing, make_place
@@ -205,3 +205,12 @@ def test_what_a_killed_program_started_ends_even_if_nobody_takes_leave_of_it():
         around = [grandchild, *grandchild.parents()[:1]]
         os.kill(process.pid, signal.SIGKILL)
         assert not psutil.wait_procs(around, timeout=20)[1]
+
+
+def test_a_server_that_is_gone_is_no_run_that_goes_on(monkeypatch, tmp_path):
+    monkeypatch.setattr(submission, "flower", lambda *words: list(words))
+    monkeypatch.setattr(
+        submission, "call", lambda *_: '{"success": false, "error-message": "Connection is\\nunavailable"}'
+    )
+    with pytest.raises(TrainingError, match="Connection is unavailable"):
+        submission.status_of("1", tmp_path)

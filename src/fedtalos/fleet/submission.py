@@ -3,8 +3,10 @@
 import json
 import socket
 import time
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 
@@ -46,24 +48,22 @@ def submit(options: FleetRunConfig, console: Console) -> None:
     words = flower("run", place.app, "fleet", "--run-config", said)
     say(console, " ".join(["flwr", *words[1:5], json.dumps(said)]))
     home = flower_home(place)
-    answer = json.loads(call([*words, "--format", "json"], home))
-    if not answer.get("success"):
-        raise TrainingError(f"fleet run: Flower did not take the run: {answer}")
-    follow(str(answer["run-id"]), place, home)
+    follow(str(answer_of(words, home)["run-id"]), place, home)
 
 
 def follow(run: str, place: Place, home: Path) -> None:
     """Show what a run prints until it has ended; TrainingError where it failed, and stop it where this is stopped."""
-    ended = False
+    ended, ended_as, gone = False, ("", ""), "the server is gone; start it again, and go on with --resume"
     try:
         with Child(flower("log", run, "fleet", "--stream"), environment(home)) as log:
             while log.running:
                 safe_point()
-                check_reachable(place, "the server is gone; start it again, and go on with --resume")
+                check_reachable(place, gone)
                 time.sleep(1)
-        while not (ended_as := status_of(run, home))[0].startswith("finished"):
+        while not ended_as[0].startswith("finished"):
             safe_point()
-            time.sleep(1)
+            check_reachable(place, gone)
+            ended_as = status_of(run, home)
         ended = True
     finally:
         if not ended:
@@ -85,8 +85,18 @@ def check_reachable(place: Place, else_say: str) -> None:
     raise TrainingError(f"fleet run: {else_say}")
 
 
+def answer_of(words: Sequence[str], home: Path) -> dict[str, Any]:
+    """Run one of Flower's commands that answers in JSON.
+
+    Raises TrainingError with its words where it fails, which it tells in its answer alone.
+    """
+    answer: dict[str, Any] = json.loads(call([*words, "--format", "json"], home))
+    if not answer.get("success"):
+        raise TrainingError(f"fleet: Flower says {' '.join(str(answer.get('error-message', answer)).split())}")
+    return answer
+
+
 def status_of(run: str, home: Path) -> tuple[str, str]:
     """A run's status in Flower's words, such as "running" or "finished:completed", and what it says of a failure."""
-    answer = json.loads(call(flower("list", "fleet", "--run-id", run, "--format", "json"), home))
-    runs = answer.get("runs") or [{}]
+    runs = answer_of(flower("list", "fleet", "--run-id", run), home).get("runs") or [{}]
     return str(runs[0].get("status", "unknown")), str(runs[0].get("status-details", ""))
