@@ -14,10 +14,10 @@ from local_post import LocalPost, carried
 from test_contract import in_a_fleet, nodes
 
 from fedtalos.errors import InputError
+from fedtalos.fleet.frozen import frozen_part, read_frozen_part, shapes_of
 from fedtalos.fleet.gathering import Terms
 from fedtalos.fleet.letter import TYPES, Letter
 from fedtalos.fleet.node import Node
-from fedtalos.fleet.still import frozen_part, read_frozen_part, shapes_of
 from fedtalos.fleet.wire import BLOCK, pack, unpack
 from fedtalos.training.editing.controls import random_mask
 from fedtalos.training.entries import named_tensors
@@ -70,7 +70,7 @@ def test_bytes_of_the_wires():
 
 
 @pytest.mark.parametrize("density", [0.1, None])
-def test_the_still_part_has_every_frozen_value_and_the_mask(vit, density):
+def test_the_frozen_part_has_every_frozen_value_and_the_mask(vit, density):
     moving = MaskedParameters(vit, None if density is None else random_mask(vit, density))
     content = frozen_part(moving)
     tensors, mask = read_frozen_part(content, shapes_of(moving))

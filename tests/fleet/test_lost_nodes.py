@@ -15,6 +15,7 @@ from fedtalos._version import __version__
 from fedtalos.cli import main, parse
 from fedtalos.errors import BadUpdateError, InputError
 from fedtalos.fleet.engine import read_update
+from fedtalos.fleet.frozen import sha256
 from fedtalos.fleet.gathering import Terms
 from fedtalos.fleet.in_process import InProcess
 from fedtalos.fleet.letter import Letter
@@ -22,7 +23,6 @@ from fedtalos.fleet.members import Members
 from fedtalos.fleet.node import Node
 from fedtalos.fleet.post import NoAnswer
 from fedtalos.fleet.rounds import run_rounds
-from fedtalos.fleet.still import sha256
 from fedtalos.training.editing.vector_file import load_vector
 from fedtalos.training.federated.fedavg import Lost
 

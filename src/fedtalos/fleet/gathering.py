@@ -15,10 +15,10 @@ from fedtalos.app.config.schema import EditingConfig, FederatedConfig
 from fedtalos.app.load import Loaded
 from fedtalos.app.run.display import say
 from fedtalos.app.run.interruption import safe_point
+from fedtalos.fleet.frozen import frozen_part, sha256, shapes_of
 from fedtalos.fleet.letter import Letter
 from fedtalos.fleet.members import POLL, Members
 from fedtalos.fleet.post import Post
-from fedtalos.fleet.still import frozen_part, sha256, shapes_of
 from fedtalos.training.federated.clients import Clients
 from fedtalos.training.masked_parameters import MaskedParameters
 
@@ -51,7 +51,7 @@ def gather(loaded: Loaded[Any], moving: MaskedParameters, name: str, members: Me
 
 
 def begin_letter(loaded: Loaded[Any], moving: MaskedParameters, run: str) -> Letter:
-    """Everything that a node has to know before its first work, but for the still part of the model itself."""
+    """Everything that a node has to know before its first work, but for the frozen part of the model itself."""
     facts, known = loaded.facts(), groups(FederatedConfig)
     return Letter(
         "begin",

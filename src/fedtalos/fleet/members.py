@@ -174,7 +174,7 @@ class Members:
         return answer
 
     def _take(self, asked: _Asked, answer: Letter | NoAnswer) -> None:
-        """Take a step of the joining: hello, begin, begin with the still part, member."""
+        """Take a step of the joining: hello, begin, begin with the frozen part, member."""
         if isinstance(answer, NoAnswer):
             return  # greeted again while it is there
         self.bytes_up += answer.nbytes

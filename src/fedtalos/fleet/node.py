@@ -14,9 +14,9 @@ from fedtalos.app.config.fleet import FleetNodeConfig
 from fedtalos.errors import InputError, TrainingError
 from fedtalos.files import write_atomic
 from fedtalos.fleet.calibration import scores_of_client
+from fedtalos.fleet.frozen import sha256
 from fedtalos.fleet.letter import Letter, fact, vector
 from fedtalos.fleet.questions import evaluate, sums_for_head, weights_for_merging
-from fedtalos.fleet.still import sha256
 from fedtalos.fleet.task import Task, begin_task
 from fedtalos.fleet.wire import pack
 from fedtalos.training.federated.fedavg import Lost, checked, one_by_one
@@ -62,7 +62,7 @@ class Node:
             return Letter("refused", {"why": str(error)})
 
     def _begin(self, letter: Letter) -> Letter:
-        """Make ready for a run; the answer is "begun", or "need" where the model's still part is not here yet."""
+        """Make ready for a run; the answer is "begun", or "need" where the model's frozen part is not here yet."""
         name = self._checksum(fact(letter, "still", str))
         path = self.state / "models" / f"{name}.safetensors"
         sent = letter.arrays.get("still")

@@ -16,8 +16,8 @@ from fedtalos.app.run.holders import LocalHolders
 from fedtalos.checkpoint import save_checkpoint
 from fedtalos.data.class_names import check_same_classes
 from fedtalos.errors import InputError
+from fedtalos.fleet.frozen import read_frozen_part
 from fedtalos.fleet.letter import Letter, fact
-from fedtalos.fleet.still import read_frozen_part
 from fedtalos.training.entries import named_tensors
 from fedtalos.training.federated.apart import unit_seed
 from fedtalos.training.federated.clients import Clients
@@ -62,7 +62,7 @@ class Task:
 
 
 def begin_task(letter: Letter, still: bytes, node: FleetNodeConfig, state: Path) -> Task:
-    """Make the task that a "begin" letter asks for, from the model's still part and the node's own images.
+    """Make the task that a "begin" letter asks for, from the model's frozen part and the node's own images.
 
     Raises InputError where the node does not admit it, or its images are not what the run is about.
     """
@@ -99,7 +99,7 @@ def own_options(node: FleetNodeConfig, state: Path) -> dict[str, Any]:
         "threads": node.threads,
         "workers": 1,
         "clients_at_once": 1,
-        "head": "random",  # it comes with the still part, or with theta
+        "head": "random",  # it comes with the frozen part, or with theta
     }
 
 

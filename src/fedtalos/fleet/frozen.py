@@ -1,4 +1,4 @@
-"""The still part of a model: its mask and the values that do not move, as one file that a node gets once.
+"""The frozen part of a model: its mask and the values that do not move, as one file that a node gets once.
 
 Shapes: A entries that move.
 """
@@ -50,7 +50,7 @@ def shapes_of(moving: MaskedParameters) -> dict[str, list[int]]:
 
 
 def read_frozen_part(content: bytes, shapes: Shapes) -> tuple[dict[str, Tensor], Mask]:
-    """Read tensors, zero where they move, and the mask; InputError where it is not the still part of such a model.
+    """Read tensors, zero where they move, and the mask; InputError where it is not the frozen part of such a model.
 
     >>> tensors, mask = read_frozen_part(content, shapes_of(moving))
     """
