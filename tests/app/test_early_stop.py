@@ -61,7 +61,7 @@ def test_a_run_that_gets_better_goes_on(capsys):
 
 
 def test_what_trains_apart_has_no_early_stop(capsys):
-    words = [*COMMANDS["federated"], "--one_shot", "--early_stop", "3"]
+    words = [*COMMANDS["federated"], "--tasks", "2", "--early_stop", "3"]
     assert "--early_stop 3: what trains apart is validated when it is merged" in refused(words, capsys)
     assert "early_stop: input should be greater than or equal to 1" in refused(
         ["federated", "--early_stop", "0"], capsys

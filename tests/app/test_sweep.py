@@ -132,7 +132,9 @@ def fail_in(monkeypatch, which: str, error: BaseException, after_rounds: int = 0
     monkeypatch.setattr(federated, "transforms_of", transforms_of)
 
 
-@pytest.mark.parametrize("error", [TrainingError("no"), RuntimeError("out of memory")])
+@pytest.mark.parametrize(
+    "error", [pytest.param(TrainingError("no"), marks=pytest.mark.slow), RuntimeError("out of memory")]
+)
 def test_one_failing_run_does_not_stop_the_others_and_is_tried_again(error, monkeypatch, capsys):
     write()
     with monkeypatch.context() as patched:

@@ -133,7 +133,14 @@ def test_the_summary_says_what_privacy_was_spent():
     assert said == noise | sampling
 
 
-@pytest.mark.parametrize("options", ["", f"{PRIVATE} --algorithm fedadam", "--algorithm scaffold --optimizer sgd"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        pytest.param("", marks=pytest.mark.slow),
+        f"{PRIVATE} --algorithm fedadam",
+        "--algorithm scaffold --optimizer sgd",
+    ],
+)
 def test_poisson_rounds_resume_and_are_those_of_many_workers(options, monkeypatch, without_the_library):
     options += " --client_sampling poisson --client_fraction 0.2 --num_rounds 5 --eval_every 1 --threads 1 --seed 2"
     federate("whole", options)
