@@ -170,7 +170,7 @@ def test_yaml(text, tmp_path):
 
 
 @pytest.mark.parametrize("command", RUN_CONFIGS)
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=80, deadline=None)
 @given(data=st.data())
 def test_options(command, data):
     known = sorted(groups(RUN_CONFIGS[command]))
@@ -302,7 +302,7 @@ def test_archives(tmp_path, data):
 
 
 @pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP"])
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(data=st.data())
 def test_images(kind, data, tmp_path_factory):
     folder = tmp_path_factory.mktemp("images")
