@@ -47,6 +47,7 @@ HEADER = (
     *("precision", "moves", "clients", "images/s", "to one by one", "rounds/s", "first, s"),
     *("TFLOP/s", "of peak", "GiB"),
 )
+MOVES = ("all", "90 % q/k")
 SMOKE = Load(clients=4, per_round=2, steps=2, batch_size=2, seconds=0.0, gemm_side=128, fisher_images=4)
 
 
@@ -87,6 +88,12 @@ class Way:
         if self.at_once is None:
             return one_by_one
         return partial(stacked, size=self.at_once, compile=self.compile)
+
+    @classmethod
+    def of(cls, word: str) -> "Way":
+        """Read 10:off, 10:graph, 10:on or 10:any; the last is on, in any order."""
+        together, _, how = word.partition(":")
+        return cls(int(together), "on" if how == "any" else cast(Compile, how), any_order=how == "any")
 
     def __str__(self) -> str:
         if self.at_once is None:
@@ -212,13 +219,18 @@ class Table:
 
 
 def rows(
-    setting: Setting, load: Load, device: torch.device, chosen: Sequence[Way], peaks: dict[str, float]
+    setting: Setting,
+    load: Load,
+    device: torch.device,
+    chosen: Sequence[Way],
+    what: Sequence[str],
+    peaks: dict[str, float],
 ) -> Iterator[tuple[object, ...]]:
     """The table of a setting, line by line."""
     images = random_images(setting, load, device)
     most = max(way.at_once or 1 for way in chosen)
     for precision, peak in peaks.items():
-        for moves in ("all", "90 % q/k"):
+        for moves in what:
             table = Table(setting, load, images, precision, moves, peak)
             yield from map(table.round, chosen)
             yield table.bound(1, best=False)
@@ -287,6 +299,8 @@ class Job:
     load: Load
     device: torch.device
     at_once: Sequence[int]
+    ways: Sequence[Way]
+    moves: Sequence[str]
     peaks: dict[str, float]
     smoke: bool
 
@@ -299,7 +313,8 @@ class Job:
 def round_part(job: Job) -> Iterator[str]:
     """The table, longer by a line each time."""
     lines = []
-    for line in rows(job.setting, job.load, job.device, ways(job.device, job.at_once, smoke=job.smoke), job.peaks):
+    chosen = [Way(), *job.ways] if job.ways else ways(job.device, job.at_once, smoke=job.smoke)
+    for line in rows(job.setting, job.load, job.device, chosen, job.moves, job.peaks):
         print(job.setting, *line, sep=" | ", flush=True)
         lines.append(line)
         yield f"\n{markdown_table(HEADER, lines)}"
@@ -363,6 +378,8 @@ def main() -> None:
     parser.add_argument("--pixels", nargs="+", type=int, default=[32, 224], help="patches: 4 px at 32, else 16")
     parser.add_argument("--precisions", nargs="+", help="fp32, tf32 (CUDA), bf16; default: all that the device has")
     parser.add_argument("--at_once", nargs="*", type=int, help="clients that train together; default: 5 10, --smoke: 2")
+    parser.add_argument("--ways", nargs="*", type=Way.of, default=[], help="such as 1:graph 10:on 10:any; default: all")
+    parser.add_argument("--moves", nargs="+", default=MOVES, choices=MOVES, help="what moves; default: both")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=[*PARTS][:-1], help="default: all but the rivals")
     parser.add_argument("--output", type=Path, help="default: benchmarks/results/gpu-<device name>.md; --smoke: none")
     options = parser.parse_args()
@@ -387,7 +404,7 @@ def main() -> None:
     text += ", ".join(f"{precision} {peak / 1e12:.3g}" for precision, peak in peaks.items()) + "\n"
     print(text, end="")
     for setting in settings:
-        job = Job(setting, load, device, at_once, peaks, options.smoke)
+        job = Job(setting, load, device, at_once, options.ways, options.moves, peaks, options.smoke)
         grown = ""
         for grown in report(job, options.parts):
             if output:

@@ -30,6 +30,7 @@ from fedtalos.data.dataset_loader import Dataset
 from fedtalos.data.images import LabelledImages
 from fedtalos.data.sampling import Ids
 from fedtalos.devices import Precision
+from fedtalos.metrics import Metrics
 from fedtalos.models.backbone import Backbone
 from fedtalos.models.heads import Head, best_head, head_sums, set_head
 from fedtalos.notes import noted
@@ -41,6 +42,8 @@ from fedtalos.training.editing.merging import Method, merge
 from fedtalos.training.editing.merging_by_data import input_moments
 from fedtalos.training.editing.task_vectors import TaskVector, union, weighted_sum
 from fedtalos.training.editing.vector_facts import facts_of
+from fedtalos.training.engine.capture import Compile
+from fedtalos.training.engine.one_holder import OneHolder
 from fedtalos.training.entries import Mask, named_tensors
 from fedtalos.training.evaluation import evaluate
 from fedtalos.training.feature_cache import FeatureStore
@@ -60,6 +63,8 @@ class Study:
     device: str = "auto"
     precision: Precision = "fp32"
     """of training and of features; scores of masks stay float32"""
+    compile: Compile = "off"
+    """steps as CUDA graphs (graph), compiled too (on), or as they stand"""
     tasks: int = 5
     order: GroupOrder = "random"
     masks: tuple[Rule, ...] = ("dense", "random", "talos", "most_sensitive", "disjoint")
@@ -121,7 +126,8 @@ class Trial:
         chosen = [generator(seed, "scored", task).permutation(len(ids))[:each] for task, ids in enumerate(self.ids)]
         self.scored = [(data.train, np.sort(ids[few])) for ids, few in zip(self.ids, chosen, strict=True)]
         self.to_choose_by = data.val.slice(0, study.val_images)
-        self.store = FeatureStore(2e9, batch_size=500, precision=study.precision)
+        self.store = FeatureStore(2e9, batch_size=500, precision=study.precision, compile=study.compile)
+        self.holders: dict[tuple[int, bool], tuple[OneHolder, Mask]] = {}
         self.theta = {name: tensor.clone() for name, tensor in named_tensors(model).items()}
         self.head: Head = (model.head.weight.detach(), model.head.bias.detach())
 
@@ -137,6 +143,7 @@ class Trial:
 
     def mask(self, rule: Rule) -> None:
         """All rows of one rule for masks."""
+        self.holders.clear()
         start = time.perf_counter()
         with self.clock.part(f"mask {rule}", self.study.scored_images):
             masks = masks_of(
@@ -198,16 +205,26 @@ class Trial:
             groups=own,
         )
         steps = local.steps_for(len(ids))
+        rng = generator(self.seed, "batches", task)
+
+        def at(step: int) -> float:
+            return rate * 0.5 * (1 + math.cos(math.pi * step / steps))
+
         with self.clock.part("training", study.epochs * len(ids)):
-            local.run(
-                moving,
-                self.data.train,
-                ids,
-                generator(self.seed, "batches", task),
-                learning_rate=lambda step: rate * 0.5 * (1 + math.cos(math.pi * step / steps)),
-            )
+            if study.compile == "off":
+                local.run(moving, self.data.train, ids, rng, learning_rate=at)
+            else:
+                holder = self.holder(moving, mask, local)
+                holder.run(self.data.train, ids, rng, optimizer=local.optimizer_for(moving), learning_rate=at)
         facts = facts_of(self.model, self.head, classes=self.data.classes)
         return TaskVector(moving.entries.masks, moving.vector() - start, facts)
+
+    def holder(self, moving: MaskedParameters, mask: Mask, local: ft.LocalTraining) -> OneHolder:
+        """What trains a mask's entries by captured steps, kept as long as tasks have the same mask."""
+        key = id(mask), bool(local.groups)
+        if key not in self.holders:
+            self.holders[key] = OneHolder(moving, local, compile=self.study.compile), mask
+        return self.holders[key][0]
 
     # Rows
 
@@ -265,7 +282,7 @@ class Trial:
 
         def accuracy(edited: Backbone) -> float:
             fit_head(edited, self.data.calibration, val=self.to_choose_by)
-            return evaluate(edited, self.to_choose_by, precision=self.study.precision).accuracy
+            return self.measured(edited, self.to_choose_by).accuracy
 
         self.set_backbone({})
         with self.clock.part("alpha by the server's head", 11 * len(self.data.calibration)):
@@ -318,35 +335,35 @@ class Trial:
         others = [vector for number, vector in enumerate(vectors) if number != task]
 
         def row(name: str, before: float, factor: float = math.nan) -> float:
-            control = evaluate(self.model, test[1], precision=self.study.precision).accuracy
+            control = self.measured(self.model, test[1]).accuracy
             self.table.add(
                 self.seed,
                 f"{mask}: {name}",
                 alpha=factor,
-                target=evaluate(self.model, test[0], precision=self.study.precision).accuracy,
+                target=self.measured(self.model, test[0]).accuracy,
                 control=control,
                 of_before=control / before if before else math.nan,
                 probe=probe_accuracy(self.model, *probe, self.store),
             )
             return control
 
-        def measured(edited: Backbone) -> tuple[float, float]:
-            target, control = (evaluate(edited, part, precision=self.study.precision).accuracy for part in val)
+        def both(edited: Backbone) -> tuple[float, float]:
+            target, control = (self.measured(edited, part).accuracy for part in val)
             return target, control
 
         self.set_backbone({})
         before = row("forget, base", 0.0)
-        factor = forgetting_factor(self.model, vectors[task], measured, measured(self.model)[1])
+        factor = forgetting_factor(self.model, vectors[task], both, both(self.model)[1])
         self.set_backbone(_deltas(vectors[task], -factor))
         row("forget, base - alpha tau", before, factor)
         total = merge(vectors)
         self.set_backbone(_deltas(total, alpha))
         before = row("forget, sum", 0.0, alpha)
-        control_before = measured(self.model)[1]
+        control_before = both(self.model)[1]
         without = weighted_sum(others, [alpha] * len(others), "sum") if others else total * 0.0
         self.set_backbone(_deltas(without, 1.0))
         row("forget, left out of the sum", before, alpha)
-        factor = forgetting_factor(self.model, vectors[task], measured, control_before)
+        factor = forgetting_factor(self.model, vectors[task], both, control_before)
         further = weighted_sum([without, vectors[task]], [1.0, -factor], "sum")
         self.set_backbone(_deltas(further, 1.0))
         row("forget, left out and subtracted", before, factor)
@@ -388,9 +405,13 @@ class Trial:
             features = self.store.features(self.model, images)
         return accuracy_of_head(head or self.head, *features, self.groups)
 
+    def measured(self, model: Backbone, images: LabelledImages) -> Metrics:
+        """Loss and accuracy of a model, in the study's arithmetic."""
+        return evaluate(model, images, precision=self.study.precision, compile=self.study.compile)
+
     def val_accuracy(self, edited: Backbone) -> float:
         """Accuracy on validation images, the task unknown."""
-        return evaluate(edited, self.to_choose_by, precision=self.study.precision).accuracy
+        return self.measured(edited, self.to_choose_by).accuracy
 
     def fitted(self, ids: Ids | None = None) -> Head:
         """The ridge head of the sums over the model's features of the training images at ``ids`` (None: all)."""

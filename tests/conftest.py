@@ -79,6 +79,14 @@ NUMERIC = ("training", "federated", "editing", "models")
 """Folders whose tests of numbers run on every device that is there."""
 
 
+@pytest.fixture(autouse=True)
+def cpu_but_for_numbers(request, monkeypatch) -> None:
+    """Commands and whatever else asks for no ``device`` see no CUDA: what they print and count is then the same."""
+    if "device" not in request.fixturenames and len(DEVICES) > 1:
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")  # for processes that it starts
+
+
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """Run what asks for ``device``, by itself or through ``vit``, once for each of them."""
     if "device" in metafunc.fixturenames and len(DEVICES) > 1 and metafunc.definition.path.parent.name in NUMERIC:

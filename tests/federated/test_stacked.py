@@ -244,7 +244,8 @@ def test_three_rounds_of_every_algorithm_equal_those_of_one_by_one(
     expected, theirs = rounds(copy.deepcopy(vit), "alone")
     found, ours = rounds(vit, "stacked")
     assert [round.correct for round in found] == [round.correct for round in expected]
-    assert (ours - theirs).norm() < (1e-10 if double else 1e-5) * theirs.norm()
+    exact = double and ours.device.type == "cpu"  # a CUDA graph's learning rate is float32
+    assert (ours - theirs).norm() < (1e-10 if exact else 1e-5) * theirs.norm()
     assert bool(recorded) == (compile == "graph")
 
 

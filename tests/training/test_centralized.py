@@ -107,8 +107,9 @@ def test_the_engine_trains_as_the_loop_does(vit, stored, rule, chosen, recorded)
     (loop, theirs, kept), (engine, ours, kept_too) = found
     assert [metrics.correct for metrics in engine] == [metrics.correct for metrics in loop]
     assert [metrics.loss_sum for metrics in engine] == pytest.approx([metrics.loss_sum for metrics in loop], rel=1e-5)
-    torch.testing.assert_close(ours, theirs, rtol=1e-8, atol=1e-10)
-    torch.testing.assert_close(kept_too, kept, rtol=1e-6, atol=1e-10)
+    off = {} if moving.device.type == "cpu" else {"rtol": 1e-6, "atol": 1e-7}  # a graph's learning rate is float32
+    torch.testing.assert_close(ours, theirs, **{"rtol": 1e-8, "atol": 1e-10} | off)
+    torch.testing.assert_close(kept_too, kept, **{"rtol": 1e-6, "atol": 1e-10} | off)
     assert recorded
 
 

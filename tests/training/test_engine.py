@@ -265,7 +265,8 @@ def test_whole_batches_alone_are_compiled(vit, monkeypatch):
     seen = []
     monkeypatch.setattr(steps, "compiled", lambda forward: lambda x, y: seen.append(y.shape[1]) or forward(x, y))
     two_rounds(vit, "sgd", None, "on")
-    assert seen == [2] * 6
+    on_a_cpu, captured = 6, 4  # the first step, two to warm up and the capture: the others are replayed
+    assert seen == [2] * (on_a_cpu if vit.head.weight.device.type == "cpu" else captured)
 
 
 def test_undone_steps_leave_what_was_and_zero_what_is_new():

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from fedtalos.data.images import LabelledImages
+from fedtalos.training import sparse_optimizer
 from fedtalos.training.feature_cache import FeatureCache, FeatureStore, view_of
 from fedtalos.training.local_training import LocalTraining
 from fedtalos.training.masked_parameters import MaskedParameters, head_mask
@@ -128,7 +129,9 @@ def test_a_store_keeps_a_cache_per_set_of_images_and_drops_that_of_other_stages(
     assert seen == [1, 20]
 
 
-def test_features_are_computed_anew_where_what_made_them_has_changed(vit, stored):
+@pytest.mark.parametrize("fused", [(), ("cpu", "cuda")])
+def test_features_are_computed_anew_where_what_made_them_has_changed(vit, stored, fused, monkeypatch):
+    monkeypatch.setattr(sparse_optimizer, "FUSED", fused)
     head, block = (
         MaskedParameters(vit, {name: torch.ones_like(vit.get_parameter(name), dtype=torch.bool)})
         for name in ("head.weight", "blocks.2.norm1.weight")

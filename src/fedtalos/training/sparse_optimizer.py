@@ -10,12 +10,16 @@ from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import increment_version
 from torch.optim import Optimizer
 
 from fedtalos.devices import distinct_places
 from fedtalos.training.entries import Entries
 
 OptimizerName = Literal["sgd", "adamw"]
+
+FUSED = ("cuda",)
+"""Devices on which AdamW is one kernel instead of a dozen; on a CPU the update is 1 % of a step."""
 
 
 def make_optimizer(
@@ -40,9 +44,26 @@ def make_optimizer(
             return torch.optim.SGD(moving, lr=learning_rate, momentum=momentum, weight_decay=weight_decay)
         return SparseSGD(moving, masks, lr=learning_rate, momentum=momentum, weight_decay=weight_decay, indices=indices)
     if entries.whole:
-        fused = entries.device.type == "cuda"  # one kernel instead of a dozen; on a CPU the update is 1 % of a step
-        return torch.optim.AdamW(moving, lr=learning_rate, weight_decay=weight_decay, fused=fused)
+        fused = entries.device.type in FUSED
+        return counting(torch.optim.AdamW(moving, lr=learning_rate, weight_decay=weight_decay, fused=fused))
     return SparseAdamW(moving, masks, lr=learning_rate, weight_decay=weight_decay, indices=indices)
+
+
+def counting(optimizer: Optimizer) -> Optimizer:
+    """Let every step count as a write to the parameters, by which kept features are known to be out of date.
+
+    torch's fused kernels write without counting.
+
+    >>> optimizer = counting(torch.optim.AdamW(model.parameters(), fused=True))
+    """
+
+    def count(stepped: Optimizer, *_: object) -> None:
+        for group in stepped.param_groups:
+            for parameter in group["params"]:
+                increment_version(parameter)
+
+    optimizer.register_step_post_hook(count)
+    return optimizer
 
 
 class SparseOptimizer(Optimizer, ABC):
