@@ -107,7 +107,7 @@ def test_a_resumed_edit_equals_an_uninterrupted_one(monkeypatch):
     from fedtalos.training.editing import sensitivity
 
     main([*EDITING, "--run_name", "whole"])
-    original, seen = sensitivity.fisher_scores, []
+    original, seen = sensitivity.scores_of_each, []
 
     def scores(*args, **kwargs):
         seen.append(1)
@@ -116,7 +116,7 @@ def test_a_resumed_edit_equals_an_uninterrupted_one(monkeypatch):
         return original(*args, **kwargs)
 
     with monkeypatch.context() as patched:
-        patched.setattr(sensitivity, "fisher_scores", scores)
+        patched.setattr(sensitivity, "scores_of_each", scores)
         with pytest.raises(SystemExit):
             main([*EDITING, "--run_name", "cut"])
     main([*EDITING, "--run_name", "cut", "--resume"])

@@ -3,6 +3,7 @@
 import gc
 import weakref
 
+import numpy as np
 import pytest
 import torch
 
@@ -10,7 +11,7 @@ from fedtalos.data.images import LabelledImages
 from fedtalos.models.vision_transformer import Architecture, VisionTransformer
 from fedtalos.randomness import torch_generator
 from fedtalos.training.editing.eligible import eligible_entries
-from fedtalos.training.editing.fisher import fisher_scores, scored_batches
+from fedtalos.training.editing.fisher import fisher_scores, scored_batches, scores_of_each
 from fedtalos.training.engine import forward
 from fedtalos.training.evaluation import evaluate, evaluate_batches
 from fedtalos.training.feature_cache import FeatureStore
@@ -54,6 +55,20 @@ def test_features_are_the_same_through_a_graph(vit, stored, recorded):
     assert found.shape == (22, 96)
     assert not found.is_inference()  # they may be trained on
     assert len(recorded) == 1
+
+
+@pytest.mark.parametrize("compile", ["off", "graph"])
+def test_holders_have_the_scores_that_each_has_alone_by_steps_captured_once(vit, stored, compile, recorded):
+    masks, parts = eligible_entries(vit).masks, np.array_split(np.arange(22), 3)
+
+    def batches(ids):
+        return scored_batches(vit, stored, ids, batch_size=11)
+
+    alone = [fisher_scores(vit, batches(ids), masks, chunk=1) for ids in parts]
+    found = scores_of_each(vit, map(batches, parts), masks, chunk=1, compile=compile)
+    for scores, expected in zip(found, alone, strict=True):
+        assert all(torch.equal(scores[name], score) for name, score in expected.items())
+    assert len(recorded) == (compile == "graph")
 
 
 @pytest.mark.parametrize("mode", ["true", "exact", "empirical"])

@@ -30,6 +30,7 @@ from fedtalos.errors import TrainingError, check_word
 from fedtalos.models.backbone import Backbone
 from fedtalos.randomness import generator
 from fedtalos.training.engine.capture import Compile, Steps
+from fedtalos.training.entries import all_finite
 from fedtalos.training.feature_cache import view_of
 
 Scores = dict[str, Tensor]
@@ -130,23 +131,58 @@ def fisher_scores(
     >>> scores["blocks.0.mlp.fc1.weight"].shape
     torch.Size([768, 192])
     """
+    (scores,) = scores_of_each(
+        model, [batches], masks, weights, mode=mode, chunk=chunk, precision=precision, compile=compile
+    )
+    return scores
+
+
+def scores_of_each(
+    model: nn.Module,
+    holders: Iterable[Iterable[Scored]],
+    masks: Mapping[str, Tensor],
+    weights: Mapping[str, Tensor] | None = None,
+    *,
+    mode: FisherMode = "true",
+    chunk: int = 16,
+    precision: Precision = "fp32",
+    compile: Compile = "off",
+) -> Iterator[Scores]:
+    """Scores of one holder of images after another, by the same steps, which are captured once for all of them.
+
+    ``holders`` are the batches of each; the rest is as in ``fisher_scores``. The scores given are overwritten by those
+    of the next holder.
+
+    Raises TypeError and TrainingError as ``fisher_scores`` does.
+
+    >>> total = sum(eligible.gather(scores) for scores in scores_of_each(model, batches_of_clients, eligible.masks))
+    """
     scores = {name: torch.zeros_like(model.get_parameter(name), requires_grad=False) for name in masks}
     model.eval()
     device = next(model.parameters()).device
-    strict = strict_float32() if precision == "fp32" else nullcontext()
-    squares = _squares_added_to(scores, masks, model, per_example=mode != "batch")
+    values = list(scores.values())
     passes = partial(_passes, model, weights or {}, mode, precision)
-    add_scores = Steps(passes, lambda: list(scores.values()), compile=compile, after=CHUNKS_THAT_PAY)
-    with strict, autocast(device, "fp32"), _frozen(model), squares:
-        for batch in batches:
-            size = len(batch[0]) if mode == "batch" else chunk
-            drawn = batch[2] if device.type == "mps" else batch[2].to(device)  # mps has no float64
-            for images, labels, uniforms in zip(*(t.split(size) for t in (*batch[:2], drawn)), strict=True):
-                add_scores(images, labels, uniforms)
+    add_scores = Steps(passes, lambda: values, compile=compile, after=CHUNKS_THAT_PAY)
+    for batches in holders:
+        torch._foreach_zero_(values)
+        strict = strict_float32() if precision == "fp32" else nullcontext()
+        squares = _squares_added_to(scores, masks, model, per_example=mode != "batch")
+        with strict, autocast(device, "fp32"), _frozen(model), squares:
+            for batch in batches:
+                size = len(batch[0]) if mode == "batch" else chunk
+                drawn = batch[2] if device.type == "mps" else batch[2].to(device)  # mps has no float64
+                for images, labels, uniforms in zip(*(t.split(size) for t in (*batch[:2], drawn)), strict=True):
+                    add_scores(images, labels, uniforms)
+        if not all_finite(values):
+            check_finite(scores)
+        yield scores
+
+
+def check_finite(scores: Scores) -> None:
+    """Raise TrainingError, which names the first tensor of scores that are not finite."""
     bad = [name for name, score in scores.items() if not bool(score.isfinite().all())]
     if bad:
         raise TrainingError(f"the Fisher score of {bad[0]} is not finite: the weights or images hold NaN or infinity")
-    return scores
 
 
 def _passes(

@@ -18,7 +18,7 @@ from fedtalos.devices import Precision, total_memory
 from fedtalos.errors import InputError
 from fedtalos.models.backbone import Backbone
 from fedtalos.randomness import generator
-from fedtalos.training.editing.fisher import FisherMode, Scored, activation_bytes, fisher_scores, scored_batches
+from fedtalos.training.editing.fisher import FisherMode, Scored, activation_bytes, scored_batches, scores_of_each
 from fedtalos.training.engine.capture import Compile
 from fedtalos.training.entries import Entries, named_tensors
 from fedtalos.training.feature_cache import view_of
@@ -111,8 +111,8 @@ class Sensitivity:
         weights = soften(self.model, self.eligible, kept, self.soft_zero)
         size = BATCH if self.fisher == "batch" else self.batch_size
         share = 1 / sum(steps_per_epoch(len(holder.ids), size) for holder in self.holders)
-        total = torch.zeros(len(self.eligible), device=self.eligible.device)
-        for holder in self.holders:
+
+        def batches_of(holder: Holder) -> Iterable[Scored]:
             batches = scored_batches(
                 self.model,
                 holder.images,
@@ -122,16 +122,19 @@ class Sensitivity:
                 number=number,
                 batch_size=size,
             )
-            scores = fisher_scores(
-                self.model,
-                self.watch(batches, share),
-                self.eligible.masks,
-                weights,
-                mode=self.fisher,
-                chunk=self.chunk,
-                precision=self.precision,
-                compile=self.compile,
-            )
+            return self.watch(batches, share)
+
+        total = torch.zeros(len(self.eligible), device=self.eligible.device)
+        for scores in scores_of_each(
+            self.model,
+            map(batches_of, self.holders),
+            self.eligible.masks,
+            weights,
+            mode=self.fisher,
+            chunk=self.chunk,
+            precision=self.precision,
+            compile=self.compile,
+        ):
             total += self.eligible.gather(scores)
         return -total if self.rule == "most_sensitive" else total
 

@@ -108,8 +108,8 @@ class Stack:
     def load(self, theta: Values) -> None:
         """Let every client start from theta, with an optimiser that has seen nothing."""
         self._model.refresh()
-        for tensor, part in zip(self._tensors, theta.parts, strict=True):
-            tensor.copy_(part.view(tensor.shape[1:]).expand_as(tensor))
+        for client in self.clients:
+            torch._foreach_copy_(client, theta.parts)
         self._gather()
         if state := self._optimizer_state():
             torch._foreach_zero_(state)
