@@ -10,8 +10,9 @@ import torch.nn.functional as F
 from fedtalos.data.class_groups import SUPERCLASSES, class_groups
 from fedtalos.data.images import LabelledImages
 from fedtalos.errors import InputError
+from fedtalos.training.federated.apart import train_apart
 from fedtalos.training.federated.fedavg import fedavg
-from fedtalos.training.federated.stacked import stacked
+from fedtalos.training.federated.stacked import Kept, stacked
 from fedtalos.training.federated.tasks import clients_of_tasks, split_by_task
 from fedtalos.training.local_training import LocalTraining
 from fedtalos.training.masked_parameters import MaskedParameters
@@ -120,3 +121,18 @@ def test_stacks_restrict_logits_as_one_by_one_does(vit, pictures):
         found.append((moving.vector(), rounds[0].train))
     torch.testing.assert_close(found[0][0], found[1][0], rtol=1e-4, atol=1e-5)
     assert found[0][1].correct == found[1][1].correct
+
+
+def test_units_that_train_apart_share_what_was_captured_of_their_steps(vit, pictures, recorded):
+    """Two clients of every task, each a stack of one: the numbers are those of stacks of their own."""
+    clients = split_by_task(pictures, 4, ((0, 1, 4), (2, 3)))
+    local = LocalTraining(steps=4, batch_size=4, optimizer="sgd")
+    found = []
+    for kept in (None, Kept()):
+        vectors, engine = {}, partial(stacked, size=1, compile="graph", kept=kept)
+        for _ in train_apart(vit, clients, local=local, keep=vectors.__setitem__, engine=engine):
+            pass
+        found.append([vectors[unit] for unit in range(4)])
+        found.append(len(recorded))
+    assert all(map(torch.equal, found[0], found[2]))
+    assert (found[1], found[3]) == (4, 5)

@@ -14,7 +14,7 @@ from fedtalos.training.federated.fedavg import FedAvg, MakeAggregation, Transfor
 from fedtalos.training.federated.partition import split_clients
 from fedtalos.training.federated.privacy import epsilon, noisy_mean
 from fedtalos.training.federated.processes import Within
-from fedtalos.training.federated.stacked import stacked
+from fedtalos.training.federated.stacked import Kept, stacked
 from fedtalos.training.federated.tasks import split_by_task
 from fedtalos.training.federated.transforms import attacked, clipped, draw_attackers, dropouts, stragglers
 from fedtalos.training.local_training import LocalTraining, Watch
@@ -133,7 +133,7 @@ def engine_of(config: FederatedConfig, watch: Watch) -> Within:
     size, way = config.federation.clients_at_once or 1, config.run.steps
     if size == 1 and way == "off":
         return partial(one_by_one, watch=watch)
-    return partial(stacked, size=size, compile=way, watch=watch)
+    return partial(stacked, size=size, compile=way, watch=watch, kept=Kept())
 
 
 def head_engine_of(config: FederatedConfig, watch: Watch) -> Within:

@@ -5,7 +5,7 @@ Letters: V clients that train together, A entries that move.
 
 import logging
 from collections.abc import Callable, Iterator, Sequence
-from functools import lru_cache
+from functools import partial
 from itertools import groupby
 
 import torch
@@ -29,6 +29,28 @@ from fedtalos.training.masked_parameters import MaskedParameters
 log = logging.getLogger(__name__)
 
 
+class Kept:
+    """Stacks that are kept to be used again, the last few that were.
+
+    >>> engine = partial(stacked, size=1, compile="graph", kept=Kept())
+    """
+
+    def __init__(self) -> None:
+        self._stacks: dict[object, Stack] = {}
+
+    def get(self, key: object, make: Callable[[], Stack], *, most: int) -> Stack:
+        """Find the stack of that key, or make it; ``most`` are kept."""
+        stack = self._stacks.pop(key, None)
+        while len(self._stacks) >= most:
+            del self._stacks[next(iter(self._stacks))]
+        self._stacks[key] = make() if stack is None else stack
+        return self._stacks[key]
+
+    def clear(self) -> None:
+        """Let go of all of them."""
+        self._stacks.clear()
+
+
 def stacked(
     moving: MaskedParameters,
     clients: Clients,
@@ -40,13 +62,15 @@ def stacked(
     compile: Compile = "off",
     watch: Watch = unwatched,
     message: Callable[[int], Tensor | None] | None = None,
+    kept: Kept | None = None,
 ) -> Updates:
     """Train up to ``size`` neighbours of a round at once where their batches have one shape.
 
     Each client trains as it would by itself, up to the rounding of sums. Figures are read from the device once, at
     the end of a stack: what went wrong is known only then, and of which client. Stacks that do not fit into memory are
     halved, down to clients one by one. ``compile`` says how steps run: as they stand, as CUDA graphs, or compiled too.
-    ``message`` replaces the algorithm's own, where another process is the server.
+    ``message`` replaces the algorithm's own, where another process is the server. Where clients train apart, this is
+    called once for each: stacks, and what was captured of their steps, stay in ``kept`` from one call to the next.
 
     Raises InputError for models of other libraries, which cannot be stacked.
 
@@ -54,9 +78,12 @@ def stacked(
     """
     passed = stages_passed(moving, local)
 
-    @lru_cache(maxsize=4 if compile != "off" else 2)  # a round's stacks, and smaller ones that may be left over
+    stacks = Kept() if kept is None else kept
+
     def stack_of(count: int, way: Compile) -> Stack:
-        return Stack(moving, local, count, passed=passed, compile=way)
+        make = partial(Stack, moving, local, count, passed=passed, compile=way)
+        # a round's stacks, and smaller ones that may be left over
+        return stacks.get((moving, local, count, way), make, most=4 if compile != "off" else 2)
 
     def together(number: int, group: Sequence[int], theta: Values, share: float) -> list[tuple[int, Update | Lost]]:
         size = len(group) if compile == "off" else filled(len(group), limit)
@@ -88,7 +115,7 @@ def stacked(
         except RuntimeError as error:
             if not out_of_memory(error):
                 raise
-        stack_of.cache_clear()  # only here is the error gone, and with it the frames that held the activations
+        stacks.clear()  # only here is the error gone, and with it the frames that held the activations
         if moving.device.type == "cuda":
             torch.cuda.empty_cache()
         return None
