@@ -5,8 +5,9 @@
     python benchmarks/on_a_card.py OUT --smoke                   all of it, tiny, on a CPU; its figures mean nothing
 
 Every step writes to OUT as it goes, so that what was measured is there whatever ends it. A step that lacks a package
-says so and is left out. The last one, the grid field_tiny, takes the time that is left; the same
-command with the same OUT goes on with it, also where OUT holds grid.tar.gz alone, which has its finished runs.
+says so and is left out. The steps "tasks" merge vectors of tasks once, at 224 px. The last one, the grid field_tiny, takes
+the time that is left; the same command with the same OUT goes on with it, also where OUT holds grid.tar.gz alone, which
+has its finished runs. One H200 took one to five minutes for a step before that, and 50 s for a run of the grid.
 """
 
 import argparse
@@ -24,6 +25,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 NUMERIC = [f"tests/{part}" for part in ("training", "federated", "editing", "models")]
+RATES = {"dense": ["1e-4", "3e-4"], "random": ["1e-3", "3e-3"], "talos": ["3e-3", "1e-2"]}
+"""Masks of the study of tasks, and learning rates to choose from."""
 PATIENCE = 30
 """Seconds that a step has to save what it has, when its time is over."""
 
@@ -88,11 +91,17 @@ def steps(out: Path, data: Path, weights: Path, *, smoke: bool) -> list[Step]:
     testing = [*ours, "pytest", "hypothesis"]
     several = ["-n", "8"] if installed("pytest-xdist") else []
     tests, grid = [*several, *NUMERIC, "-k", "cuda"], ["field_tiny", "--data_dir", str(data), "--weights", str(weights)]
+    real = ["--data_dir", str(data), "--weights", str(weights)]
+    apart = [*real, "--image_size", "224", "--precision", "bf16", "--compile", "graph", "--rules", "sum"]
+    apart += ["--refit", "sum", "--negate", "0", "--interference", "0"]
+    rates = RATES
     if smoke:
+        apart = [*real, "--image_size", "32", "--limit", "600", "--seeds", "0", "--epochs", "1", "--negate", "0"]
+        rates = {"random": ["1e-3"]}
         tests, grid = ["tests/training/test_metrics.py"], ["digits", "--only", "digits-start", "--device", "cpu"]
 
     def measure(name: str, minutes: float, parts: str, *settings: str) -> Step:
-        choice = ["--smoke"] if smoke else ["--at_once", "10", *settings]
+        choice = ["--smoke"] if smoke else ["--at_once", "10", "--ways", "1:graph", "10:graph", "10:on", *settings]
         output = ["--output", str(out / f"{name}.md"), "--precisions", "bf16", "--parts", *parts.split()]
         return Step(name, ["benchmarks/gpu.py", *choice, *output], minutes)
 
@@ -100,12 +109,14 @@ def steps(out: Path, data: Path, weights: Path, *, smoke: bool) -> list[Step]:
     sweep = ["main.py", "sweep", *grid, "--output_dir", str(out / "grid")]
     return [
         Step("tests", ["-m", "pytest", "-q", "-p", "no:cacheprovider", "--maxfail", "40", *tests], 4, testing),
-        measure("gpu_tiny_32", 4, "rounds fisher evaluation", *tiny),
-        measure("gpu_small_224", 5, "rounds fisher evaluation", *largest),
-        measure("kernels", 2, "kernels", *largest),
-        measure("gpu_micro_32", 2, "rounds", "--sizes", "micro", "--pixels", "32"),
-        measure("gpu_tiny_224", 3, "rounds", "--sizes", "tiny", "--pixels", "224"),
+        measure("gpu_tiny_32", 5, "kernels rounds fisher evaluation", *tiny),
+        measure("gpu_small_224", 5, "kernels rounds fisher evaluation", *largest),
+        measure("gpu_tiny_224", 5, "kernels rounds", "--sizes", "tiny", "--pixels", "224"),
         measure("rivals", 4, "rivals", *tiny),
+        *(
+            Step(f"tasks_{mask}", ["benchmarks/tasks.py", *apart, "--masks", mask, "--rates", *two], 600, ours)
+            for mask, two in rates.items()
+        ),
         Step("grid_seed_0", [*sweep, "--seeds", "0"], 600, ours),
         Step("grid", sweep, 600, ours),
     ]
