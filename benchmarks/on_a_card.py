@@ -5,9 +5,9 @@
     python benchmarks/on_a_card.py OUT --smoke                   all of it, tiny, on a CPU; its figures mean nothing
 
 Every step writes to OUT as it goes, so that what was measured is there whatever ends it. A step that lacks a package
-says so and is left out. The steps "tasks" merge vectors of tasks once, at 224 px. The last one, the grid field_tiny, takes
-the time that is left; the same command with the same OUT goes on with it, also where OUT holds grid.tar.gz alone, which
-has its finished runs. One H200 took one to five minutes for a step before that, and 50 s for a run of the grid.
+says so and is left out. The steps "tasks" merge vectors of tasks once, at 224 px. The last one, the grid field_tiny,
+takes the time that is left; the same command with the same OUT goes on with it, also where OUT holds grid.tar.gz alone,
+which has its finished runs. One H200 took one to five minutes for a step before that, and 50 s for a run of the grid.
 """
 
 import argparse
