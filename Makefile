@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test bench check docs dist lint_docker format clean
+.PHONY: demo test bench check docs dist floors lint_docker format clean
 
 $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -37,6 +37,16 @@ dist: $(VENV)/installed
 	cd build/empty && bin/python -c "from importlib.resources import files as f; \
 	  wanted = ('configs/experiment_configs.yaml', 'configs/default_config.yaml', 'app/report/page.html', 'py.typed'); \
 	  lacking = [w for w in wanted if not f('fedtalos').joinpath(w).is_file()]; assert not lacking, lacking"
+
+# The suite with the oldest versions that pyproject.toml allows, but for torch, whose CPU builds of that age are elsewhere.
+floors: $(VENV)/installed
+	$(PYTHON) -m venv build/floors
+	$(BIN)/python -c "import tomllib; wanted = tomllib.load(open('pyproject.toml', 'rb'))['project']['dependencies']; \
+	  print(*(w.replace('>=', '==') for w in wanted if not w.startswith('torch')), sep='\n')" > build/floors/floors.txt
+	grep '^torch==' constraints.txt >> build/floors/floors.txt
+	build/floors/bin/python -m pip install --quiet --disable-pip-version-check -r build/floors/floors.txt \
+	  pytest pytest-xdist hypothesis tensorboard dp-accounting -e .
+	build/floors/bin/python -m pytest -n auto -W default
 
 lint_docker:
 	$(PYTHON) -m venv build/hadolint

@@ -64,14 +64,14 @@ def test_a_folder_of_class_folders(folder):
 
 
 def test_whatever_pillow_opens_is_read_at_any_depth(tmp_path):
-    endings = "png JPG bmp tif gif ppm jfif webp tga ico qoi jp2 PNG apng".split()  # noqa: SIM905
+    endings = "png JPG bmp tif gif ppm jfif webp tga ico jp2 PNG apng".split()  # noqa: SIM905
     for place in (tmp_path / "red", tmp_path / "blue" / "2019", tmp_path / "blue" / "2020" / "05"):
         for ending in endings:
             kind = {"jfif": "JPEG", "apng": "PNG"}.get(ending)
             picture(place / f"a.{ending}", RED if place.name == "red" else BLUE, size=(32, 32), format=kind)
     picture(tmp_path / "red" / "without_ending", size=(32, 32), format="JPEG")
     photos = read_image_folder(tmp_path, 8)
-    assert torch.bincount(photos.train.labels).tolist() == [28, 15]
+    assert torch.bincount(photos.train.labels).tolist() == [26, 14]
     check_colours(photos.train, photos.classes)
 
 

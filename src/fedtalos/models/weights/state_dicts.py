@@ -5,6 +5,7 @@ import hashlib
 import io
 import mmap
 import re
+import warnings
 import zipfile
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -134,7 +135,8 @@ class _Steps(io.BufferedReader):
 def _of_torch(path: Path) -> Any:
     """Read a torch file; _ExcessiveError where it is packed, or asks for what would be far larger than itself."""
     # DINO keeps its options beside the tensors.
-    with torch.serialization.safe_globals([argparse.Namespace]), _Steps(io.FileIO(path)) as file:
+    allowed = torch.serialization.safe_globals([argparse.Namespace])
+    with allowed, _Steps(io.FileIO(path)) as file, warnings.catch_warnings(action="ignore"):  # of sparse tensors, say
         if zipfile.is_zipfile(path):
             _check_zip(path)
             return torch.load(path, map_location="cpu", weights_only=True)
