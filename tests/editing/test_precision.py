@@ -9,7 +9,7 @@ import torch
 from fedtalos.app.config import settle as settling
 from fedtalos.app.config.schema import CentralizedConfig, EditingConfig, RunOptions
 from fedtalos.data.images import LabelledImages
-from fedtalos.devices import autocast, strict_float32
+from fedtalos.devices import autocast, choose_device, strict_float32
 from fedtalos.notes import noted
 from fedtalos.randomness import torch_generator
 from fedtalos.training.editing.eligible import eligible_entries
@@ -54,6 +54,12 @@ def test_strict_float32_turns_everything_off_and_leaves_it_as_it_was(precision, 
     assert switches() == before
     assert torch.get_float32_matmul_precision() == precision
     assert torch.backends.cudnn.allow_tf32 == convolutions
+
+
+def test_a_cpu_is_strict_whatever_ran_before():
+    torch.set_float32_matmul_precision("high")
+    choose_device("cpu")
+    assert torch.get_float32_matmul_precision() == "highest"
 
 
 @new_switches
