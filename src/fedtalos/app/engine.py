@@ -23,10 +23,10 @@ from fedtalos.training.masked_parameters import MaskedParameters
 
 ConfigT = TypeVar("ConfigT", CentralizedConfig, FederatedConfig)
 
-WORK_THAT_PAYS = 2e11
-"""Images x tokens x width x blocks of a run that pays for torch.compile's 20 s.
+WORK_THAT_PAYS = 9e11
+"""Images x tokens x width x blocks of a run that pays for torch.compile's 54 s, the first time.
 
-A compiled step saved 50 to 160 ps of each on an H200 (a prototype, in bf16): ViT-S at 224 px, 220 000 images.
+A compiled step saved 62 and 69 ps of each on an H200, in bf16 (benchmarks/results/gpu_h200.md).
 """
 SHARE_OF_MEMORY = 0.6
 """Part of the device's memory that a stack may be expected to take."""
