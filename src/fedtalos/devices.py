@@ -54,7 +54,9 @@ def same_numbers_on_cuda(*, strict: bool = True) -> None:
 
     >>> same_numbers_on_cuda()
     """
-    torch.use_deterministic_algorithms(True, warn_only=not strict)
+    torch.set_deterministic_debug_mode(
+        "error" if strict else "warn"
+    )  # its other name imports inductor, which takes 2 s
     debugging: Any = torch.utils.deterministic
     debugging.fill_uninitialized_memory = False  # a kernel for every new tensor
 

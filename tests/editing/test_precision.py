@@ -9,12 +9,13 @@ import torch
 from fedtalos.app.config import settle as settling
 from fedtalos.app.config.schema import CentralizedConfig, EditingConfig, RunOptions
 from fedtalos.data.images import LabelledImages
-from fedtalos.devices import autocast, choose_device, strict_float32
+from fedtalos.devices import autocast, choose_device, same_numbers_on_cuda, strict_float32
 from fedtalos.notes import noted
 from fedtalos.randomness import torch_generator
 from fedtalos.training.editing.eligible import eligible_entries
 from fedtalos.training.editing.fisher import fisher_scores
 from fedtalos.training.editing.talos import talos_mask
+from fedtalos.training.engine.capture import compiled
 
 new_switches = pytest.mark.skipif(not hasattr(torch.backends.cudnn, "conv"), reason="torch before 2.9")
 
@@ -54,6 +55,21 @@ def test_strict_float32_turns_everything_off_and_leaves_it_as_it_was(precision, 
     assert switches() == before
     assert torch.get_float32_matmul_precision() == precision
     assert torch.backends.cudnn.allow_tf32 == convolutions
+
+
+@pytest.mark.filterwarnings("ignore")  # torch's own, as it imports its compiler
+@pytest.mark.parametrize(("strict", "mode"), [(True, 2), (False, 1)])
+def test_one_order_is_asked_for_without_inductor_until_something_is_compiled(strict, mode, monkeypatch):
+    told = []
+    monkeypatch.setattr(torch, "use_deterministic_algorithms", lambda _, warn_only: told.append(warn_only))
+    same_numbers_on_cuda(strict=strict)
+    assert torch.get_deterministic_debug_mode() == mode
+    assert told == []
+    compiled(torch.sin)
+    assert told == [not strict]
+    torch.set_deterministic_debug_mode(0)
+    compiled(torch.sin)
+    assert len(told) == 1
 
 
 def test_a_cpu_is_strict_whatever_ran_before():

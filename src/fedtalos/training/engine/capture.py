@@ -161,6 +161,8 @@ def compiled(function: Callable[P, R]) -> Callable[P, R]:
 
     >>> forward = compiled(model)
     """
+    if torch.are_deterministic_algorithms_enabled():  # say so once more, by the name that tells inductor too
+        torch.use_deterministic_algorithms(True, warn_only=torch.is_deterministic_algorithms_warn_only_enabled())
     limits = torch._dynamo.config
     limits.cache_size_limit = max(SHAPES, limits.cache_size_limit)  # the old name, which every version accepts
     made: Callable[P, R] = torch.compile(function, dynamic=False)
