@@ -11,7 +11,7 @@ Small enough for a look: --limit 2000 --image_size 32 --seeds 0 --epochs 1 --rat
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, get_args
@@ -22,10 +22,11 @@ import tyro
 from edges import write
 from task_masks import Rule, masks_of, task_scores
 from task_rows import Clock, Rows
+from task_training import Training
 from torch import Tensor
 
 import fedtalos as ft
-from fedtalos.data.class_groups import GroupOrder, Groups, class_groups
+from fedtalos.data.class_groups import GroupOrder, class_groups
 from fedtalos.data.dataset_loader import Dataset
 from fedtalos.data.images import LabelledImages
 from fedtalos.data.sampling import Ids
@@ -41,16 +42,12 @@ from fedtalos.training.editing.forgetting import forgetting_factor
 from fedtalos.training.editing.merging import Method, merge
 from fedtalos.training.editing.merging_by_data import input_moments
 from fedtalos.training.editing.task_vectors import TaskVector, union, weighted_sum
-from fedtalos.training.editing.vector_facts import facts_of
-from fedtalos.training.engine.batches import batches_of
+from fedtalos.training.editing.vector_facts import VectorFacts, facts_of
 from fedtalos.training.engine.capture import Compile
-from fedtalos.training.engine.one_holder import OneHolder
-from fedtalos.training.engine.step import Stack
 from fedtalos.training.entries import Mask, named_tensors
 from fedtalos.training.evaluation import evaluate
 from fedtalos.training.feature_cache import FeatureStore
 from fedtalos.training.head_fitting import fit_head
-from fedtalos.training.masked_parameters import MaskedParameters
 from fedtalos.training.task_accuracy import TaskAccuracy, accuracy_of_head, probe_accuracy
 
 
@@ -129,10 +126,9 @@ class Trial:
         self.scored = [(data.train, np.sort(ids[few])) for ids, few in zip(self.ids, chosen, strict=True)]
         self.to_choose_by = data.val.slice(0, study.val_images)
         self.store = FeatureStore(2e9, batch_size=500, precision=study.precision, compile=study.compile)
-        self.holders: dict[tuple[int, bool], tuple[OneHolder, Mask]] = {}
-        self.stack: Stack | None = None
         self.theta = {name: tensor.clone() for name, tensor in named_tensors(model).items()}
         self.head: Head = (model.head.weight.detach(), model.head.bias.detach())
+        self.training = Training(study, data.train, model, seed, self.groups, self.ids, clock, self.begin)
 
     def base(self) -> None:
         """Fit the ridge head of all clients' sums, and measure the start."""
@@ -146,8 +142,7 @@ class Trial:
 
     def mask(self, rule: Rule) -> None:
         """All rows of one rule for masks."""
-        self.holders.clear()
-        self.stack = None
+        self.training.forget()
         start = time.perf_counter()
         with self.clock.part(f"mask {rule}", self.study.scored_images):
             masks = masks_of(
@@ -177,18 +172,16 @@ class Trial:
 
     # Training
 
+    def begin(self) -> VectorFacts:
+        """Give the model the start's values and head, and tell what a vector from there says of itself."""
+        self.set_backbone({})
+        return facts_of(self.model, self.head, classes=self.data.classes)
+
     def best_rate(self, masks: Sequence[Mask]) -> tuple[float, list[TaskVector]]:
         """Train all tasks with each rate; the rate whose sum is best on validation, and its vectors."""
         best, found = (-1.0, 0.0), list[TaskVector]()
         for rate in self.study.rates:
-            vectors = (
-                self.trained_together(masks[0], rate)
-                if self.stackable(masks)
-                else [
-                    self.trained(mask, ids, rate, task)
-                    for task, (mask, ids) in enumerate(zip(masks, self.ids, strict=True))
-                ]
-            )
+            vectors = self.training.of_all(masks, rate)
             value = 0.0
             if len(self.study.rates) > 1:
                 self.set_backbone({})
@@ -196,71 +189,6 @@ class Trial:
             if value > best[0]:
                 best, found = (value, rate), vectors
         return best[1], found
-
-    def stackable(self, masks: Sequence[Mask]) -> bool:
-        """Tell whether all tasks can train in one stack: where steps are captured, of one mask, on as many images."""
-        same = all(mask is masks[0] for mask in masks) and len({len(ids) for ids in self.ids}) == 1
-        return self.study.compile != "off" and same
-
-    def trained_together(self, mask: Mask, rate: float) -> list[TaskVector]:
-        """The vectors of all tasks, trained side by side in one stack."""
-        local, at = self.local_training(rate, self.groups_of(all_classes=False)), self.schedule(rate, len(self.ids[0]))
-        self.set_backbone({})
-        moving = MaskedParameters(self.model, mask)
-        if self.stack is None:
-            self.stack = Stack(moving, local, len(self.ids), compile=self.study.compile)
-        self.stack.load(moving.copy())
-        rngs = [generator(self.seed, "batches", task) for task in range(len(self.ids))]
-        steps = local.steps_for(len(self.ids[0]))
-        with self.clock.part("training", self.study.epochs * sum(map(len, self.ids))):
-            self.stack.train(batches_of(moving, local, self.data.train, self.ids, rngs, steps=steps), at)
-            moved = self.stack.vector() - moving.vector()
-        facts = facts_of(self.model, self.head, classes=self.data.classes)
-        return [TaskVector(moving.entries.masks, row.clone(), facts) for row in moved]
-
-    def groups_of(self, *, all_classes: bool) -> Groups:
-        """Groups of classes whose logits alone count in training."""
-        return () if all_classes or self.study.local_classes == "all" else self.groups
-
-    def local_training(self, rate: float, groups: Groups) -> ft.LocalTraining:
-        """How a task trains; ``schedule`` has the rates."""
-        return ft.LocalTraining(
-            epochs=self.study.epochs,
-            batch_size=self.study.batch_size,
-            learning_rate=rate,
-            weight_decay=0.0,
-            augmentation="crop_flip",
-            precision=self.study.precision,
-            groups=groups,
-        )
-
-    def schedule(self, rate: float, images: int) -> Callable[[int], float]:
-        """A cosine from the rate to 0 over the steps that so many images take."""
-        steps = self.local_training(rate, ()).steps_for(images)
-        return lambda step: rate * 0.5 * (1 + math.cos(math.pi * step / steps))
-
-    def trained(self, mask: Mask, ids: Ids, rate: float, task: int, *, all_classes: bool = False) -> TaskVector:
-        """The vector of one training on the images at ``ids``, from the start."""
-        study, local = self.study, self.local_training(rate, self.groups_of(all_classes=all_classes))
-        self.set_backbone({})
-        moving = MaskedParameters(self.model, mask)
-        start, at = moving.vector(), self.schedule(rate, len(ids))
-        rng = generator(self.seed, "batches", task)
-        with self.clock.part("training", study.epochs * len(ids)):
-            if study.compile == "off":
-                local.run(moving, self.data.train, ids, rng, learning_rate=at)
-            else:
-                holder = self.holder(moving, mask, local)
-                holder.run(self.data.train, ids, rng, optimizer=local.optimizer_for(moving), learning_rate=at)
-        facts = facts_of(self.model, self.head, classes=self.data.classes)
-        return TaskVector(moving.entries.masks, moving.vector() - start, facts)
-
-    def holder(self, moving: MaskedParameters, mask: Mask, local: ft.LocalTraining) -> OneHolder:
-        """What trains a mask's entries by captured steps, kept as long as tasks have the same mask."""
-        key = id(mask), bool(local.groups)
-        if key not in self.holders:
-            self.holders[key] = OneHolder(moving, local, compile=self.study.compile), mask
-        return self.holders[key][0]
 
     # Rows
 
@@ -329,7 +257,7 @@ class Trial:
     def joint(self, name: str, mask: Mask, ids: Ids, rate: float) -> TaskVector:
         """Train on all these images together, among all classes."""
         start = time.perf_counter()
-        vector = self.trained(mask, ids, rate, self.study.tasks, all_classes=True)
+        vector = self.training.together(mask, ids, rate, self.study.tasks)
         found = self.with_vector(vector, 1.0)
         refitted = self.refitted() if self.study.refit else math.nan
         self.table.add(
@@ -408,7 +336,7 @@ class Trial:
         set_head(self.model, *self.fitted(kept), source="ridge")
         row("forget, left out, head of the others", before, alpha)
         if self.study.retrain:
-            vector = self.trained(union(vectors), kept, rate, self.study.tasks + 1 + task, all_classes=True)
+            vector = self.training.together(union(vectors), kept, rate, self.study.tasks + 1 + task)
             self.set_backbone(_deltas(vector, 1.0))
             row("forget, retrained without", before)
             set_head(self.model, *self.fitted(kept), source="ridge")
