@@ -174,11 +174,11 @@ def scores_of_each(
                 for images, labels, uniforms in zip(*(t.split(size) for t in (*batch[:2], drawn)), strict=True):
                     add_scores(images, labels, uniforms)
         if not all_finite(values):
-            check_finite(scores)
+            _refuse(scores)
         yield scores
 
 
-def check_finite(scores: Scores) -> None:
+def _refuse(scores: Scores) -> None:
     """Raise TrainingError, which names the first tensor of scores that are not finite."""
     bad = [name for name, score in scores.items() if not bool(score.isfinite().all())]
     if bad:
