@@ -54,7 +54,7 @@ def same_numbers_on_cuda(*, strict: bool = True) -> None:
 
     >>> same_numbers_on_cuda()
     """
-    # torch.use_deterministic_algorithms would import inductor, which takes 2 s; ``compiled`` calls it where there is need.
+    # torch.use_deterministic_algorithms would import inductor, which takes 2 s; ``compiled`` calls it where needed.
     torch.set_deterministic_debug_mode("error" if strict else "warn")
     debugging: Any = torch.utils.deterministic
     debugging.fill_uninitialized_memory = False  # a kernel for every new tensor
