@@ -124,7 +124,7 @@ class Sensitivity:
             )
             return self.watch(batches, share)
 
-        total = torch.zeros(len(self.eligible), device=self.eligible.device)
+        sums = {name: torch.zeros_like(weight, requires_grad=False) for name, weight in weights.items()}
         for scores in scores_of_each(
             self.model,
             map(batches_of, self.holders),
@@ -135,7 +135,8 @@ class Sensitivity:
             precision=self.precision,
             compile=self.compile,
         ):
-            total += self.eligible.gather(scores)
+            torch._foreach_add_(list(sums.values()), list(scores.values()))
+        total = self.eligible.gather(sums)
         return -total if self.rule == "most_sensitive" else total
 
 
