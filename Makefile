@@ -39,9 +39,9 @@ dist: $(VENV)/installed
 	  lacking = [w for w in wanted if not f('fedtalos').joinpath(w).is_file()]; assert not lacking, lacking"
 
 # The suite with the oldest versions that pyproject.toml allows, but for torch, whose CPU builds of that age are elsewhere.
-floors: $(VENV)/installed
+floors:
 	$(PYTHON) -m venv build/floors
-	$(BIN)/python -c "import tomllib; wanted = tomllib.load(open('pyproject.toml', 'rb'))['project']['dependencies']; \
+	build/floors/bin/python -c "import tomllib; wanted = tomllib.load(open('pyproject.toml', 'rb'))['project']['dependencies']; \
 	  print(*(w.replace('>=', '==') for w in wanted if not w.startswith('torch')), sep='\n')" > build/floors/floors.txt
 	grep '^torch==' constraints.txt >> build/floors/floors.txt
 	build/floors/bin/python -m pip install --quiet --disable-pip-version-check -r build/floors/floors.txt \

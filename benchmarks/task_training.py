@@ -14,6 +14,7 @@ from fedtalos.data.class_groups import Groups
 from fedtalos.data.images import LabelledImages
 from fedtalos.data.sampling import Ids
 from fedtalos.devices import Precision
+from fedtalos.errors import BadUpdateError
 from fedtalos.models.backbone import Backbone
 from fedtalos.randomness import generator
 from fedtalos.training.editing.task_vectors import TaskVector
@@ -89,6 +90,8 @@ class Training:
         batches = batches_of(moving, local, self.images, self.ids, rngs, steps=local.steps_for(count))
         with self.clock.part("training", self.settings.epochs * count * len(self.ids)):
             self._stack.train(batches, self._schedule(rate, local.steps_for(count)))
+            if not bool(self._stack.finite().all()):
+                raise BadUpdateError(f"training became not finite at rate {rate:g}")
             moved = self._stack.vector() - moving.vector()  # (T, A)
         return [TaskVector(moving.entries.masks, row.clone(), facts) for row in moved]
 

@@ -25,7 +25,6 @@ def choose_device(name: str = "auto") -> torch.device:
     rounded to 10 bits of mantissa (a relative error of 5e-4), sums in float32, several times faster. That holds for
     training in precision fp32, and for what stays float32 beside bf16; scores are taken under ``strict_float32``. Sums
     are added in one order (``same_numbers_on_cuda``).
-    Elsewhere float32 products are strict again, so that a run on a CPU is the same whatever ran before it in a process.
 
     Raises InputError where the device is not there.
 
@@ -38,8 +37,8 @@ def choose_device(name: str = "auto") -> torch.device:
     if not there.get(name):
         others = ", ".join(device for device, is_there in there.items() if is_there)
         raise InputError(f"device {name}: not available here; available: {others} (or leave it out)")
-    torch.set_float32_matmul_precision("high" if name == "cuda" else "highest")
     if name == "cuda":
+        torch.set_float32_matmul_precision("high")
         same_numbers_on_cuda()
     return torch.device(name)
 

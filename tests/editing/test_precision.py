@@ -9,7 +9,7 @@ import torch
 from fedtalos.app.config import settle as settling
 from fedtalos.app.config.schema import CentralizedConfig, EditingConfig, RunOptions
 from fedtalos.data.images import LabelledImages
-from fedtalos.devices import autocast, choose_device, same_numbers_on_cuda, strict_float32
+from fedtalos.devices import autocast, same_numbers_on_cuda, strict_float32
 from fedtalos.notes import noted
 from fedtalos.randomness import torch_generator
 from fedtalos.training.editing.eligible import eligible_entries
@@ -70,12 +70,6 @@ def test_one_order_is_asked_for_without_inductor_until_something_is_compiled(str
     torch.set_deterministic_debug_mode(0)
     compiled(torch.sin)
     assert len(told) == 1
-
-
-def test_a_cpu_is_strict_whatever_ran_before():
-    torch.set_float32_matmul_precision("high")
-    choose_device("cpu")
-    assert torch.get_float32_matmul_precision() == "highest"
 
 
 @new_switches

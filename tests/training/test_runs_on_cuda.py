@@ -1,6 +1,7 @@
 """Commands on a card: the same bits again, and after an interruption. (Elsewhere commands are tested on the CPU.)"""
 
 import shlex
+from pathlib import Path
 
 import pytest
 from commands import outcome
@@ -39,13 +40,14 @@ def test_a_run_on_a_card_is_the_same_again_and_after_an_interruption(command, de
                 interrupt_at_the_second(patched, Books if command[0] == "editing" else Recorder)
                 with pytest.raises(SystemExit, match="130"):
                     main(command)
+            assert list(Path("checkpoints/run").glob("last-*.safetensors"))
         main(command)
         found.append(outcome())
     assert found[0] == found[1] == found[2]
 
 
 def interrupt_at_the_second(monkeypatch, owner) -> None:
-    """Ask twice to stop when something is recorded for the second time."""
+    """Break off when something is recorded for the second time."""
     original, seen = owner.record, []
 
     def record(*args, **kwargs):

@@ -128,12 +128,15 @@ def transforms_of(
     return through
 
 
-def engine_of(config: FederatedConfig, watch: Watch) -> Within:
-    """Choose how clients train: one by one, or several in one stack, whose steps can be CUDA graphs and compiled."""
+def engine_of(config: FederatedConfig, watch: Watch, kept: Kept | None = None) -> Within:
+    """Choose how clients train: one by one, or several in one stack, whose steps can be CUDA graphs and compiled.
+
+    Where the engine is asked for anew again and again, ``kept`` has the stacks from one time to the next.
+    """
     size, way = config.federation.clients_at_once or 1, config.run.steps
     if size == 1 and way == "off":
         return partial(one_by_one, watch=watch)
-    return partial(stacked, size=size, compile=way, watch=watch, kept=Kept())
+    return partial(stacked, size=size, compile=way, watch=watch, kept=kept)
 
 
 def head_engine_of(config: FederatedConfig, watch: Watch) -> Within:

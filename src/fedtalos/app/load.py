@@ -92,6 +92,7 @@ class Loaded(Generic[ConfigT]):
 
 def load(config: ConfigT) -> Loaded[ConfigT]:
     """Load images, model and mask that the config names; files at hand are checked before anything is fetched."""
+    torch.set_float32_matmul_precision("highest")  # as in a new process, whatever ran on CUDA in this one before
     device = choose_device(config.run.device)
     mask = check_files(config)
     weights = starting_weights(config)

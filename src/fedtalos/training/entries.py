@@ -114,5 +114,5 @@ class Values:
 
 
 def all_finite(tensors: list[Tensor]) -> bool:
-    """Tell whether no tensor holds NaN, infinity, or numbers whose 2-norm overflows; waits for the device."""
+    """Tell whether no tensor holds NaN, infinity, or numbers whose 2-norms overflow; waits for the device."""
     return math.isfinite(torch.stack(torch._foreach_norm(tensors)).sum().item())

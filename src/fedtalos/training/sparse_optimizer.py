@@ -52,7 +52,7 @@ def make_optimizer(
 def counting(optimizer: Optimizer) -> Optimizer:
     """Let every step count as a write to the parameters, by which kept features are known to be out of date.
 
-    torch's fused kernels write without counting.
+    torch's fused kernels write without counting. A copy of the optimiser does so again.
 
     >>> optimizer = counting(torch.optim.AdamW(model.parameters(), fused=True))
     """

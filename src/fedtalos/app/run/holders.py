@@ -13,6 +13,7 @@ from fedtalos.training.editing.fisher import fisher_scores, scored_batches
 from fedtalos.training.editing.merging_by_data import input_moments
 from fedtalos.training.federated.clients import Clients
 from fedtalos.training.federated.fedavg import Engine
+from fedtalos.training.federated.stacked import Kept
 from fedtalos.training.head_fitting import holder_sums
 from fedtalos.training.local_training import Watch
 from fedtalos.training.masked_parameters import MaskedParameters
@@ -68,7 +69,7 @@ class LocalHolders:
         return tuple(sorted(set(self._labels[self.clients[client]].tolist())))
 
     def engine(self, watch: Watch, _units: Sequence[Sequence[int]]) -> Engine:
-        return engine_of(self.loaded.config, watch)
+        return engine_of(self.loaded.config, watch, Kept())
 
     def head_sums(self, clients: Sequence[int], kind: ClosedForm) -> Iterator[tuple[int, HeadSums]]:
         loaded, ids = self.loaded, (self.clients[client] for client in clients)

@@ -164,7 +164,8 @@ def scores_of_each(
     passes = partial(_passes, model, weights or {}, mode, precision)
     add_scores = Steps(passes, lambda: values, compile=compile, after=CHUNKS_THAT_PAY)
     for batches in holders:
-        torch._foreach_zero_(values)
+        if values:
+            torch._foreach_zero_(values)
         strict = strict_float32() if precision == "fp32" else nullcontext()
         squares = _squares_added_to(scores, masks, model, per_example=mode != "batch")
         with strict, autocast(device, "fp32"), _frozen(model), squares:
@@ -173,7 +174,7 @@ def scores_of_each(
                 drawn = batch[2] if device.type == "mps" else batch[2].to(device)  # mps has no float64
                 for images, labels, uniforms in zip(*(t.split(size) for t in (*batch[:2], drawn)), strict=True):
                     add_scores(images, labels, uniforms)
-        if not all_finite(values):
+        if values and not all_finite(values):
             _refuse(scores)
         yield scores
 

@@ -3,6 +3,7 @@
 Letters: V clients that train together, A entries that move.
 """
 
+import gc
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
@@ -41,14 +42,16 @@ class Kept:
     def get(self, key: object, make: Callable[[], Stack], *, most: int) -> Stack:
         """Find the stack of that key, or make it; ``most`` are kept."""
         stack = self._stacks.pop(key, None)
-        while len(self._stacks) >= most:
+        if len(self._stacks) >= most:
             del self._stacks[next(iter(self._stacks))]
+            gc.collect()
         self._stacks[key] = make() if stack is None else stack
         return self._stacks[key]
 
     def clear(self) -> None:
-        """Let go of all of them."""
+        """Let go of all of them, and of their memory: a stack and its steps know each other."""
         self._stacks.clear()
+        gc.collect()
 
 
 def stacked(
