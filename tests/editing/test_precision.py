@@ -2,6 +2,7 @@
 
 import os
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -57,10 +58,11 @@ def test_strict_float32_turns_everything_off_and_leaves_it_as_it_was(precision, 
     assert torch.backends.cudnn.allow_tf32 == convolutions
 
 
-@pytest.mark.filterwarnings("ignore")  # torch's own, as it imports its compiler
 @pytest.mark.parametrize(("strict", "mode"), [(True, 2), (False, 1)])
 def test_one_order_is_asked_for_without_inductor_until_something_is_compiled(strict, mode, monkeypatch):
-    told = []
+    told, limits = [], SimpleNamespace(cache_size_limit=8)
+    monkeypatch.setattr(torch, "_dynamo", SimpleNamespace(config=limits), raising=False)  # the real one takes seconds
+    monkeypatch.setattr(torch, "compile", lambda function, dynamic: function)
     monkeypatch.setattr(torch, "use_deterministic_algorithms", lambda _, warn_only: told.append(warn_only))
     same_numbers_on_cuda(strict=strict)
     assert torch.get_deterministic_debug_mode() == mode
