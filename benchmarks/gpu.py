@@ -25,7 +25,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import cast
+from typing import cast, get_args
 
 import torch
 from fisher import Work
@@ -93,6 +93,8 @@ class Way:
     def of(cls, word: str) -> "Way":
         """Read 10:off, 10:graph, 10:on or 10:any; the last is on, in any order."""
         together, _, how = word.partition(":")
+        if how not in (*get_args(Compile), "any") or not together.isdecimal():
+            raise argparse.ArgumentTypeError(f"{word}: expected clients and a way, such as 10:graph, 10:on or 10:any")
         return cls(int(together), "on" if how == "any" else cast(Compile, how), any_order=how == "any")
 
     def __str__(self) -> str:

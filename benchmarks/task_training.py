@@ -66,10 +66,10 @@ class Training:
 
     def of_all(self, masks: Sequence[Mask], rate: float) -> list[TaskVector]:
         """The vectors of all tasks, each under its mask."""
+        groups = self.groups if self.settings.local_classes == "task" else ()
         same = all(mask is masks[0] for mask in masks) and len({len(ids) for ids in self.ids}) == 1
         if same and self.settings.compile != "off":
-            return self._side_by_side(masks[0], rate)
-        groups = self.groups if self.settings.local_classes == "task" else ()
+            return self._side_by_side(masks[0], rate, groups)
         return [
             self._alone(mask, ids, rate, task, groups)
             for task, (mask, ids) in enumerate(zip(masks, self.ids, strict=True))
@@ -79,9 +79,8 @@ class Training:
         """The vector of one training on all these images, among all classes; ``number`` names its draws."""
         return self._alone(mask, ids, rate, number, ())
 
-    def _side_by_side(self, mask: Mask, rate: float) -> list[TaskVector]:
-        local = self._local(rate, self.groups if self.settings.local_classes == "task" else ())
-        facts = self.begin()
+    def _side_by_side(self, mask: Mask, rate: float, groups: Groups) -> list[TaskVector]:
+        local, facts = self._local(rate, groups), self.begin()
         moving, count = MaskedParameters(self.model, mask), len(self.ids[0])
         if self._stack is None:
             self._stack = Stack(moving, local, len(self.ids), compile=self.settings.compile)

@@ -3,7 +3,6 @@
 A file is written beside its place, flushed, synced and renamed.
 """
 
-import errno
 import hashlib
 import os
 import re
@@ -134,15 +133,9 @@ def locked(path: Path, *, wait: bool = False) -> Iterator[None]:
     """
     from filelock import FileLock  # here, for the benchmark on a GPU does without
 
-    try:  # a lock that is only a file would outlive a killed process
-        lock = FileLock(path, fallback_to_soft=False)
-    except TypeError:  # older versions have none
-        lock = FileLock(path)
+    lock = FileLock(path, fallback_to_soft=False)  # a lock that is only a file would outlive a killed process
     with naming(path):
-        try:
-            lock.acquire(timeout=-1 if wait else 0.1)  # is_locked holds it for an instant
-        except NotImplementedError as error:  # older versions
-            raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS)) from error
+        lock.acquire(timeout=-1 if wait else 0.1)  # is_locked holds it for an instant
     try:
         yield
     finally:

@@ -1,6 +1,5 @@
 """Weights on the Hugging Face hub: their names, and their files in the usual cache (HF_HUB_OFFLINE is respected)."""
 
-import inspect
 import re
 from contextlib import suppress
 from dataclasses import dataclass
@@ -122,8 +121,7 @@ def _fetch(repo: str, name: str, revision: str | None = None, most: int | None =
     try:
         with suppress(EntryNotFoundError):  # the cache is to note it, below
             size = _stated_size(repo, name, revision, most)
-            if "tqdm_class" in inspect.signature(hf_hub_download).parameters:  # not in older versions
-                bounds["tqdm_class"] = _bar_up_to(2 * size + 2**20, f"{repo}/{name}")
+            bounds["tqdm_class"] = _bar_up_to(2 * size + 2**20, f"{repo}/{name}")
         return Path(hf_hub_download(repo, name, revision=revision, **bounds))
     except LocalEntryNotFoundError:  # offline, or no answer: nobody knows
         raise
