@@ -11,7 +11,7 @@ from edges import line, write
 from measure import environment
 
 COLUMNS = (
-    *("rate", "alpha", "unknown %", "known %", "normalised %", "refitted %", "target %", "control %", "of before %"),
+    *("rate", "alpha", "unknown %", "known %", "normalised %", "target %", "control %", "of before %"),
     *("probe %", "xi", "xi low", "xi high", "s"),
 )
 

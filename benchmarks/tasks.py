@@ -155,12 +155,8 @@ class Trial:
                 images=self.study.scored_images,
             )
         rate, vectors = self.best_rate(masks)
-        singles = [self.with_vector(vector, 1.0) for vector in vectors]
-        known = [float(found.known[task]) for task, found in enumerate(singles)]
-        unknown = [float(found.unknown[task]) for task, found in enumerate(singles)]
-        seconds = time.perf_counter() - start
-        self.table.add(self.seed, f"{rule}: single", rate=rate, unknown=_mean(unknown), known=_mean(known), s=seconds)
-        alpha = self.merged(rule, vectors, known)
+        known, own = self.singles(rule, vectors, rate, time.perf_counter() - start)
+        alpha = self.merged(rule, vectors, known, own)
         if self.study.interference:
             self.interfering(rule, vectors, alpha)
         if self.study.joint:
@@ -192,8 +188,31 @@ class Trial:
 
     # Rows
 
-    def merged(self, mask: Rule, vectors: Sequence[TaskVector], single: Sequence[float]) -> float:
-        """A row for each merging rule; returns the alpha of the sum."""
+    def singles(
+        self, mask: Rule, vectors: Sequence[TaskVector], rate: float, seconds: float
+    ) -> tuple[list[float], list[float]]:
+        """Rows of each vector on its own task; returns accuracies, the task known, by the first and by own heads.
+
+        A task's own head is fitted to its images alone, over the features of its own model.
+        """
+        unknown, known, own = list[float](), list[float](), list[float]()
+        for task, (vector, group, ids) in enumerate(zip(vectors, self.groups, self.ids, strict=True)):
+            found = self.with_vector(vector, 1.0)
+            unknown.append(float(found.unknown[task]))
+            known.append(float(found.known[task]))
+            if self.study.refit:
+                head = self.fitted(ids, _of_classes(self.data.val, group))
+                own.append(float(self.accuracy(head).known[task]))
+        self.table.add(self.seed, f"{mask}: single", rate=rate, unknown=_mean(unknown), known=_mean(known), s=seconds)
+        if own:
+            self.table.add(self.seed, f"{mask}: single, own heads", rate=rate, known=_mean(own))
+        return known, own
+
+    def merged(self, mask: Rule, vectors: Sequence[TaskVector], single: Sequence[float], own: Sequence[float]) -> float:
+        """A row for each merging rule, and those with a new head; returns the alpha of the sum.
+
+        Accuracy is normalised by single models of the same kind of head: the first one, or each its own.
+        """
         study, of_sum = self.study, 0.0
         for rule in study.rules:
             start = time.perf_counter()
@@ -208,19 +227,13 @@ class Trial:
                 alpha = best_alpha(self.model, merged, self.val_accuracy).alpha
             found = self.with_vector(merged, alpha)
             of_sum = alpha if rule == "sum" else of_sum
-            refitted = self.refitted() if rule in study.refit else math.nan
-            self.table.add(
-                self.seed,
-                f"{mask}: {rule}",
-                alpha=alpha,
-                unknown=_mean(found.unknown),
-                known=_mean(found.known),
-                normalised=normalised_accuracy(found.known.tolist(), single),
-                refitted=refitted,
-                s=time.perf_counter() - start,
-            )
+            self.row(f"{mask}: {rule}", found, start, alpha=alpha, single=single)
             if rule in study.refit:
-                self.by_servers_head(f"{mask}: {rule}, alpha by the server's head", merged)
+                self.row(f"{mask}: {rule}, new head", self.refitted(), start, alpha=alpha, single=own)
+                start = time.perf_counter()
+                alpha = self.servers_alpha(merged)
+                name = f"{mask}: {rule}, new head, the server's alpha"
+                self.row(name, self.refitted(), start, alpha=alpha, single=own)
         noted()
         return of_sum
 
@@ -240,9 +253,17 @@ class Trial:
         weights = [float(len(ids)) for ids in self.ids] if rule == "mean" else None
         return merge(vectors, rule, weights=weights, seed=self.seed)
 
-    def by_servers_head(self, name: str, merged: TaskVector) -> None:
-        """Take the factor that is best through heads fitted to the server's images; then fit the clients' head."""
-        start = time.perf_counter()
+    def row(
+        self, name: str, found: TaskAccuracy, start: float, *, single: Sequence[float] = (), **figures: float
+    ) -> None:
+        """A row of accuracies, normalised where those of single models come; ``start`` is when its work began."""
+        if single:
+            figures["normalised"] = normalised_accuracy(found.known.tolist(), single)
+        seconds = time.perf_counter() - start
+        self.table.add(self.seed, name, unknown=_mean(found.unknown), known=_mean(found.known), s=seconds, **figures)
+
+    def servers_alpha(self, merged: TaskVector) -> float:
+        """The factor that is best through heads fitted to the server's images; the model holds it then."""
 
         def accuracy(edited: Backbone) -> float:
             fit_head(edited, self.data.calibration, val=self.to_choose_by)
@@ -252,23 +273,16 @@ class Trial:
         with self.clock.part("alpha by the server's head", 11 * len(self.data.calibration)):
             alpha = best_alpha(self.model, merged, accuracy).alpha
         self.set_backbone(_deltas(merged, alpha))
-        self.table.add(self.seed, name, alpha=alpha, refitted=self.refitted(), s=time.perf_counter() - start)
+        return alpha
 
     def joint(self, name: str, mask: Mask, ids: Ids, rate: float) -> TaskVector:
         """Train on all these images together, among all classes."""
         start = time.perf_counter()
         vector = self.training.together(mask, ids, rate, self.study.tasks)
-        found = self.with_vector(vector, 1.0)
-        refitted = self.refitted() if self.study.refit else math.nan
-        self.table.add(
-            self.seed,
-            name,
-            rate=rate,
-            unknown=_mean(found.unknown),
-            known=_mean(found.known),
-            refitted=refitted,
-            s=time.perf_counter() - start,
-        )
+        self.row(name, self.with_vector(vector, 1.0), start, rate=rate)
+        if self.study.refit:
+            start = time.perf_counter()
+            self.row(f"{name}, new head", self.refitted(), start, rate=rate)
         return vector
 
     def interfering(self, mask: Rule, vectors: Sequence[TaskVector], alpha: float) -> None:
@@ -377,19 +391,23 @@ class Trial:
         """Accuracy on validation images, the task unknown."""
         return self.measured(edited, self.to_choose_by).accuracy
 
-    def fitted(self, ids: Ids | None = None) -> Head:
-        """The ridge head of the sums over the model's features of the training images at ``ids`` (None: all)."""
-        with self.clock.part("features", len(self.data.train) + len(self.data.val)):
-            train, val = (
+    def fitted(self, ids: Ids | None = None, val: LabelledImages | None = None) -> Head:
+        """The ridge head of the sums over the model's features of the training images at ``ids`` (None: all).
+
+        Its penalty is the best on ``val`` (None: all validation images).
+        """
+        val = self.data.val if val is None else val
+        with self.clock.part("features", len(self.data.train if ids is None else ids) + len(val)):
+            train, to_choose_by = (
                 self.store.features(self.model, self.data.train, ids),
-                self.store.features(self.model, self.data.val),
+                self.store.features(self.model, val),
             )
         sums = head_sums("ridge", *train, len(self.data.classes))
-        return best_head("ridge", sums, *val)
+        return best_head("ridge", sums, *to_choose_by)
 
-    def refitted(self) -> float:
-        """Test accuracy, the task unknown, with the head fitted to sums over the model's features."""
-        return _mean(self.accuracy(self.fitted()).unknown)
+    def refitted(self) -> TaskAccuracy:
+        """Test accuracy by task, with the head fitted to sums over the model's features."""
+        return self.accuracy(self.fitted())
 
 
 def _deltas(vector: TaskVector, alpha: float) -> dict[str, Tensor]:
