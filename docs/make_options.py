@@ -5,19 +5,29 @@ from pathlib import Path
 
 from pydantic.fields import FieldInfo
 
-from fedtalos.app.config.help import choices, default, is_everyday, is_positional, sections, types
+from fedtalos.app.config.help import (
+    argument,
+    choices,
+    default,
+    is_everyday,
+    is_positional,
+    sections,
+    takes_several,
+    types,
+)
 from fedtalos.app.config.options import Options
 from fedtalos.app.config.schema import RUN_CONFIGS
 from fedtalos.app.config.tools import FAMILIES, TOOL_CONFIGS
 
 INTRODUCTION = """# Every option
 
-Made from the schema (`src/fedtalos/app/config/schema.py`, `tools.py`) by `docs/make_options.py`.
+Made from the schema (`src/fedtalos/app/config/`) by `docs/make_options.py`.
 `fedtalos COMMAND --help` shows the options in **bold**, `fedtalos COMMAND --help_all` all of them.
 
 - Flags are written with underscores (`--num_clients 100`); dashes work too.
 - A switch such as `--resume` is undone by `--no_resume`.
 - A name in CAPITALS is given without a flag.
+- `None` takes back an option that a preset or file set, where its default is worked out or none.
 - An option comes from its flag, else from `--preset NAME` (an entry of `configs/experiment_configs.yaml`, in the
   working folder or as published), else from `--config FILE`, else from its default.
 - In every path, wherever it is written, `~` and `~user` are home folders. Environment variables are left to the shell.
@@ -30,17 +40,16 @@ Made from the schema (`src/fedtalos/app/config/schema.py`, `tools.py`) by `docs/
 
 def values(field: FieldInfo) -> str:
     """What a flag takes: its choices, or its type with its limits."""
-    words = choices(field.annotation) or [
-        kind.__name__.lower().replace("str", "text") for kind in types(field.annotation)
-    ]
+    kinds = [kind.__name__.lower().replace("str", "text") for kind in types(field.annotation)]
+    several = ["one or more"] if takes_several(field) and not is_positional(field) else []
     signs = {"ge": ">=", "gt": ">", "le": "<=", "lt": "<"}
     limits = [f"{signs[k]} {getattr(m, k)}" for m in field.metadata for k in signs if hasattr(m, k)]
-    return ", ".join([*words, *limits])
+    return ", ".join([*choices(field.annotation), *kinds, *limits, *several])
 
 
 def row(name: str, field: FieldInfo) -> str:
     """One option as a row of its table."""
-    flag = f"`{name.upper() if is_positional(field) else f'--{name}'}`"
+    flag = f"`{argument(name, field) if is_positional(field) else f'--{name}'}`".replace("|", r"\|")
     flag = f"**{flag}**" if is_everyday(field) else flag
     ordinary = "needed" if field.is_required() else "off" if field.default is False else default(field)
     return f"| {flag} | {values(field)} | {ordinary} | {field.description} |"

@@ -1,5 +1,6 @@
 """The parts that every edit has, whoever is asked for scores: entries and holders, its rounds, its end."""
 
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -98,24 +99,26 @@ def finish(edit: Edit, paths: RunPaths, books: Books, console: Console) -> None:
     made = [paths.mask, *([paths.head] if "head" in summary else [])]
     for path in [*made, paths.results, paths.checkpoints, *drawn]:
         say(console, str(path))
-    say(console, f"train with it: {next_command(config, paths)}")
 
 
 def next_command(config: EditingConfig, paths: RunPaths) -> str:
-    """The command that trains with the mask: same data, same weights, and the head beside the mask."""
-    options: dict[str, object] = {
-        "dataset": config.data.dataset,
-        "data_dir": config.data.data_dir,
-        "image_size": config.model.image_size,
-    }
-    weights = config.editing.checkpoint or config.model.weights
-    options |= {"weights": weights, "model_size": None if config.editing.checkpoint else config.model.model_size}
-    options |= {"patch_size": config.model.patch_size if weights == "none" else None, "mask": paths.mask}
-    options |= {"output_dir": None if paths.root == Path() else paths.root, "seed": config.run.seed or None}
-    plain = type(config)()
-    usual = {**plain.data.model_dump(), **plain.model.model_dump()}
-    given = {key: value for key, value in options.items() if value is not None and value != usual.get(key)}
-    return "fedtalos federated " + " ".join(f"--{key} {value}" for key, value in given.items())
+    """The command that trains with the mask: same data, clients and weights, and the head beside the mask."""
+    usual, options = EditingConfig(), dict[str, object]()
+    for section in ("data", "model", "split"):
+        own, default = (getattr(which, section).model_dump() for which in (config, usual))
+        options |= {name: value for name, value in own.items() if value != default[name]}
+    options.pop("head", None)  # the one beside the mask comes along
+    if options.get("weights") != "none":
+        options.pop("patch_size", None)
+    if checkpoint := config.editing.checkpoint:
+        options.pop("model_size", None)
+        options["weights"] = checkpoint
+    options["mask"] = paths.mask
+    options |= {"output_dir": paths.root} if paths.root != Path() else {}
+    options |= {"seed": config.run.seed} if config.run.seed else {}
+    return shlex.join(
+        ["fedtalos", "federated", *(str(word) for key, value in options.items() for word in (f"--{key}", value))]
+    )
 
 
 def facts_of(edit: Edit, active: int) -> MaskFacts:

@@ -6,13 +6,13 @@ from dataclasses import replace
 from rich.console import Console
 
 from fedtalos.app.config.schema import EditingConfig
-from fedtalos.app.edit import Edit, finish, refine_mask, scoring_clients
+from fedtalos.app.edit import Edit, finish, next_command, refine_mask, scoring_clients
 from fedtalos.app.engine import way_of_scores
 from fedtalos.app.federation import clients_of
 from fedtalos.app.load import Loaded, load
 from fedtalos.app.run.beginning import introduction_to_edit
 from fedtalos.app.run.books import Books
-from fedtalos.app.run.display import Display, say_facts
+from fedtalos.app.run.display import Display, say, say_facts
 from fedtalos.app.run.first_head import everyone, show_features
 from fedtalos.app.run.folders import begun, open_run, say_decisions
 from fedtalos.app.run.launch import check_alone
@@ -44,6 +44,7 @@ def run(config: EditingConfig, console: Console) -> None:
         with Display(console, "iteration", options.num_iterations, books.done) as display:
             refine_mask(edit, score_of(edit, display.watch), books, display)
         finish(edit, paths, books, console)
+        say(console, f"train with it: {next_command(edit.loaded.config, paths)}")
 
 
 def prepare(loaded: Loaded[EditingConfig]) -> Edit:

@@ -52,6 +52,7 @@ def run(config: EditingConfig, post: Post, terms: Terms, console: Console) -> No
         with Display(console, "iteration", options.num_iterations, books.done) as display:
             refine_mask(edit, score, books, display)
         finish(edit, paths, books, console)
+        say(console, f"train with it: add 'mask: {paths.mask}' to the fleet's app/config.yaml, and run again")
 
 
 def head_of(loaded: Loaded[EditingConfig]) -> dict[str, torch.Tensor]:

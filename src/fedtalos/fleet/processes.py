@@ -34,7 +34,7 @@ def require_flower() -> None:
     if find_spec("flwr") is None or find_spec("cryptography") is None:
         raise InputError(
             "fleet: needs Flower, in an environment of its own: "
-            "pip install -c fleet-constraints.txt 'fedtalos[fleet]' (docs/fleet.md)"
+            "in the checkout: pip install -c fleet-constraints.txt -e '.[fleet]' (docs/fleet.md)"
         )
 
 
@@ -70,7 +70,7 @@ def flower(*words: str | Path) -> list[str]:
     """Words that start Flower's own command."""
     path = shutil.which("flwr", path=os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")]))
     if path is None:
-        raise InputError("fleet: the command flwr is not on the path; install fedtalos[fleet] anew")
+        raise InputError("fleet: the command flwr is not on the path; install the extra fleet anew")
     return [path, *map(str, words)]
 
 

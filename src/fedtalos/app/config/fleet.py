@@ -23,7 +23,7 @@ class FleetInitConfig(Options):
 
     folder: Folder = Field(description="folder to make")
     config: Annotated[Path, tyro.conf.arg(metavar="FILE")] = Field(
-        description="YAML file with the options of federated; num_clients is the number of nodes"
+        description="YAML file with options of `federated`; num_clients is the number of nodes"
     )
     host: str = Field("127.0.0.1", description="name or address of the server's machine, as the nodes see it")
     port: int = Field(PORT, ge=1, le=65535, description="port of the server")
@@ -51,12 +51,12 @@ class FleetNodeConfig(Options):
 
     folder: Folder = Field(description="the fleet's folder, or a copy of its ca.crt, fleet.yaml and this node's key")
     client: int = Field(ge=0, description="number of the client that this node is, from 0")
-    dataset: Dataset = Field(description="data set that the node admits: one of those of `federated`")
+    dataset: Dataset = Field(description="the one data set that the node trains on; hf:OWNER/NAME, too")
     data_dir: Path = Field(Path("data"), description="where its images are")
     holds: Literal["all", "part"] = Field(
         "all",
-        description="images that are this client's: all training images in data_dir, or the part of them that a "
-        "simulation gives to it (part), to try out",
+        description="training images in data_dir that are this client's: all, or part: to try out, what a simulation "
+        "gives to it",
     )
     admit: Annotated[tuple[Work, ...], tyro.conf.arg(help_behavior_hint="(default: all of it)")] = Field(
         ("train", "evaluate", "head", "score", "weigh"),
@@ -72,7 +72,7 @@ class FleetNodeConfig(Options):
         "auto", description="where to compute; auto takes the first of mps, cuda and cpu that is there"
     )
     threads: Annotated[int | None, unset("N", "all cores")] = Field(
-        None, ge=1, le=1024, description="CPU threads; the bytes of a simulation need its number of threads"
+        None, ge=1, le=1024, description="CPU threads; for the bytes of a simulation take its number of threads"
     )
 
 
@@ -90,13 +90,13 @@ class FleetRunConfig(Options):
         None, description="folder on the server's machine for results/, checkpoints/ and plots/"
     )
     editing: Annotated[Path | None, unset("FILE", "train by the fleet's config")] = Field(
-        None, description="YAML file with the options of editing: make a mask from all nodes' scores, and train nothing"
+        None, description="YAML file with options of `editing`: make a mask from all nodes' scores, and train nothing"
     )
     deadline: float = Field(600.0, gt=0, le=86400, description="seconds until a node's answer counts as lost")
     patience: float = Field(120.0, ge=0, le=86400, description="seconds to wait for all nodes before the first round")
     min_nodes: int = Field(1, ge=1, description="fewest nodes to begin with once the patience is over")
     wire: Wire = Field(
-        "float32", description="numbers that updates travel as; fewer bits keep what is lost for the next round"
+        "float32", description="kind of number that updates travel as; what fewer bits lose is added to the next update"
     )
 
 
@@ -109,7 +109,7 @@ class FleetDemoConfig(Options):
     run_name: Annotated[str | None, unset("NAME", "fleet and time")] = Field(None, description="name of the run")
     num_rounds: int = Field(10, ge=1, description="number of rounds")
     seed: int = Field(0, ge=0, description="seed of the random draws")
-    wire: Wire = Field("float32", description="numbers that updates travel as")
+    wire: Wire = Field("float32", description="kind of number that updates travel as")
 
 
 FleetTool = FleetInitConfig | FleetServerConfig | FleetNodeConfig | FleetRunConfig | FleetDemoConfig

@@ -167,7 +167,9 @@ def default(field: FieldInfo) -> str:
         text = getattr(mark, "help_behavior_hint", None)
         if isinstance(text, str):
             return text.removeprefix("(default: ").removesuffix(")") if text.startswith("(default: ") else ""
-    return "" if field.is_required() or field.default is False or field.default == () else str(field.default)
+    if field.is_required() or field.default is False or field.default == ():
+        return ""
+    return "on" if field.default is True else str(field.default)
 
 
 def hint(field: FieldInfo) -> str:
@@ -197,6 +199,8 @@ def argument(name: str, field: FieldInfo) -> str:
     several = takes_several(field)
     kinds = types(field.annotation)
     word = metavar or (WORDS.get(kinds[0], "") if kinds else "NAME")
+    if field.default is True:
+        return f"--{name} (--no_{name})"
     if is_positional(field):
         return metavar or (f"[{name.upper().removesuffix('S')} ...]" if several else name.upper())
     if several and metavar is None:

@@ -13,7 +13,7 @@ from fedtalos.app.config.schema import RUN_CONFIGS
 
 HEADER = """\
 # Everyday options, at their defaults: change what you need, and pass this file with --config FILE.
-# It may serve centralized, federated and editing: each takes its own options and passes over the others'.
+# It may serve all training commands: each takes its own options and passes over the others'.
 # A flag beats --preset, --preset beats --config, and --config beats the defaults.
 # null: worked out, as the comment says.
 # There are more options, which can stand here too: fedtalos COMMAND --help_all lists them.
@@ -25,7 +25,7 @@ class InitConfig(Options):
 
     command: ClassVar[str] = "init"
 
-    file: Annotated[Path, tyro.conf.Positional] = Field(
+    file: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="[FILE]")] = Field(
         Path("fedtalos.yaml"), description="new file to write; one that is there is left as it is"
     )
 

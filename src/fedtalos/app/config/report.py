@@ -15,7 +15,7 @@ class ReportConfig(Options):
     command: ClassVar[str] = "report"
 
     runs: Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="RUN...")] = Field(
-        description="run names, or a sweep's"
+        description="run names, or the name of one sweep"
     )
     classes: bool = Field(
         True, description="of one run: evaluate its last model by class, and show real mistakes (the data are read)"

@@ -91,7 +91,7 @@ class DataOptions(Options):
         "table of path and label) or hf:OWNER/NAME (of the Hugging Face hub; docs/images.md)",
     )
     data_dir: Annotated[Path, EVERYDAY] = Field(
-        Path("data"), description="where the data set is, or is downloaded to; of csv the table"
+        Path("data"), description="folder that the data set is in, or is downloaded to; of csv the table itself"
     )
     val_fraction: float = Field(0.1, gt=0, lt=1, description="share of the training images held out for validation")
     split_seed: int = Field(
@@ -120,18 +120,18 @@ class DataOptions(Options):
 class ModelOptions(Options):
     """Model: a Vision Transformer, and the weights it starts from."""
 
-    model_size: Annotated[ModelSize | None, EVERYDAY, unset("SIZE", "that of the weights, else small")] = Field(
-        None, description="micro, tiny, small, base or large: 0.7, 5.7, 22, 86 or 303 million parameters"
-    )
+    model_size: Annotated[
+        ModelSize | None, EVERYDAY, unset("SIZE", "that of the weights; from scratch small, of digits micro")
+    ] = Field(None, description="micro, tiny, small, base or large: 0.7, 5.7, 22, 86 or 303 million parameters")
     weights: Annotated[str, EVERYDAY, tyro.conf.arg(metavar="NAME|FILE")] = Field(
         "auto",
         description="pretrained (ImageNet), dino, none (from scratch), a file, a checkpoint, a timm ViT's name, "
         "hf:OWNER/REPO[/FILE], timm:NAME or torch:NAME (docs/backbones.md); auto: pretrained, for digits none",
     )
-    image_size: Annotated[int | None, EVERYDAY, unset("PX", "that of the weights; 32 from scratch")] = Field(
-        None, ge=1, le=4096, description="width and height of the images, in pixels"
+    image_size: Annotated[int | None, EVERYDAY, unset("PX", "that of the weights; from scratch 32, of digits 8")] = (
+        Field(None, ge=1, le=4096, description="width and height of the images, in pixels")
     )
-    patch_size: Annotated[int | None, unset("PX", "that of the weights; 4 from scratch")] = Field(
+    patch_size: Annotated[int | None, unset("PX", "that of the weights; from scratch 4, of digits 2")] = Field(
         None, ge=1, description="width and height of a patch, in pixels"
     )
     normalisation: Literal["auto", "imagenet", "half"] = Field(
@@ -144,8 +144,8 @@ class ModelOptions(Options):
     head: Annotated[str, EVERYDAY, tyro.conf.arg(metavar="NAME|FILE")] = Field(
         "auto",
         description="classifier to start with: weights (their own), random, ridge or ncm (closed form), linear "
-        "(trained first) or a head file; auto: the weights' own if it fits, else random (of editing, "
-        "tasks and one round ridge)",
+        "(trained first) or a head file; auto: the weights' own if it fits, else the one that came with the mask, else "
+        "random (for editing, --tasks and --one_shot: ridge)",
     )
 
 
@@ -153,7 +153,8 @@ class TrainOptions(Options):
     """Training: what may move, and the optimiser."""
 
     mask: Annotated[Path | None, EVERYDAY, unset("FILE", "none")] = Field(
-        None, description="mask file: only its entries may move, and a new head"
+        None,
+        description="mask file: only its entries may move, and a new head; a head that was fitted for it comes along",
     )
     force_mask: bool = Field(False, description="accept a mask that was made on other weights")
     mask_mode: Literal["finetune", "prune"] = Field(
@@ -236,7 +237,7 @@ class FederationOptions(Options):
         "differential privacy has a smaller epsilon",
     )
     local_steps: Annotated[int, EVERYDAY] = Field(4, ge=1, description="J, optimiser steps of each client in a round")
-    local_epochs: Annotated[int | None, unset("N", "none")] = Field(
+    local_epochs: Annotated[int | None, unset("N", "none; 1 with --one_shot")] = Field(
         None, ge=1, description="passes of each client over its own images in a round, instead of --local_steps"
     )
     clients_at_once: Annotated[int | None, unset("V", "1; on cuda by sizes")] = Field(
@@ -302,7 +303,7 @@ class FailureOptions(Options):
         1.0,
         ge=1,
         le=1e6,
-        description="how slow clients may be: a step takes 1 to X times the fastest client's, drawn once",
+        description="how slow clients may be: a step takes 1 to X times the fastest client's, drawn once for each",
     )
     deadline: Annotated[float | None, unset("STEPS", "none")] = Field(
         None, gt=0, description="when a round stops waiting for clients, in steps of the fastest one"
@@ -359,7 +360,9 @@ class EditingOptions(Options):
         None, ge=1, description="images per backward pass of the scores"
     )
     calibration_images: int = Field(
-        640, ge=1, description="about how many images are scored per iteration, at most, by all clients together"
+        640,
+        ge=1,
+        description="images scored per iteration, at most, by all clients together; each client scores at least one",
     )
     calibration: Annotated[Literal["central", "federated"], EVERYDAY] = Field(
         "central", description="images to score: the calibration split, or every client's own training images"
@@ -373,7 +376,7 @@ class EditingOptions(Options):
 
 
 class Config(Options):
-    """Options that the three training commands share."""
+    """Options that all training commands share."""
 
     command: ClassVar[str]
 
@@ -407,7 +410,7 @@ class FederatedConfig(Config):
 
 
 class ContinualConfig(FederatedConfig):
-    """Train federatedly on one task after another; compare with tasks that train apart and are merged."""
+    """Train federatedly on one task after another (--tasks T); compare with tasks that train apart and are merged."""
 
     command: ClassVar[str] = "continual"
 

@@ -27,7 +27,7 @@ class EvaluateConfig(Options):
 
     command: ClassVar[str] = "evaluate"
 
-    checkpoint: Annotated[Path, tyro.conf.Positional] = Field(
+    checkpoint: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN|FILE")] = Field(
         description="run name, or a file under checkpoints/; with --dataset a weights file, too"
     )
     split: Annotated[Literal["train", "val", "test"] | None, unset("{train,val,test}", "test")] = Field(
@@ -48,7 +48,7 @@ class EvaluateConfig(Options):
     )
     output_dir: Path = Field(Path(), description="folder that holds results/, checkpoints/ and evaluations/")
     dataset: Annotated[Dataset | None, unset("NAME", "that of the run")] = Field(
-        None, description="images of another data set, of the same classes"
+        None, description="images of another data set with the same classes; hf:OWNER/NAME, too"
     )
     data_dir: Annotated[Path | None, unset("PATH", "where the run had it")] = Field(
         None, description="where the data set is"
@@ -64,7 +64,7 @@ class PlotConfig(Options):
     command: ClassVar[str] = "plot"
 
     runs: Annotated[tuple[Path, ...], tyro.conf.Positional] = Field(
-        (), description="run names, or folders of results; or a sweep's"
+        (), description="run names, or folders of results, or the name of one sweep"
     )
     masks: tuple[Path, ...] = Field((), max_length=MOST_FILES, description="mask files to draw")
     name: Annotated[str | None, unset("NAME", "the names of the runs, or of the masks")] = Field(

@@ -45,7 +45,7 @@ class ValidationOptions(Options):
     """Images that vectors are tried on."""
 
     dataset: Annotated[Dataset | None, unset("NAME", "that of the base's run")] = Field(
-        None, description="images to try vectors on"
+        None, description="images to try vectors on; hf:OWNER/NAME, too"
     )
     data_dir: Annotated[Path | None, unset("PATH", "where the base's run had it")] = Field(
         None, description="where the data set is"
@@ -66,7 +66,7 @@ class VectorShowConfig(ValidationOptions):
         None, description="name of the folder under plots/"
     )
     base: Annotated[str | None, tyro.conf.arg(metavar="BASE"), unset("BASE", "none")] = Field(
-        None, description=f"draw, too, how two vectors disturb each other on validation images; {BASE}"
+        None, description=f"draw, too, how two vectors disturb each other on validation images. BASE is the {BASE}"
     )
     output_dir: Path = Field(Path(), description="folder that holds plots/, and checkpoints/")
 
@@ -122,7 +122,7 @@ class VectorMergeConfig(ValidationOptions):
     last: float = Field(1.0, description="lines: factor at the last block")
     name: NewName = Field(description="name of the new file under vectors/")
     base: Annotated[str | None, tyro.conf.arg(metavar="BASE"), unset("BASE", "none")] = Field(
-        None, description=f"alpha auto: {BASE}"
+        None, description=f"needed for alpha auto: the {BASE}"
     )
     output_dir: Path = Field(Path(), description="folder that holds checkpoints/ and vectors/")
 
