@@ -12,7 +12,7 @@ from fedtalos.devices import same_numbers_on_cuda, strict_float32
 from fedtalos.models.vision_transformer import Architecture, VisionTransformer
 from fedtalos.randomness import torch_generator
 from fedtalos.training.editing.eligible import eligible_masks
-from fedtalos.training.editing.mask_file import MaskFacts
+from fedtalos.training.editing.mask_facts import MaskFacts
 
 # No test looks at the clock: on a busy machine anything may take long.
 hypothesis.settings.register_profile(

@@ -2,27 +2,36 @@
 
 `last.json` names its tensor file and that file's sha256. It is renamed into place last, so that a pair is whole or not
 there, and it is sealed, so that a flipped bit is noticed in either file. Model tensors keep their names, so that a
-checkpoint is a weights file too. Optimiser state lies beside them under `optimizer/...`; no parameter's name holds a
-slash.
+checkpoint is a weights file too. Other tensors (an optimiser's state, say) lie beside them under PREFIX/...; no
+parameter's name holds a slash.
 """
 
 import hashlib
 import json
 import os
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
-import torch
 from annotated_types import MaxLen
 from safetensors.torch import save as save_safetensors
 from torch import Tensor
 
 from fedtalos.errors import InputError, shown
-from fedtalos.facts import MOST_JSON, Count, check_fits, facts_from, open_schema, read_facts, read_file, refusal
+from fedtalos.facts import (
+    MOST_JSON,
+    Versioned,
+    check_fits,
+    check_version,
+    facts_from,
+    open_schema,
+    read_facts,
+    read_file,
+    refusal,
+)
 from fedtalos.files import UNSEALED, is_sealed, sealed, write_atomic
 from fedtalos.tensor_file import read_tensors
 
@@ -32,17 +41,10 @@ TENSORS = re.compile(r"(.+)-[0-9]{6,}\.safetensors", re.DOTALL)
 APART = re.compile(r"(.+)-0([0-9]{6,})\.safetensors", re.DOTALL)
 """Names of those that lie beside others of the same step."""
 HEADER = ("seal", "format", "file", "sha256")
+"""Words of a checkpoint about its own file."""
 
 
 T = TypeVar("T")
-
-
-@open_schema
-@dataclass(frozen=True)
-class _Format:
-    """The fact that every version of this file states."""
-
-    format: Count
 
 
 @open_schema
@@ -156,8 +158,7 @@ def load_checkpoint(path: Path) -> Checkpoint:
     """
     head, broken = f"checkpoint {path}", f"checkpoint {path}: broken, or not a fedtalos checkpoint"
     content = read_file(path, head, most=MOST_JSON)
-    if (made_in := read_facts(_Format, content, broken).format) != FORMAT:
-        raise InputError(f"{head}: format {shown(made_in)}, this version reads {FORMAT}; make it anew")
+    check_version(read_facts(Versioned, content, broken), FORMAT, head)
     if not is_sealed(content):
         raise refusal(f"{head}: not what was saved", "checksum")
     header = read_facts(_Header, content, broken)
@@ -224,58 +225,4 @@ def find_checkpoint(path: Path, checkpoints: Path, which: str = "last") -> Path:
             return candidate
     raise InputError(
         f"checkpoint {path}: no {' or '.join(str(c) for c in candidates)}; give a run's name or its .json file"
-    )
-
-
-def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """Take an optimiser's state as tensors by name.
-
-    >>> tensors = {**model.state_dict(), **optimizer_tensors(optimizer)}
-    """
-    state = optimizer.state_dict()["state"]
-    return {
-        f"optimizer/{index}/{key}": torch.as_tensor(value)
-        for index, entry in state.items()
-        for key, value in entry.items()
-        if value is not None
-    }
-
-
-def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
-    """Put the state back that ``optimizer_tensors`` took; other tensors are ignored.
-
-    Raises InputError where it is not such an optimiser's of these parameters.
-
-    >>> restore_optimizer(optimizer, load_checkpoint(path).tensors)
-    """
-    state: dict[int, dict[str, Tensor]] = {}
-    for name, tensor in tensors.items():
-        if found := re.fullmatch(r"optimizer/([0-9]{1,9})/(\w+)", name):
-            state.setdefault(int(found[1]), {})[found[2]] = tensor
-        elif name.startswith("optimizer/"):
-            raise _other_optimizer(name)
-    _check_state(optimizer, state)
-    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
-
-
-def _check_state(optimizer: torch.optim.Optimizer, state: dict[int, dict[str, Tensor]]) -> None:
-    """Compare names, shapes and numbers of a saved state with what this optimiser keeps of each parameter."""
-    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    keys = {"step", "exp_avg", "exp_avg_sq"} if "betas" in optimizer.defaults else {"momentum_buffer"}
-    # Our sparse optimisers keep no more than moves of a parameter.
-    kept: Callable[[Tensor], torch.Size] = getattr(optimizer, "kept_shape", lambda parameter: parameter.shape)
-    for index, entry in state.items():
-        shape = kept(parameters[index]) if index < len(parameters) else None
-        for key, tensor in entry.items():
-            expected = torch.Size() if key == "step" else shape
-            if entry.keys() != keys or tensor.shape != expected or not tensor.is_floating_point():
-                raise _other_optimizer(f"optimizer/{index}/{key}")
-            if not tensor.isfinite().all() or (key in ("step", "exp_avg_sq") and bool((tensor < 0).any())):
-                raise _other_optimizer(f"optimizer/{index}/{key}")
-
-
-def _other_optimizer(name: str) -> InputError:
-    return InputError(
-        f"the checkpoint's {shown(name)} is not this optimiser's (another shape, type or number); "
-        "start a run of another name"
     )

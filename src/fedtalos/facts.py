@@ -16,7 +16,7 @@ import sys
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import MISSING, fields
+from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, BinaryIO, TypeVar
 
@@ -90,6 +90,23 @@ def open_schema(kind: type[T]) -> type[T]:
     """
     kind.__pydantic_config__ = {"extra": "ignore", "strict": True, "allow_inf_nan": False}  # type: ignore[attr-defined]
     return kind
+
+
+@open_schema
+@dataclass(frozen=True)
+class Versioned:
+    """The fact that every version of a file of ours states."""
+
+    format: Count
+
+
+def check_version(found: Versioned, known: int, head: str) -> None:
+    """Refuse, with an InputError, a file of another format than the one ``known``.
+
+    >>> check_version(read_facts(Versioned, '{"format": 2}', "head"), 2, "checkpoint my_run/last.json")
+    """
+    if found.format != known:
+        raise InputError(f"{head}: format {shown(found.format)}, this version reads {known}; make it anew")
 
 
 def table_schema(kind: type[T]) -> type[T]:

@@ -12,7 +12,7 @@ from conftest import mask_header
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedtalos.checkpoint import load_checkpoint, optimizer_tensors, restore_optimizer, save_checkpoint
+from fedtalos.checkpoint import load_checkpoint, save_checkpoint
 from fedtalos.errors import InputError
 from fedtalos.files import write_atomic
 from fedtalos.randomness import generator
@@ -20,6 +20,7 @@ from fedtalos.training.editing.combine import chance_overlap, overlap, votes_nee
 from fedtalos.training.editing.describe import density_table
 from fedtalos.training.editing.eligible import eligible_entries
 from fedtalos.training.editing.mask_file import check_mask, read_mask_file, write_mask_file
+from fedtalos.training.optimizer_state import optimizer_tensors, restore_optimizer
 
 
 def facts(vit, mask, **changes):

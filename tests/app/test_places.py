@@ -17,6 +17,7 @@ from fedtalos import notes
 from fedtalos.app.config.files import presets_files
 from fedtalos.app.config.options import Options, takes_path
 from fedtalos.app.config.schema import RUN_CONFIGS
+from fedtalos.app.run import launch
 from fedtalos.app.run.recorder import Recorder
 from fedtalos.cli import main, parse
 from fedtalos.data import dataset_loader
@@ -366,3 +367,14 @@ def test_nothing_named_after_a_home_is_left_behind(home):
     main([*CENTRALIZED, "--run_name", "a", "--output_dir=~/deep"])
     assert [path.name for path in Path(home, "deep/results").iterdir()] == ["a"]
     assert not Path("~").exists()
+
+
+def test_workers_have_the_folders_that_a_record_does_not_say(monkeypatch, tmp_path):
+    told: dict[int, tuple[str, ...]] = {}
+    monkeypatch.setattr(launch, "start_processes", lambda *_, args, **__: told.update(args))
+    config = parse(["federated", "--output_dir", "out", "--cache_dir", "kept", "--weights", "a_run"])
+    launch._start(config, tmp_path, 3)
+    for words in told.values():
+        theirs = parse(list(words[2:]))
+        assert (theirs.run.output_dir, theirs.data, theirs.model) == (Path("out"), config.data, config.model)
+    assert list(told) == [0, 1]

@@ -5,7 +5,7 @@ import torch
 
 from fedtalos.data.batches import batch_positions, evaluation_batches, steps_per_epoch, training_batches
 from fedtalos.data.images import LabelledImages
-from fedtalos.data.view import View, augment
+from fedtalos.data.view import View, crop, draw_crops
 from fedtalos.randomness import generator
 
 VIEW = View(8, (0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
@@ -27,13 +27,13 @@ def test_an_epoch_holds_every_position_once_and_the_next_is_another_order():
 
 def test_crops_equal_numpy_slices_and_flips_mirror_them():
     images = some_images(6)
-    cropped = augment(images.pixels, "crop", generator(3, "a"))
+    cropped = crop(images.pixels, draw_crops("crop", 6, 8, [generator(3, "a")]))
     rng = generator(3, "a")
     top, left = rng.integers(0, 3, 6), rng.integers(0, 3, 6)
     padded = np.pad(images.pixels.numpy(), ((0, 0), (0, 0), (1, 1), (1, 1)))
     for i in range(6):
         assert np.array_equal(cropped[i].numpy(), padded[i, :, top[i] : top[i] + 8, left[i] : left[i] + 8])
-    flipped = augment(images.pixels, "crop_flip", generator(3, "a"))
+    flipped = crop(images.pixels, draw_crops("crop_flip", 6, 8, [generator(3, "a")]))
     same = [torch.equal(flipped[i], cropped[i]) for i in range(6)]
     mirrored = [torch.equal(flipped[i], cropped[i].flip(2)) for i in range(6)]
     assert all(a != b for a, b in zip(same, mirrored, strict=True))

@@ -17,7 +17,8 @@ from fedtalos.models.vision_transformer import Architecture
 from fedtalos.training.editing.combine import chance_overlap, combine_masks, overlap
 from fedtalos.training.editing.controls import magnitude_mask, random_mask
 from fedtalos.training.editing.describe import OUTSIDE, density_table, describe_facts
-from fedtalos.training.editing.mask_file import SEVERAL, fingerprint, load_mask, read_mask_file, save_mask
+from fedtalos.training.editing.mask_facts import SEVERAL, fingerprint
+from fedtalos.training.editing.mask_file import load_mask, read_mask_file, save_mask
 
 SCRATCH = "editing --dataset digits --model_size micro --image_size 8 --patch_size 4 --eval_limit 40 --weights none"
 MADE = {

@@ -229,6 +229,7 @@ def test_a_card_names_a_data_set_of_the_hub_but_no_folder(name, said, on_the_hub
         (["report", "a", "a"], "report: expected different runs, got one of them twice"),
         (["evaluate", "a", "--folder", "nope"], "nope is no folder"),
         (["evaluate", "a", "--folder", "photos", "--split", "val"], "--split val both say which images"),
+        (["evaluate", "a", "--folder", "photos", "--eval_limit", "3"], "--eval_limit 3 both say which images"),
         (["evaluate", "a", "--folder", "photos/0"], "photos/0 holds"),
     ],
 )

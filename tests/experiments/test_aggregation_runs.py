@@ -8,6 +8,7 @@ import pytest
 import torch
 import yaml
 from commands import interrupt_after
+from PIL import Image
 
 from fedtalos.app import federation
 from fedtalos.app.run.session import Session
@@ -108,6 +109,16 @@ def test_with_a_mask_only_what_may_move_moves(options, without_the_library):
         moves = mask.get(name, torch.zeros_like(tensor, dtype=torch.bool))
         assert torch.equal(tensor[~moves], start[name][~moves]), name
     assert any(not torch.equal(tensor, start[name]) for name, tensor in end.items())
+
+
+def test_privacy_is_that_of_the_clients_that_the_data_name(without_the_library):
+    rows = [f"{i}.png,{i % 2},{i % 3}" for i in range(24)]
+    Path("t.csv").write_text("\n".join(["path,label,client", *rows]))
+    for i in range(24):
+        Image.new("RGB", (8, 8), (i, 0, 250 * (i % 2))).save(f"{i}.png")
+    data = f"--dataset csv --data_dir t.csv --partition given --val_fraction 0.2 --run_name run {PRIVATE}"
+    main(["federated", *DIGITS, *shlex.split(f"{data} --num_rounds 1 --client_fraction 0.4 --local_steps 1")])
+    assert summary("run")["privacy"]["sampling"] == "uniform, 1 of 3"
 
 
 def test_large_norms_clip_nothing_and_small_ones_hold_the_model():

@@ -26,7 +26,7 @@ def courses(name: str) -> list[dict[str, str]]:
 
 
 @pytest.mark.usefixtures("in_a_folder_of_its_own")
-def test_courses_of_every_row_repeat_and_go_on_where_they_were_stopped(monkeypatch):
+def test_courses_of_every_row_repeat_and_go_on_where_they_were_stopped(monkeypatch, capsys):
     main([*COMMAND, "--run_name", "whole"])
     rows = courses("whole")
     found = read_courses(Path("results/whole"))
@@ -40,6 +40,9 @@ def test_courses_of_every_row_repeat_and_go_on_where_they_were_stopped(monkeypat
     figures = summary["continual"]["sequential"]["first"]
     assert figures["average_accuracy"] == pytest.approx(accuracy[1].mean(), abs=1e-5)
     assert figures["backward_transfer"] == pytest.approx(accuracy[1, 0] - accuracy[0, 0], abs=1e-5)
+    main(["evaluate", "whole"])
+    tested = f"accuracy {100 * summary['test_accuracy']['last']:.2f} %"
+    assert tested in capsys.readouterr().out
     for calls in (3, 5):  # in the second task's, and in the first of those that train apart
         name = f"stopped{calls}"
         with monkeypatch.context() as patched:

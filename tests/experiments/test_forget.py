@@ -20,6 +20,7 @@ from fedtalos.app.run.trained_apart import read_trained_apart
 from fedtalos.checkpoint import load_checkpoint
 from fedtalos.cli import main, parse
 from fedtalos.models.heads import set_head
+from fedtalos.training.editing.vector_facts import head_fingerprint
 from fedtalos.training.masked_parameters import MaskedParameters
 
 RUN = [*SMALL, "--num_clients", "4", "--local_steps", "2", "--batch_size", "8", "--threads", "1"]
@@ -67,6 +68,13 @@ def inside(runs, tmp_path, monkeypatch) -> Path:
             (tmp_path / kind / folder.name).symlink_to(folder)
     monkeypatch.chdir(tmp_path)
     return tmp_path
+
+
+def test_a_runs_vector_has_the_head_that_its_tasks_began_with(inside):
+    run(["vector", "make", "two"], "--name made")
+    made, task = (ft.load_vector(Path("vectors", f"{name}.safetensors")) for name in ("made", "two.task0"))
+    refitted = model("two")
+    assert made.facts.head == task.facts.head != head_fingerprint((refitted["head.weight"], refitted["head.bias"]))
 
 
 @pytest.mark.parametrize(("command", "name"), [(TASKS, "two"), (ONE_SHOT, "once")])

@@ -14,6 +14,7 @@ from test_contract import assert_same, federated, in_a_fleet, nodes
 from fedtalos._version import __version__
 from fedtalos.cli import main, parse
 from fedtalos.errors import BadUpdateError, InputError
+from fedtalos.fleet import one_shot, rounds
 from fedtalos.fleet.engine import read_update
 from fedtalos.fleet.frozen import sha256
 from fedtalos.fleet.gathering import Terms
@@ -250,6 +251,30 @@ def test_a_client_that_comes_late_counts_from_then_on():
     post = Late(early)
     in_a_fleet(f"{EVERYBODY} --num_rounds 6", post=post, terms=Terms(patience=3))
     assert 1 <= left_out()["no node"] <= 3
+
+
+@pytest.mark.parametrize(
+    "words",
+    ["--one_shot --merge_alpha 0.5 --head random", pytest.param(f"{EVERYBODY} --num_rounds 1", marks=pytest.mark.slow)],
+)
+def test_a_client_that_comes_while_the_server_validates_waits_for_a_round(words, monkeypatch):
+    class Slow(LocalPost):
+        validated = False
+
+        def collect(self, tickets):
+            slow = {t for t, (node, letter) in self._sent.items() if node == 100 and "still" in letter.arrays}
+            return super().collect([t for t in tickets if self.validated or t not in slow])
+
+    post, original = Slow(nodes()), rounds.evaluate_split
+
+    def evaluate(*known):
+        post.validated = True
+        return original(*known)
+
+    for module in (rounds, one_shot):
+        monkeypatch.setattr(module, "evaluate_split", evaluate)
+    in_a_fleet(words, post=post, terms=Terms(patience=0.5))
+    assert left_out() == {"no node": 1}
 
 
 @pytest.mark.parametrize(

@@ -30,7 +30,7 @@ from fedtalos.app.run.trained_apart import Merged
 from fedtalos.app.run.units import duration, percent
 from fedtalos.app.run.watched import progress_in_words
 from fedtalos.app.sweep.tables import _Record, _Summary
-from fedtalos.checkpoint import load_checkpoint, optimizer_tensors, restore_optimizer, save_checkpoint
+from fedtalos.checkpoint import load_checkpoint, save_checkpoint
 from fedtalos.data import folder_cache
 from fedtalos.errors import InputError
 from fedtalos.facts import Count, Number, Word, facts_from, read_facts, read_file, read_table, table_schema
@@ -40,9 +40,11 @@ from fedtalos.models.weights.checkpoints import ModelFacts, checkpoint_weights
 from fedtalos.models.weights.pixels import stated
 from fedtalos.randomness import torch_generator
 from fedtalos.tensor_file import metadata_of
-from fedtalos.training.editing.mask_file import MaskFacts, read_mask_file, write_mask_file
+from fedtalos.training.editing.mask_facts import MaskFacts
+from fedtalos.training.editing.mask_file import read_mask_file, write_mask_file
 from fedtalos.training.editing.vector_facts import VectorFacts
 from fedtalos.training.entries import Entries
+from fedtalos.training.optimizer_state import optimizer_tensors, restore_optimizer
 from fedtalos.training.sparse_optimizer import make_optimizer
 
 many = settings(max_examples=100, deadline=None, suppress_health_check=list(HealthCheck))

@@ -45,7 +45,8 @@ from fedtalos.models.vision_transformer import VisionTransformer
 from fedtalos.models.weights.checkpoints import checkpoint_weights
 from fedtalos.models.weights.read import load_weights
 from fedtalos.training.editing.describe import density_table
-from fedtalos.training.editing.mask_file import facts_of, read_mask_file, write_mask_file
+from fedtalos.training.editing.mask_facts import facts_of
+from fedtalos.training.editing.mask_file import read_mask_file, write_mask_file
 
 FOLDER = "cifar-100-python"
 MILLION = 10**6

@@ -20,6 +20,7 @@ from fedtalos.app.config.after_training import ExportConfig
 from fedtalos.app.config.files import read_yaml
 from fedtalos.app.config.schema import CentralizedConfig
 from fedtalos.app.config.tools import EvaluateConfig
+from fedtalos.app.evaluated import write_confusion, write_per_class
 from fedtalos.app.figures import runs as figures
 from fedtalos.app.figures.draw import plot_split, write_figures
 from fedtalos.app.figures.style import drawable, rendered
@@ -38,7 +39,9 @@ from fedtalos.errors import InputError
 from fedtalos.experiments import export
 from fedtalos.experiments.evaluate import of_run
 from fedtalos.files import is_locked, opened
+from fedtalos.metrics import Metrics
 from fedtalos.notes import note, noted
+from fedtalos.training.confusion import Confusion
 
 ESCAPES = ["\x1b[2J", "\x1b]0;owned\x07", "a\rb", "a\nb", "\x00", "\u202egnp.exe", "\udce9", "\x9b31m", "x" * 5000]
 """What a terminal acts on, or cannot show."""
@@ -202,6 +205,14 @@ def test_no_cell_is_run(text, tmp_path):
     for cell in (header[2], cells[0]):
         assert cell.isprintable()
         assert cell[0] in "'\\"
+
+
+def test_no_name_of_a_class_is_run(tmp_path):
+    found = Confusion(torch.eye(2, dtype=torch.long), Metrics(), torch.arange(2))
+    for written in (write_per_class, write_confusion):
+        written(tmp_path / "t.csv", found, ("=1+1", "cat"))
+        with (tmp_path / "t.csv").open(newline="") as file:
+            assert "'=1+1" in {line[0] for line in csv.reader(file)}
 
 
 def test_cells_of_markdown_are_text():

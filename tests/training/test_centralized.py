@@ -3,7 +3,6 @@ from itertools import count, takewhile
 import pytest
 import torch
 
-from fedtalos.checkpoint import optimizer_tensors, restore_optimizer
 from fedtalos.data.images import LabelledImages
 from fedtalos.errors import BadUpdateError
 from fedtalos.metrics import Metrics
@@ -12,6 +11,7 @@ from fedtalos.training.centralized import train_centralized
 from fedtalos.training.engine.step import Stack
 from fedtalos.training.local_training import LocalTraining
 from fedtalos.training.masked_parameters import MaskedParameters
+from fedtalos.training.optimizer_state import optimizer_tensors, restore_optimizer
 from fedtalos.training.schedule import Schedule
 
 LOCAL = LocalTraining(batch_size=4, learning_rate=Schedule(1e-3, total=3, warmup=1), augmentation="crop_flip")

@@ -22,13 +22,12 @@ def training_facts(trained: TrainedRun) -> dict[str, str]:
     """
     options, progress = trained.options, trained.progress
     made_by = trained.record.get("made_by")
-    federated = trained.command == "federated"
     facts = {
         "images": f"{data_set(trained)}; seed of the split {options.get('split_seed', 'unknown')}",
         "weights at the start": _without_path(weights_at_start(trained)),
-        "epochs" if not federated else "rounds": str(progress.get("done", "unknown")),
+        "rounds" if trained.federated else "epochs": str(progress.get("done", "unknown")),
     }
-    if federated:
+    if trained.federated:
         facts |= {
             "clients": f"{options.get('num_clients')}, a share of {options.get('client_fraction')} in each round",
             "split": split_title(

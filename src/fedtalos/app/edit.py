@@ -21,7 +21,8 @@ from fedtalos.models.heads import HEADS, closed_form
 from fedtalos.randomness import generator
 from fedtalos.training.editing.describe import density_table
 from fedtalos.training.editing.eligible import mask_of
-from fedtalos.training.editing.mask_file import MaskFacts, write_mask_file
+from fedtalos.training.editing.mask_facts import MaskFacts
+from fedtalos.training.editing.mask_file import write_mask_file
 from fedtalos.training.editing.ranking import Groups
 from fedtalos.training.editing.sensitivity import BATCH, Holder
 from fedtalos.training.editing.talos import Score, refine

@@ -75,9 +75,7 @@ def way_of(asked: str, model: Backbone, device: str, work: float) -> Compile:
     if asked == "graph" and not on_cuda:
         note("engine", f"there are no CUDA graphs on {device}: steps run as they stand")
         return "off"
-    if asked == "auto":
-        return "on" if work >= WORK_THAT_PAYS else "graph"
-    return "on" if asked == "on" else "graph"
+    return "on" if asked == "on" or (asked == "auto" and work >= WORK_THAT_PAYS) else "graph"
 
 
 def way_of_scores(config: EditingConfig, model: Backbone, device: str) -> Compile:

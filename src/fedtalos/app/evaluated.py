@@ -1,7 +1,5 @@
 """Evaluation by class: tables and a figure for evaluations/NAME/, and a few lines to read at once."""
 
-import csv
-import io
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -9,8 +7,8 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 from rich.text import Text
 
+from fedtalos.app.run.recorder import write_lines
 from fedtalos.errors import printable
-from fedtalos.files import write_atomic
 from fedtalos.training.confusion import Confusion
 
 MOST = 8
@@ -26,13 +24,13 @@ def write_per_class(path: Path, found: Confusion, classes: Sequence[str]) -> Non
     for label, name in enumerate(classes):
         images, correct, answers = (int(of[label]) for of in (found.examples, found.correct, found.answered))
         rows.append([name, images, correct, _share(correct, images), answers, _share(correct, answers)])
-    _write(path, rows)
+    write_lines(path, rows)
 
 
 def write_confusion(path: Path, found: Confusion, classes: Sequence[str]) -> None:
     """Write the matrix of counts: a line per true class, a column per answer."""
     rows = [[name, *counts] for name, counts in zip(classes, found.counts.tolist(), strict=True)]
-    _write(path, [["true class", *classes], *rows])
+    write_lines(path, [["true class", *classes], *rows])
 
 
 def lowest_classes(found: Confusion, classes: Sequence[str]) -> Table:
@@ -65,9 +63,3 @@ def _table(first: str, *others: str) -> Table:
 
 def _share(part: int, of: int) -> str:
     return f"{part / of:.6f}" if of else ""
-
-
-def _write(path: Path, rows: Sequence[Sequence[object]]) -> None:
-    text = io.StringIO()
-    csv.writer(text, lineterminator="\n").writerows(rows)
-    write_atomic(path, text.getvalue())

@@ -24,11 +24,12 @@ from fedtalos.models.library_model import LibraryArchitecture
 from fedtalos.models.load import build_model, model_with_weights, resizing_of
 from fedtalos.models.vision_transformer import Architecture, VisionTransformer
 from fedtalos.models.weights import Weights
-from fedtalos.models.weights.checkpoints import checkpoint_weights
+from fedtalos.models.weights.checkpoints import checkpoint_weights, resizing_facts
 from fedtalos.models.weights.pixels import STATISTICS
 from fedtalos.models.weights.read import load_weights
 from fedtalos.notes import note
-from fedtalos.training.editing.mask_file import MaskFacts, check_mask, fingerprint, read_mask_file
+from fedtalos.training.editing.mask_facts import MaskFacts, fingerprint
+from fedtalos.training.editing.mask_file import check_mask, read_mask_file
 from fedtalos.training.entries import Mask
 from fedtalos.training.feature_cache import FeatureStore
 
@@ -65,29 +66,12 @@ class Loaded(Generic[ConfigT]):
         source: dict[str, Any] = {"source": origin.source}
         if origin.source != "none":
             pixels = {"mean": list(self.model.mean), "std": list(self.model.std)}
-            source |= {"sha256": origin.fingerprint, **pixels, **self._resizing()}
+            source |= {"sha256": origin.fingerprint, **pixels, **resizing_facts(self.model)}
         mask = {} if self.mask is None else {"mask": fingerprint(self.mask[0])}
         return {
             "weights": source,
             "inputs": {"data": self.data.fingerprint, "weights": origin.fingerprint, **mask},
         }
-
-    def facts(self) -> dict[str, Any]:
-        """Facts that a checkpoint needs, beside its tensors, to be used again."""
-        return {
-            "model": self.model.architecture.as_dict(),
-            "mean": self.model.mean,
-            "std": self.model.std,
-            **self._resizing(),
-            "weights": self.model.origin.fingerprint,
-            "classes": self.data.classes,
-        }
-
-    def _resizing(self) -> dict[str, Any]:
-        """The way in which the model has its images resized, where it is not the plain one."""
-        model = self.model
-        plain = (model.interpolation, model.crop) == ("bilinear", 1.0)
-        return {} if plain else {"interpolation": model.interpolation, "crop": model.crop}
 
 
 def load(config: ConfigT) -> Loaded[ConfigT]:

@@ -143,7 +143,7 @@ def _fields(trained: TrainedRun, format: str, license: str | None) -> str:
 
 def _tags(trained: TrainedRun) -> list[str]:
     return [
-        *(["federated-learning"] if trained.command == "federated" else []),
+        *(["federated-learning"] if trained.federated else []),
         *(["sparse-fine-tuning"] if trained.options.get("mask") else []),
     ]
 
@@ -156,7 +156,7 @@ def _base(trained: TrainedRun) -> str | None:
 
 def _what(trained: TrainedRun) -> str:
     model, how = trained.model.architecture, "trained on all images in one place"
-    if trained.command == "federated":
+    if trained.federated:
         how = f"trained by federated averaging over {trained.options.get('num_clients', 'several')} clients"
     return (
         f"{plain(str(model))} for images of {model.image_size} pixels a side and {len(trained.classes)} classes, {how} "

@@ -7,7 +7,7 @@ from fedtalos.app.load import Loaded
 from fedtalos.errors import InputError
 from fedtalos.models.backbone import Backbone
 from fedtalos.training.editing.eligible import eligible_masks
-from fedtalos.training.editing.mask_file import MaskFacts
+from fedtalos.training.editing.mask_facts import MaskFacts
 from fedtalos.training.entries import Mask, named_tensors
 from fedtalos.training.masked_parameters import MaskedParameters
 

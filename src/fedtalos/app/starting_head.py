@@ -8,7 +8,7 @@ from fedtalos.errors import InputError
 from fedtalos.models.backbone import Backbone
 from fedtalos.models.heads import HEADS
 from fedtalos.notes import note
-from fedtalos.training.editing.mask_file import MaskFacts
+from fedtalos.training.editing.mask_facts import MaskFacts
 from fedtalos.training.entries import Mask
 
 ConfigT = TypeVar("ConfigT", bound=Config)

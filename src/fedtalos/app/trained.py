@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from fedtalos.app.config.files import read_yaml
+from fedtalos.app.config.schema import RUN_CONFIGS, CentralizedConfig, FederatedConfig
 from fedtalos.app.run.paths import RunPaths
 from fedtalos.checkpoint import find_checkpoint, load_checkpoint
 from fedtalos.errors import InputError
@@ -29,6 +30,11 @@ class TrainedRun:
     """The run's summary.yaml; empty where it is not finished, or was left elsewhere."""
     record: dict[str, Any]
     """The run's config.yaml; empty where it was left elsewhere."""
+
+    @property
+    def federated(self) -> bool:
+        """True where clients trained it, in rounds."""
+        return issubclass(RUN_CONFIGS.get(self.command, CentralizedConfig), FederatedConfig)
 
     @property
     def paths(self) -> RunPaths:

@@ -76,23 +76,11 @@ def _by_channel(values: tuple[float, float, float], device: torch.device) -> Ten
         return torch.tensor(values, device=device).view(3, 1, 1)
 
 
-def augment(pixels: Tensor, kind: Augmentation, *rngs: np.random.Generator) -> Tensor:
-    """Pad uint8 (B, 3, H, W) by an eighth and crop back at random; crop_flip mirrors half of the images too.
-
-    Each generator draws for its share of the batch; the shares are equal.
-
-    >>> augment(torch.zeros(4, 3, 32, 32, dtype=torch.uint8), "crop_flip", np.random.default_rng(0)).shape
-    torch.Size([4, 3, 32, 32])
-    """
-    if kind == "none":
-        return pixels
-    return crop(pixels, draw_crops(kind, len(pixels), pixels.shape[2], rngs).to(pixels.device))
-
-
 def draw_crops(kind: Augmentation, batch: int, height: int, rngs: Sequence[np.random.Generator]) -> Tensor:
     """Draw for B = ``batch`` images of H = ``height`` where each crop begins and whether it is mirrored.
 
-    Returns int64 (3, B), rows top, left and mirrored (0 or 1). Each generator draws for its share of the batch.
+    Images are padded by an eighth and cropped back; ``kind`` crop_flip mirrors half of them. Returns int64 (3, B), rows
+    top, left and mirrored (0 or 1). Each generator draws for its share of the batch.
     """
     pad, share = _padding(height), batch // len(rngs)
     draws = [

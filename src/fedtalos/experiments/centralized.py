@@ -16,13 +16,13 @@ from fedtalos.app.run.folders import begun
 from fedtalos.app.run.interruption import safe_point, until_asked
 from fedtalos.app.run.launch import check_alone
 from fedtalos.app.run.session import Session
-from fedtalos.checkpoint import optimizer_tensors, restore_optimizer
 from fedtalos.metrics import Metrics
 from fedtalos.training.centralized import train_centralized
 from fedtalos.training.federated.fedavg import Round
 from fedtalos.training.local_training import Watch
 from fedtalos.training.loop import Batches
 from fedtalos.training.masked_parameters import MaskedParameters
+from fedtalos.training.optimizer_state import optimizer_tensors, restore_optimizer
 
 
 def run(config: CentralizedConfig, console: Console) -> None:

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 from rich.console import Console
 
-from fedtalos.app.config.schema import EditingConfig
+from fedtalos.app.config.schema import LOOKS_AT_IMAGES, EditingConfig
 from fedtalos.app.edit import Edit, finish, next_command, refine_mask, scoring_clients
 from fedtalos.app.engine import way_of_scores
 from fedtalos.app.federation import clients_of
@@ -53,7 +53,7 @@ def prepare(loaded: Loaded[EditingConfig]) -> Edit:
     Raises InputError where no mask can come of it.
     """
     config, options = loaded.config, loaded.config.editing
-    scored = options.criterion in ("least_sensitive", "most_sensitive")
+    scored = options.criterion in LOOKS_AT_IMAGES
     fitted = closed_form(config.model.head) is not None
     if scored and not fitted:
         refuse_untrained_head(loaded.model)

@@ -110,7 +110,7 @@ def on_a_folder(config: EvaluateConfig, folder: Path) -> Subject:
 
     Raises InputError where another option says which images, too.
     """
-    for name in ("split", "dataset", "data_dir"):
+    for name in ("split", "dataset", "data_dir", "eval_limit"):
         if (value := getattr(config, name)) is not None:
             raise InputError(f"--folder {folder} and --{name} {value} both say which images; give one of them")
     if is_weights(config):
@@ -125,7 +125,7 @@ def on_a_folder(config: EvaluateConfig, folder: Path) -> Subject:
         trained.name,
         folder.resolve().name,
         trained.model,
-        images.slice(0, config.eval_limit).to(device),
+        images.to(device),
         trained.classes,
         250,
         choose_precision("auto", device),
@@ -146,7 +146,7 @@ def of_run(config: EvaluateConfig) -> tuple[Path, RunConfig]:
     """
     path = find_checkpoint(config.checkpoint, config.output_dir / "checkpoints", config.which)
     facts = load_checkpoint(path).facts
-    if facts.get("command") not in ("centralized", "federated"):
+    if facts.get("command") not in RUN_CONFIGS:
         raise InputError(f"checkpoint {path}: holds no trained model (it is of {shown(facts.get('command'))})")
     if not isinstance(options := facts.get("options"), dict):
         raise InputError(f"checkpoint {path}: is of another version; give another")

@@ -59,9 +59,10 @@ def run(config: FederatedConfig, console: Console) -> None:
         if config.apart.asked:
             run_apart(config, paths, console)
             return
-        spent = privacy_spent(config)  # first, for it may want a library
+        privacy_spent(config)  # may want a library: then that is said first
         loaded, clients, moving, algorithm = begin(config)
         config, local, total = loaded.config, local_training(loaded.config), config.federation.num_rounds
+        spent = privacy_spent(config)  # of as many clients as there are: the data may name them
         with Session(loaded, paths, console, unit="round", total=total, rate=local.rate) as session:
             session.introduce(moving, clients, algorithm)
             session.keep_algorithm(algorithm, len(moving))

@@ -14,7 +14,7 @@ from fedtalos.app.run.folders import claimed
 from fedtalos.app.run.paths import RunPaths, plain_name
 from fedtalos.app.run.recorder import made_by, write_csv, write_yaml
 from fedtalos.app.run.trained_apart import TrainedApart, read_trained_apart, restore
-from fedtalos.checkpoint import find_checkpoint, load_checkpoint, save_checkpoint
+from fedtalos.checkpoint import HEADER, find_checkpoint, load_checkpoint, save_checkpoint
 from fedtalos.data.images import LabelledImages
 from fedtalos.errors import InputError
 from fedtalos.models.backbone import Backbone
@@ -26,8 +26,6 @@ from fedtalos.training.entries import named_tensors
 from fedtalos.training.evaluation import evaluate
 from fedtalos.training.task_accuracy import probe_accuracy
 
-NOT_FACTS = ("seal", "format", "file", "sha256")
-"""Words of a checkpoint about its own file."""
 MEASURES = ("target", "control", "probe")
 
 
@@ -181,7 +179,7 @@ def save(
     alpha: float,
 ) -> None:
     """Write the checkpoint, then the figures, then the summary."""
-    facts = {key: value for key, value in trained.checkpoint.facts.items() if key not in NOT_FACTS}
+    facts = {key: value for key, value in trained.checkpoint.facts.items() if key not in HEADER}
     facts["forgot"] = {"run": config.run, "what": label, "alpha": alpha}
     done = int(facts["progress"]["done"])
     save_checkpoint(paths.checkpoints, "last", done, named_tensors(trained.loaded.model), facts)

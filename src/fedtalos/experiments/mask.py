@@ -16,13 +16,8 @@ from fedtalos.app.run.paths import RunPaths, plain_name
 from fedtalos.errors import InputError
 from fedtalos.training.editing.combine import chance_overlap, combine_masks, joined_facts, overlap
 from fedtalos.training.editing.describe import density_table, describe_facts, differences
-from fedtalos.training.editing.mask_file import (
-    MaskFacts,
-    fingerprint,
-    origin_differs,
-    read_mask_file,
-    write_mask_file,
-)
+from fedtalos.training.editing.mask_facts import MaskFacts, fingerprint, origin_differs
+from fedtalos.training.editing.mask_file import read_mask_file, write_mask_file
 from fedtalos.training.entries import Mask
 
 

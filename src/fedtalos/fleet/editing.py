@@ -3,7 +3,6 @@
 from dataclasses import replace
 
 import numpy as np
-import torch
 from rich.console import Console
 
 from fedtalos.app.config.schema import EditingConfig
@@ -23,7 +22,7 @@ from fedtalos.training.editing.ranking import entries_kept, group_entries
 from fedtalos.training.editing.sensitivity import chunk_that_fits, draw_holders
 from fedtalos.training.editing.talos import refuse_untrained_head
 from fedtalos.training.federated.clients import Clients
-from fedtalos.training.masked_parameters import MaskedParameters
+from fedtalos.training.masked_parameters import MaskedParameters, head_mask
 
 
 def run(config: EditingConfig, post: Post, terms: Terms, console: Console) -> None:
@@ -34,7 +33,8 @@ def run(config: EditingConfig, post: Post, terms: Terms, console: Console) -> No
     refuse_what_asks_no_client(config)
     with begun(config, console) as paths:
         loaded = load(config)
-        moving = MaskedParameters(loaded.model, head_of(loaded), features=loaded.features)
+        # What moves is told anew: the head alone, where it is fitted.
+        moving = MaskedParameters(loaded.model, head_mask(loaded.model), features=loaded.features)
         members = members_of(config, post, terms, console)
         everyone = replace(terms, min_nodes=config.split.num_clients)
         gather(loaded, moving, paths.name, members, everyone)
@@ -53,12 +53,6 @@ def run(config: EditingConfig, post: Post, terms: Terms, console: Console) -> No
             refine_mask(edit, score, books, display)
         finish(edit, paths, books, console)
         say(console, f"train with it: add 'mask: {paths.mask}' to the fleet's app/config.yaml, and run again")
-
-
-def head_of(loaded: Loaded[EditingConfig]) -> dict[str, torch.Tensor]:
-    """A mask of the head alone: it is what nodes are told anew where it is fitted."""
-    named = loaded.model.head.named_parameters(prefix="head")
-    return {name: torch.ones_like(parameter, dtype=torch.bool, requires_grad=False) for name, parameter in named}
 
 
 def prepare(loaded: Loaded[EditingConfig], clients: Clients) -> Edit:

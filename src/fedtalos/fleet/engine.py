@@ -25,7 +25,7 @@ from fedtalos.training.masked_parameters import MaskedParameters
 
 def on_nodes(
     moving: MaskedParameters,
-    _clients: Clients,
+    clients: Clients,
     _local: LocalTraining,
     _seed: int,
     algorithm: FedAvg,
@@ -35,10 +35,13 @@ def on_nodes(
 ) -> Updates:
     """Train a round's clients on their own machines; nodes know local training and seed since they began.
 
+    A client whose node has come since ``clients`` were counted weighs nothing as yet, and is not asked.
     With the wire at float32, and as many threads on every machine, the result is that of a simulation, bit for bit.
 
     >>> rounds = fedavg(moving, clients, local=local, rounds=10, engine=partial(on_nodes, members=members))
     """
+
+    sizes = clients.sizes
 
     def updates(number: int, chosen: Sequence[int], theta: Values) -> Iterator[tuple[int, Update | Lost]]:
         members.refresh()
@@ -46,7 +49,7 @@ def on_nodes(
         values = moving.vector().cpu()
         letters = dict[int, Letter]()
         for client in chosen:
-            if (member := members.by_client.get(client)) is None:
+            if (member := members.by_client.get(client)) is None or not sizes[client]:
                 continue
             arrays: Arrays = {"theta": values.numpy()}
             if (message := algorithm.message(moving, client)) is not None:

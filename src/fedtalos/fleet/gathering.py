@@ -19,6 +19,7 @@ from fedtalos.fleet.frozen import frozen_part, sha256, shapes_of
 from fedtalos.fleet.letter import Letter
 from fedtalos.fleet.members import POLL, Members
 from fedtalos.fleet.post import Post
+from fedtalos.models.weights.checkpoints import model_facts
 from fedtalos.training.federated.clients import Clients
 from fedtalos.training.masked_parameters import MaskedParameters
 
@@ -52,7 +53,7 @@ def gather(loaded: Loaded[Any], moving: MaskedParameters, name: str, members: Me
 
 def begin_letter(loaded: Loaded[Any], moving: MaskedParameters, run: str) -> Letter:
     """Everything that a node has to know before its first work, but for the frozen part of the model itself."""
-    facts, known = loaded.facts(), groups(FederatedConfig)
+    facts, known = model_facts(loaded.model, loaded.data.classes), groups(FederatedConfig)
     return Letter(
         "begin",
         {

@@ -93,16 +93,16 @@ class FleetHolders:
     def engine(self, _watch: Watch, units: Sequence[Sequence[int]]) -> Engine:
         """Make an engine that asks all clients at the first's turn, so that they train side by side."""
         left = [client for members in units for client in members]
-        turns, asked = iter(left), dict[str, Iterator[tuple[int, Update | Lost]]]()
+        turns, everyone, asked = iter(left), self.clients, dict[str, Iterator[tuple[int, Update | Lost]]]()
 
         def engine(
-            moving: MaskedParameters, clients: Clients, local: LocalTraining, seed: int, algorithm: FedAvg
+            moving: MaskedParameters, _own: Clients, local: LocalTraining, seed: int, algorithm: FedAvg
         ) -> Updates:
             client = next(turns)
 
             def updates(number: int, chosen: Sequence[int], theta: Values) -> Iterator[tuple[int, Update | Lost]]:
                 if not asked:
-                    every = on_nodes(moving, clients, local, seed, algorithm, members=self.members, wire=self.wire)
+                    every = on_nodes(moving, everyone, local, seed, algorithm, members=self.members, wire=self.wire)
                     asked["answers"] = every(number, left, theta)
                 for own in chosen:  # one, or none
                     yield own, next(answer for other, answer in asked["answers"] if other == client)

@@ -40,11 +40,9 @@ def evaluate(task: Task, letter: Letter) -> Letter:
     load_theta(task, letter)
     loaded, clients = task.loaded, task.clients
     labels = clients.images.labels.cpu().numpy()
-    classes = len(loaded.data.classes)
     by_class = accuracy_by_class(
         loaded.model,
         loaded.limited("test"),
-        classes,
         np.unique(labels[clients[task.client]]),
         batch_size=loaded.config.data.eval_batch_size,
         precision=loaded.config.run.arithmetic,

@@ -37,8 +37,6 @@ class Linear(nn.Linear):
 
 
 class _RowSparseLinear(torch.autograd.Function):
-    generate_vmap_rule = True  # for clients that train in one stack (training/federated/stacked.py)
-
     @staticmethod
     def forward(x: Tensor, weight: Tensor, bias: Tensor | None, _rows: Tensor | slice) -> Tensor:
         return F.linear(x, weight, bias)

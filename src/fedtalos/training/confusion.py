@@ -74,7 +74,7 @@ def confusion(
     """
     model.eval()
     source, size = plain_source(model, images), model.architecture.num_classes
-    answers, loss = list[Tensor](), 0.0
+    answers, loss = [torch.empty(0, dtype=torch.long)], 0.0
     for x, labels in watch(evaluation_batches(source.images, source.view, batch_size)):
         with autocast(x.device, precision):
             logits = source.forward(x)

@@ -1,17 +1,13 @@
-"""Loss and accuracy of a model on labelled images.
-
-Shapes: N images, C classes.
-"""
+"""Loss and accuracy of a model on labelled images."""
 
 from collections.abc import Callable
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from fedtalos.data.batches import evaluation_batches
 from fedtalos.data.images import LabelledImages
-from fedtalos.devices import Precision, autocast
+from fedtalos.devices import Precision
 from fedtalos.metrics import Metrics
 from fedtalos.models.backbone import Backbone
 from fedtalos.training.engine.capture import Compile
@@ -73,19 +69,3 @@ def evaluate_batches(
         examples.append(len(labels))
     figures = torch.stack(found).tolist() if found else []
     return [Metrics(loss, int(correct), count) for (loss, correct), count in zip(figures, examples, strict=True)]
-
-
-@torch.inference_mode()
-def answers_by_class(
-    model: Backbone, images: LabelledImages, num_classes: int, *, batch_size: int = 250, precision: Precision = "fp32"
-) -> Tensor:
-    """Count correct answers to, and images of, each class: int64 (2, C), on the CPU."""
-    model.eval()
-    found = [torch.empty(0, dtype=torch.long)], [torch.empty(0, dtype=torch.long)]
-    source = plain_source(model, images)
-    for x, labels in evaluation_batches(images, source.view, batch_size):
-        with autocast(x.device, precision):
-            right = model(x).argmax(1) == labels
-        found[0].append(labels[right].cpu())
-        found[1].append(labels.cpu())
-    return torch.stack([torch.bincount(torch.cat(labels), minlength=num_classes) for labels in found])

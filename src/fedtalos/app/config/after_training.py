@@ -2,23 +2,19 @@
 
 import warnings
 from pathlib import Path
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, ClassVar
 
 import tyro
 from pydantic import Field
 
-from fedtalos.app.config.options import Options, unset
+from fedtalos.app.config.options import DEVICE, WHICH, Device, Options, Which, unset
 from fedtalos.models.export.folder import Format
 
 Run = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN|FILE")]
 Images = Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="IMAGE...")]
-Which = Literal["best", "last"]
-Device = Literal["auto", "mps", "cuda", "cpu"]
 
 RUN = "run name, or a file under checkpoints/"
 IMAGES = "image files, folders of them, or patterns in quotes"
-WHICH = "checkpoint of the run; best on validation, or last"
-DEVICE = "where to compute; auto takes the first of mps, cuda and cpu that is there"
 FORMAT = (
     "timm's folder (safetensors-timm), Hugging Face transformers' (hf), or one file: torchscript, or onnx, which needs "
     "the extra onnx"
@@ -91,6 +87,3 @@ class PushConfig(Options):
 
 
 AfterTraining = PredictConfig | ExplainConfig | ExportConfig | PushConfig
-AFTER_TRAINING: dict[str, type[AfterTraining]] = {
-    c.command: c for c in (PredictConfig, ExplainConfig, ExportConfig, PushConfig)
-}

@@ -7,8 +7,8 @@ from pydantic import Field
 
 from fedtalos.app.config.options import EVERYDAY, Options, unset
 from fedtalos.data.class_groups import GroupOrder
+from fedtalos.training.editing.merging import Method
 
-MergeRule = Literal["sum", "mean", "ties", "dare", "magmax", "consensus", "lines", "fisher", "regmean", "tsv", "iso_c"]
 Factor = Annotated[Literal["auto"] | float, tyro.conf.arg(metavar="auto|X")]
 """A factor on a vector."""
 
@@ -30,7 +30,7 @@ class ApartOptions(Options):
     one_shot: Annotated[bool, EVERYDAY] = Field(
         False, description="train every client (with --tasks: every task) once, from the same start, and merge them"
     )
-    merge: Annotated[MergeRule, tyro.conf.arg(metavar="RULE")] = Field(
+    merge: Annotated[Method, tyro.conf.arg(metavar="RULE")] = Field(
         "sum",
         description="how vectors become one: sum, mean (by images), ties, dare, magmax, consensus, lines, fisher or "
         "regmean (by sums over the clients' images), tsv, iso_c",

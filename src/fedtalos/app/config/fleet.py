@@ -7,7 +7,7 @@ import tyro
 from pydantic import Field, SkipValidation
 
 from fedtalos.app.config.dataset import Dataset
-from fedtalos.app.config.options import Options, unset
+from fedtalos.app.config.options import DEVICE, Device, Options, by_command, unset
 
 Work = Literal["train", "evaluate", "head", "score", "weigh"]
 """Work that a server may ask of a node."""
@@ -68,9 +68,7 @@ class FleetNodeConfig(Options):
     state_dir: Annotated[Path | None, unset("DIR", "DIR/state/client_K")] = Field(
         None, description="where the node keeps the frozen weights, masks and its own vectors between rounds"
     )
-    device: Literal["auto", "mps", "cuda", "cpu"] = Field(
-        "auto", description="where to compute; auto takes the first of mps, cuda and cpu that is there"
-    )
+    device: Device = Field("auto", description=DEVICE)
     threads: Annotated[int | None, unset("N", "all cores")] = Field(
         None, ge=1, le=1024, description="CPU threads; for the bytes of a simulation take its number of threads"
     )
@@ -113,9 +111,7 @@ class FleetDemoConfig(Options):
 
 
 FleetTool = FleetInitConfig | FleetServerConfig | FleetNodeConfig | FleetRunConfig | FleetDemoConfig
-FLEET_TOOLS: dict[str, type[FleetTool]] = {
-    t.command: t for t in (FleetInitConfig, FleetServerConfig, FleetNodeConfig, FleetRunConfig, FleetDemoConfig)
-}
+FLEET_TOOLS: dict[str, type[FleetTool]] = by_command(FleetTool)
 
 
 class FleetConfig(Options):

@@ -1,13 +1,13 @@
 """Options of the forget command."""
 
 from pathlib import Path
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, ClassVar
 
 import tyro
 from pydantic import Field
 
 from fedtalos.app.config.apart import Factor
-from fedtalos.app.config.options import Options, unset
+from fedtalos.app.config.options import DEVICE, Device, Options, unset
 
 
 class ForgetConfig(Options):
@@ -42,6 +42,4 @@ class ForgetConfig(Options):
     data_dir: Annotated[Path | None, unset("PATH", "where the run had it")] = Field(
         None, description="where the data set is"
     )
-    device: Literal["auto", "mps", "cuda", "cpu"] = Field(
-        "auto", description="where to compute; auto takes the first of mps, cuda and cpu that is there"
-    )
+    device: Device = Field("auto", description=DEVICE)

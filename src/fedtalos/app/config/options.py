@@ -2,13 +2,19 @@
 
 import re
 from pathlib import Path
-from typing import Any, Self, get_args
+from typing import Any, Literal, Self, get_args
 
 import tyro
 from pydantic import BaseModel, ConfigDict, ModelWrapValidatorHandler, ValidationError, model_validator
 from pydantic.fields import FieldInfo
 
 from fedtalos.errors import InputError, nearest, shown
+
+Device = Literal["auto", "mps", "cuda", "cpu"]
+DEVICE = "where to compute; auto takes the first of mps, cuda and cpu that is there"
+Which = Literal["best", "last"]
+WHICH = "checkpoint of the run; best on validation, or last"
+"""Options that many commands have, and what the help says of them."""
 
 
 class Everyday:
@@ -60,6 +66,15 @@ class Options(BaseModel):
             if isinstance(value, str | Path) and "\0" in str(value):
                 raise InputError(f"{name}: expected text without NUL characters, got {shown(str(value))}")
         return options
+
+
+def by_command(commands: Any) -> dict[str, Any]:
+    """Give the options of a union of commands, by the command's name.
+
+    >>> by_command(PredictConfig | ExplainConfig)["explain"]
+    ExplainConfig
+    """
+    return {options.command: options for options in get_args(commands)}
 
 
 def takes_path(field: FieldInfo | None) -> bool:

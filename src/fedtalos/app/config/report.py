@@ -6,7 +6,7 @@ from typing import Annotated, ClassVar, Literal
 import tyro
 from pydantic import Field
 
-from fedtalos.app.config.options import Options, unset
+from fedtalos.app.config.options import DEVICE, Device, Options, unset
 
 
 class ReportConfig(Options):
@@ -31,6 +31,4 @@ class ReportConfig(Options):
     data_dir: Annotated[Path | None, unset("PATH", "where the run had it")] = Field(
         None, description="where the data set is"
     )
-    device: Literal["auto", "mps", "cuda", "cpu"] = Field(
-        "auto", description="where to compute; auto takes the first of mps, cuda and cpu that is there"
-    )
+    device: Device = Field("auto", description=DEVICE)

@@ -11,7 +11,7 @@ from pydantic import BeforeValidator, Field
 
 from fedtalos.app.config.apart import ApartOptions
 from fedtalos.app.config.dataset import Dataset
-from fedtalos.app.config.options import EVERYDAY, Options, unset
+from fedtalos.app.config.options import DEVICE, EVERYDAY, Device, Options, unset
 from fedtalos.data.view import Augmentation
 from fedtalos.devices import Precision
 from fedtalos.models.vision_transformer import ModelSize
@@ -51,9 +51,7 @@ class RunOptions(Options):
         Path(), description="folder for results/, checkpoints/, masks/ and plots/"
     )
     seed: Annotated[int, EVERYDAY] = Field(0, ge=0, description="seed of the random draws")
-    device: Annotated[Literal["auto", "mps", "cuda", "cpu"], EVERYDAY] = Field(
-        "auto", description="where to compute; auto takes the first of mps, cuda and cpu that is there"
-    )
+    device: Annotated[Device, EVERYDAY] = Field("auto", description=DEVICE)
     precision: Literal["auto", "fp32", "bf16"] = Field(
         "auto",
         description="arithmetic; auto: bf16 on CUDA cards of the Ampere generation or later, fp32 elsewhere and, "

@@ -6,12 +6,12 @@ from typing import Annotated, ClassVar, Literal
 import tyro
 from pydantic import Field, SkipValidation
 
-from fedtalos.app.config.after_training import AFTER_TRAINING, AfterTraining
+from fedtalos.app.config.after_training import AfterTraining
 from fedtalos.app.config.dataset import Dataset
 from fedtalos.app.config.fleet import FLEET_TOOLS, FleetConfig
 from fedtalos.app.config.forget import ForgetConfig
 from fedtalos.app.config.init import InitConfig
-from fedtalos.app.config.options import Options, unset
+from fedtalos.app.config.options import DEVICE, WHICH, Device, Options, Which, by_command, unset
 from fedtalos.app.config.report import ReportConfig
 from fedtalos.app.config.vector import VECTOR_TOOLS, VectorConfig
 from fedtalos.app.config.watching import CompareConfig, RunsConfig
@@ -42,7 +42,7 @@ class EvaluateConfig(Options):
     confusion: bool = Field(
         False, description="list the most frequent mistakes; write and draw the confusion matrix in evaluations/"
     )
-    which: Literal["best", "last"] = Field("last", description="checkpoint of the run; best on validation, or last")
+    which: Which = Field("last", description=WHICH)
     eval_limit: Annotated[int | None, unset("N", "as its run had it")] = Field(
         None, ge=1, description="evaluate on the first N images of the split only"
     )
@@ -53,9 +53,7 @@ class EvaluateConfig(Options):
     data_dir: Annotated[Path | None, unset("PATH", "where the run had it")] = Field(
         None, description="where the data set is"
     )
-    device: Literal["auto", "mps", "cuda", "cpu"] = Field(
-        "auto", description="where to compute; auto takes the first of mps, cuda and cpu that is there"
-    )
+    device: Device = Field("auto", description=DEVICE)
 
 
 class PlotConfig(Options):
@@ -96,9 +94,7 @@ class SweepConfig(Options):
     )
     output_dir: Path = Field(Path(), description="folder for results/, checkpoints/, masks/ and plots/")
     data_dir: Annotated[Path | None, unset("PATH", "the grid's")] = Field(None, description="where the data set is")
-    device: Annotated[Literal["auto", "mps", "cuda", "cpu"] | None, unset("{auto,mps,cuda,cpu}", "the grid's")] = Field(
-        None, description="where to compute; auto takes the first of mps, cuda and cpu that is there"
-    )
+    device: Annotated[Device | None, unset("{auto,mps,cuda,cpu}", "the grid's")] = Field(None, description=DEVICE)
     precision: Annotated[Literal["auto", "fp32", "bf16"] | None, unset("{auto,fp32,bf16}", "the grid's")] = Field(
         None, description="arithmetic; auto: bf16 on CUDA cards of the Ampere generation or later, fp32 elsewhere"
     )
@@ -119,9 +115,7 @@ class DemoConfig(Options):
     resume: bool = Field(False, description="continue the demo called --run_name, or else the newest unfinished one")
     resume_or_start: bool = Field(False, description="continue as --resume does, or begin where there is nothing")
     seed: int = Field(0, ge=0, description="seed of the random draws")
-    device: Literal["auto", "mps", "cuda", "cpu"] = Field(
-        "cpu", description="where to compute; auto takes the first of mps, cuda and cpu that is there"
-    )
+    device: Device = Field("cpu", description=DEVICE)
     output_dir: Path = Field(Path(), description="folder for results/, checkpoints/, masks/ and plots/")
 
 
@@ -176,7 +170,7 @@ class MaskCombineConfig(Options):
 
 
 MaskTool = MaskShowConfig | MaskCompareConfig | MaskCombineConfig
-MASK_TOOLS: dict[str, type[MaskTool]] = {t.command: t for t in (MaskShowConfig, MaskCompareConfig, MaskCombineConfig)}
+MASK_TOOLS: dict[str, type[MaskTool]] = by_command(MaskTool)
 
 
 class MaskConfig(Options):
@@ -203,27 +197,7 @@ ToolConfig = (
     | InfoConfig
     | AfterTraining
 )
-TOOL_CONFIGS: dict[str, type[ToolConfig]] = {
-    **{
-        c.command: c
-        for c in (
-            EvaluateConfig,
-            PlotConfig,
-            RunsConfig,
-            CompareConfig,
-            ReportConfig,
-            MaskConfig,
-            VectorConfig,
-            FleetConfig,
-            ForgetConfig,
-            SweepConfig,
-            DemoConfig,
-            InitConfig,
-            InfoConfig,
-        )
-    },
-    **AFTER_TRAINING,
-}
+TOOL_CONFIGS: dict[str, type[ToolConfig]] = by_command(ToolConfig)
 
 FAMILIES: dict[str, dict[str, type[Options]]] = {
     "mask": {**MASK_TOOLS},

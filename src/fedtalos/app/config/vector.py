@@ -1,22 +1,21 @@
 """Options of the vector command and its own commands."""
 
 from pathlib import Path
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, ClassVar
 
 import tyro
 from pydantic import Field, SkipValidation
 
-from fedtalos.app.config.apart import Factor, MergeRule
+from fedtalos.app.config.apart import Factor
 from fedtalos.app.config.dataset import Dataset
-from fedtalos.app.config.options import Options, unset
+from fedtalos.app.config.options import DEVICE, WHICH, Device, Options, Which, by_command, unset
+from fedtalos.training.editing.merging import Method
 
 Vectors = Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="VECTOR...")]
 Base = Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="BASE")]
 NewName = Annotated[str, tyro.conf.arg(metavar="NAME")]
-Device = Literal["auto", "mps", "cuda", "cpu"]
 
 BASE = "model that the vectors were made on: a run, a checkpoint, or weights as --weights takes them"
-DEVICE = "where to compute; auto takes the first of mps, cuda and cpu that is there"
 
 
 class VectorMakeConfig(Options):
@@ -30,7 +29,7 @@ class VectorMakeConfig(Options):
     before: Annotated[Path | None, tyro.conf.arg(metavar="RUN|FILE"), unset("RUN|FILE", "the run's own start")] = Field(
         None, description="run or checkpoint to subtract; else the run's start is rebuilt from its options"
     )
-    which: Literal["best", "last"] = Field("last", description="checkpoint of the run; best on validation, or last")
+    which: Which = Field("last", description=WHICH)
     name: Annotated[str | None, unset("NAME", "the run's")] = Field(
         None, description="name of the new file under vectors/"
     )
@@ -103,7 +102,7 @@ class VectorMergeConfig(ValidationOptions):
     command: ClassVar[str] = "merge"
 
     vectors: Vectors = Field(description="vector files of one base")
-    method: Annotated[MergeRule, tyro.conf.arg(metavar="RULE")] = Field(
+    method: Annotated[Method, tyro.conf.arg(metavar="RULE")] = Field(
         "sum",
         description="sum, mean, ties, dare, magmax, consensus, lines, tsv or iso_c; fisher and regmean want clients' "
         "images, so they are rules of federated --merge",
@@ -128,10 +127,7 @@ class VectorMergeConfig(ValidationOptions):
 
 
 VectorTool = VectorMakeConfig | VectorShowConfig | VectorApplyConfig | VectorNegateConfig | VectorMergeConfig
-VECTOR_TOOLS: dict[str, type[VectorTool]] = {
-    tool.command: tool
-    for tool in (VectorMakeConfig, VectorShowConfig, VectorApplyConfig, VectorNegateConfig, VectorMergeConfig)
-}
+VECTOR_TOOLS: dict[str, type[VectorTool]] = by_command(VectorTool)
 
 
 class VectorConfig(Options):

@@ -51,7 +51,6 @@ def evaluate_clients(
         by_class = accuracy_by_class(
             loaded.model,
             loaded.limited("test"),
-            len(loaded.data.classes),
             classes,
             batch_size=config.data.eval_batch_size,
             precision=config.run.arithmetic,

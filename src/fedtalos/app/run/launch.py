@@ -180,6 +180,9 @@ def _start(config: FederatedConfig, folder: Path, size: int) -> PContext:
     write_yaml(folder / "config.yaml", {**options, "made_by": {"leader": os.getpid()}})  # checked here already
     shared = {"WORLD_SIZE": str(size), "LOCAL_WORLD_SIZE": str(size), LEADER: str(os.getpid())}
     shared[MEETING_POINT] = str(folder / "meeting")
+    # A record's own folders are not taken from it (from_file), and weights may be the name of a run in them.
+    folders = [f"--{name}={options[name]}" for name in ("output_dir", "cache_dir") if options[name] is not None]
+    words = ("-m", "fedtalos", "federated", "--config", str(folder / "config.yaml"), *folders)
     numbers = range(size - 1)  # torch counts from 0; rank 0 is this process
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # what became of them is ours to say
     handlers = {number: signal.getsignal(number) for number in signal.valid_signals() & ENDING}
@@ -187,7 +190,7 @@ def _start(config: FederatedConfig, folder: Path, size: int) -> PContext:
         return start_processes(
             "fedtalos",
             sys.executable,
-            args={n: ("-m", "fedtalos", "federated", "--config", str(folder / "config.yaml")) for n in numbers},
+            args=dict.fromkeys(numbers, words),
             envs={n: {**shared, "RANK": str(n + 1), "LOCAL_RANK": str(n + 1)} for n in numbers},
             logs_specs=DefaultLogsSpecs(log_dir=str(folder), redirects=Std.ALL),
         )

@@ -8,7 +8,7 @@ import platform
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -65,11 +65,12 @@ def write_yaml(path: Path, content: Mapping[str, Any]) -> None:
 
 def write_csv(path: Path, rows: list[dict[str, Any]]) -> None:
     """One line per row, under the first row's keys; a spreadsheet runs none of the cells."""
-    text = io.StringIO()
-    writer = csv.DictWriter(text, rows[0].keys(), lineterminator="\n")
-    writer.writerow({name: inert(name) for name in rows[0]})
-    writer.writerows({name: inert(value) for name, value in row.items()} for row in rows)
-    write_atomic(path, text.getvalue())
+    write_lines(path, [list(rows[0]), *([row[name] for name in rows[0]] for row in rows)])
+
+
+def write_lines(path: Path, lines: Iterable[Sequence[object]]) -> None:
+    """Write the lines of a table as CSV, the heading first; a spreadsheet runs none of the cells."""
+    write_atomic(path, _csv([[inert(cell) for cell in line] for line in lines]))
 
 
 def inert(cell: object) -> object:
@@ -181,7 +182,7 @@ class Recorder:
             tracker.close()
 
 
-def _csv(rows: list[list[Any]]) -> str:
+def _csv(rows: Iterable[Sequence[object]]) -> str:
     text = io.StringIO()
     csv.writer(text, lineterminator="\n").writerows(rows)
     return text.getvalue()

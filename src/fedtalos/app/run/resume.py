@@ -11,6 +11,7 @@ from fedtalos.app.config.options import takes_path
 from fedtalos.app.config.schema import RUN_CONFIGS, RunConfig
 from fedtalos.app.run.paths import RunPaths, plain_name
 from fedtalos.app.run.progress import Saved
+from fedtalos.app.run.runs import all_runs
 from fedtalos.errors import InputError, nearest, shown
 from fedtalos.facts import read_file
 
@@ -59,9 +60,7 @@ def run_to_resume(root: Path, name: str | None, command: str, *, or_start: bool 
 
 def runs_of(root: Path, command: str) -> list[RunPaths]:
     """List the runs of a command, the newest first."""
-    configs = sorted((root / "results").glob("*/config.yaml"), key=lambda path: path.stat().st_mtime, reverse=True)
-    of_it = [path for path in configs if _is_of(path, command)]
-    return [RunPaths(root, path.parent.name) for path in of_it]
+    return [paths for paths in all_runs(root) if _is_of(paths.config, command)]
 
 
 def _is_of(path: Path, command: str) -> bool:

@@ -36,6 +36,7 @@ from fedtalos.checkpoint import load_checkpoint, save_checkpoint, tensors_under
 from fedtalos.data.class_names import check_same_classes
 from fedtalos.errors import InputError, TrainingError
 from fedtalos.metrics import Metrics
+from fedtalos.models.weights.checkpoints import model_facts
 from fedtalos.training.confusion import Confusion, confusion
 from fedtalos.training.editing.vector_file import save_vector
 from fedtalos.training.entries import named_tensors
@@ -342,7 +343,7 @@ class Session:
     def _checkpoint(self, name: str, tensors: dict[str, Tensor]) -> None:
         self.progress.seconds = self.recorder.seconds
         facts = {
-            **self.loaded.facts(),
+            **model_facts(self.model, self.loaded.data.classes),
             "command": self.config.command,
             "options": flatten(self.config),
             "progress": asdict(self.progress),

@@ -15,6 +15,7 @@ from rich.table import Table
 
 from fedtalos.app.config.files import read_yaml
 from fedtalos.app.run.recorder import write_csv
+from fedtalos.app.run.units import thousands
 from fedtalos.app.sweep.grid import Cell
 from fedtalos.errors import printable
 from fedtalos.facts import Count, Number, Share, Word, facts_from, open_schema
@@ -201,7 +202,7 @@ def _spread(name: str, spread: Spread) -> str:
         return ""
     if name.endswith("percent"):
         return f"{spread.mean:.1f}" if math.isnan(spread.std) else f"{spread.mean:.1f} ± {spread.std:.1f}"
-    return f"{spread.mean:,.{1 if name == 'megabytes' and spread.mean < 100 else 0}f}".replace(",", " ")
+    return thousands(spread.mean, 1 if name == "megabytes" and spread.mean < 100 else 0)
 
 
 def _cell_line(result: Result, axes: Sequence[str]) -> dict[str, Any]:

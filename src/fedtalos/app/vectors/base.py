@@ -16,7 +16,7 @@ from fedtalos.models.backbone import Backbone, Origin
 from fedtalos.models.heads import set_head
 from fedtalos.models.load import model_with_weights
 from fedtalos.models.weights import Weights
-from fedtalos.models.weights.checkpoints import checkpoint_weights
+from fedtalos.models.weights.checkpoints import checkpoint_weights, model_facts
 from fedtalos.models.weights.read import load_weights
 from fedtalos.notes import note
 from fedtalos.training.editing.task_vectors import TaskVector, check_fits, check_together
@@ -103,16 +103,5 @@ def _rebuilt(
 
 def save_edited(base: Base, model: Backbone, folder: Path, edit: dict[str, Any]) -> Path:
     """Write an edited model as a checkpoint that `evaluate` and ``--weights`` take; ``edit`` says what was done."""
-    plain = (model.interpolation, model.crop) == ("bilinear", 1.0)
-    facts = {
-        "model": model.architecture.as_dict(),
-        "mean": model.mean,
-        "std": model.std,
-        **({} if plain else {"interpolation": model.interpolation, "crop": model.crop}),
-        "weights": model.origin.fingerprint,
-        "classes": base.classes,
-        "command": base.command,
-        "options": base.options,
-        "edit": edit,
-    }
+    facts = {**model_facts(model, base.classes), "command": base.command, "options": base.options, "edit": edit}
     return save_checkpoint(folder, "last", 0, dict(named_tensors(model)), facts)

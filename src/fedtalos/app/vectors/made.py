@@ -9,6 +9,7 @@ from fedtalos.app.config.vector import VectorMakeConfig
 from fedtalos.app.federation import clients_of
 from fedtalos.app.load import Loaded, load
 from fedtalos.app.moving import what_moves
+from fedtalos.app.run.apart import APART
 from fedtalos.app.run.first_head import everyone
 from fedtalos.app.run.kept import groups_of
 from fedtalos.app.run.recorder import code_commit
@@ -51,7 +52,7 @@ def of_run(path: Path, changes: dict[str, Any]) -> TaskVector:
     """
     checkpoint, paths = load_checkpoint(path), paths_of(path)
     command, options = str(checkpoint.facts.get("command")), checkpoint.facts.get("options")
-    if command not in ("centralized", "federated") or not isinstance(options, dict) or "edit" in checkpoint.facts:
+    if command not in RUN_CONFIGS or not isinstance(options, dict) or "edit" in checkpoint.facts:
         raise InputError(
             f"checkpoint {path}: not of a training run, so it has no start; give --before, what to subtract"
         )
@@ -76,7 +77,9 @@ def rebuild_head(loaded: Trained, checkpoint: Checkpoint, path: Path, *, moves: 
     """Give the model the head that its run began with: the checkpoint's where it did not move, else fitted anew."""
     kind = loaded.config.model.head
     if not moves:
-        set_head(loaded.model, checkpoint.tensors["head.weight"], checkpoint.tensors["head.bias"], source=kind)
+        kept = APART if f"{APART}head.weight" in checkpoint.tensors else ""  # the model's may be fitted anew
+        weight, bias = (checkpoint.tensors[f"{kept}head.{name}"] for name in ("weight", "bias"))
+        set_head(loaded.model, weight, bias, source=kind)
     elif (form := closed_form(kind)) is not None:
         fit_head(
             loaded.model,

@@ -1,8 +1,9 @@
 """Checkpoints of ours, read as weights."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,6 +11,7 @@ from torch import Tensor
 from fedtalos.checkpoint import load_checkpoint
 from fedtalos.errors import InputError
 from fedtalos.facts import ClassNames, open_schema
+from fedtalos.models.backbone import Backbone
 from fedtalos.models.library_model import LibraryArchitecture, bare_model
 from fedtalos.models.vision_transformer import Architecture
 from fedtalos.models.weights import Weights
@@ -32,6 +34,27 @@ class ModelFacts:
     classes: ClassNames
     interpolation: Interpolation = "bilinear"
     crop: Crop = 1.0
+
+
+def model_facts(model: Backbone, classes: Sequence[str]) -> dict[str, Any]:
+    """Facts that a checkpoint needs, beside its tensors, for ``checkpoint_weights`` to read it.
+
+    >>> save_checkpoint(folder, "last", 0, dict(named_tensors(model)), model_facts(model, classes))
+    """
+    return {
+        "model": model.architecture.as_dict(),
+        "mean": model.mean,
+        "std": model.std,
+        **resizing_facts(model),
+        "weights": model.origin.fingerprint,
+        "classes": classes,
+    }
+
+
+def resizing_facts(model: Backbone) -> dict[str, Any]:
+    """The way in which a model has its images resized, where it is not the plain one."""
+    plain = (model.interpolation, model.crop) == ("bilinear", 1.0)
+    return {} if plain else {"interpolation": model.interpolation, "crop": model.crop}
 
 
 def checkpoint_weights(path: Path) -> Weights:

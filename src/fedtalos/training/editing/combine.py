@@ -11,7 +11,7 @@ from fedtalos._version import __version__
 from fedtalos.errors import InputError, check_word
 from fedtalos.models.vision_transformer import parts
 from fedtalos.training.editing.eligible import Eligible, eligible_masks
-from fedtalos.training.editing.mask_file import SEVERAL, MaskFacts, fingerprint
+from fedtalos.training.editing.mask_facts import SEVERAL, MaskFacts, fingerprint
 from fedtalos.training.entries import Mask
 
 JoinRule = Literal["union", "intersection", "majority", "vote"]

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from fedtalos.models.vision_transformer import parts
 from fedtalos.training.editing.eligible import Eligible, eligible_masks
-from fedtalos.training.editing.mask_file import SEVERAL, MaskFacts
+from fedtalos.training.editing.mask_facts import SEVERAL, MaskFacts
 from fedtalos.training.entries import Mask
 
 OUTSIDE = -1

@@ -1,30 +1,25 @@
 """Masks on disk: safetensors, one bit per entry, by tensor name, with facts of how the mask was made."""
 
-import hashlib
 import json
 import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from itertools import chain
 from pathlib import Path
-from typing import Annotated, get_args
 
 import numpy as np
 import torch
-from annotated_types import MaxLen
 from numpy.typing import NDArray
 from safetensors.numpy import save as save_safetensors
 from torch import Tensor
 
-from fedtalos._version import __version__
-from fedtalos.errors import InputError, shown
+from fedtalos.errors import InputError
 from fedtalos.facts import (
     MOST_HEADER,
-    Count,
     Shapes,
-    Share,
+    Versioned,
     Word,
+    check_version,
     open_schema,
     read_facts,
     read_file,
@@ -35,12 +30,10 @@ from fedtalos.files import UNSEALED, is_sealed, sealed, write_atomic
 from fedtalos.models.backbone import Backbone
 from fedtalos.models.vision_transformer import WIDTH_DEPTH_HEADS
 from fedtalos.tensor_file import metadata_of, read_arrays
-from fedtalos.training.editing.eligible import Eligible, eligible_masks, eligible_shapes
+from fedtalos.training.editing.eligible import Eligible, eligible_masks
+from fedtalos.training.editing.mask_facts import FORMAT, MaskFacts, facts_of, origin_differs
 from fedtalos.training.entries import Mask
 
-FORMAT = 3
-SEVERAL = "several"
-"""Said of a joined mask where its sources disagree; a number is None there."""
 MOST_ENTRIES = 2**29
 """Entries of a mask that is read, a byte each in memory; the largest ViT here has 303 million."""
 
@@ -49,61 +42,12 @@ _IN_BLOCKS = r"blocks\.[0-9]+\.(norm[12]|attn\.(qkv|proj)|mlp\.fc[12])"
 _NAMES = re.compile(rf"net\..+|(patch_embed\.proj|norm|{_IN_BLOCKS})\.(weight|bias)")
 
 
-@schema
-@dataclass(frozen=True, kw_only=True)
-class MaskFacts:
-    """Facts of how a mask was made, as its file's header holds them.
-
-    Of a joined mask: what its sources agree on, else "several" or None. None also stands for what nobody knows.
-    """
-
-    format: Count = FORMAT
-    version: Word
-    criterion: Word
-    fisher: Word  # the mode, or none
-    fisher_samples: Count | None  # labels drawn per image and iteration
-    iterations: Count | None
-    granularity: Word
-    eligible_in: Eligible
-    eligible: Count
-    active: Count
-    target_density: Share | None
-    soft_zero: Share | None
-    calibration: Word
-    clients: Count | None
-    calibration_images: Count | None
-    seed: Count | None
-    model: Annotated[dict[Word, Word | Count], MaxLen(20)]
-    weights: Word
-    data: Word
-    head: Word
-    made_from: Annotated[tuple[Word, ...], MaxLen(2**14)] = ()  # fingerprints of masks that it joins, or is drawn like
-
-    def __post_init__(self) -> None:
-        # Files say 1, not true, of a yes or no: an architecture has both.
-        plain = {name: int(value) if isinstance(value, bool) else value for name, value in self.model.items()}
-        object.__setattr__(self, "model", plain)
-
-    @property
-    def density(self) -> float:
-        """Density reached: True entries per eligible entry."""
-        return self.active / self.eligible
-
-
-@open_schema
-@dataclass(frozen=True)
-class _Format:
-    """The fact that every version of this file states."""
-
-    format: Count
-
-
 @open_schema
 @dataclass(frozen=True)
 class _AnyHeader:
     """A header of any version."""
 
-    facts: _Format
+    facts: Versioned
 
 
 @schema
@@ -140,49 +84,6 @@ def load_mask(path: Path | str, model: Backbone, *, force_mask: bool = False) ->
     return mask
 
 
-def facts_of(mask: Mask, model: Backbone, criterion: str = "given") -> MaskFacts:
-    """Facts of a mask of which nothing is known but the model that it is for.
-
-    Raises InputError where the mask names other tensors or entries than the model's eligible ones.
-    """
-    if not criterion.isprintable() or not any(bool(tensor.any()) for tensor in mask.values()):
-        raise InputError("mask: expected at least one entry that may move, and a criterion in plain words")
-    rules: tuple[Eligible, ...] = get_args(Eligible)
-    found = {rule: eligible_masks(eligible_shapes(model), rule) for rule in rules}
-    exact = (rule for rule in rules if found[rule].keys() == mask.keys())
-    wider = (rule for rule in rules if found[rule].keys() >= mask.keys())
-    rule = next(chain(exact, wider), rules[0])
-    for name, tensor in mask.items():
-        allowed = found[rule].get(name)
-        if allowed is None or allowed.shape != tensor.shape or bool((tensor.cpu() & ~allowed).any()):
-            raise InputError(
-                f"mask: {name} {tuple(tensor.shape)} is no eligible tensor of {model.architecture}, or more of it than "
-                "is eligible may move; a mask file holds weights and biases of the layers inside the blocks, and where "
-                "eligible is paper those of the patch convolution and of the norm behind the blocks"
-            )
-    return MaskFacts(
-        version=__version__,
-        criterion=criterion,
-        fisher="unknown",
-        fisher_samples=0,
-        iterations=None,
-        granularity="unknown",
-        eligible_in=rule,
-        eligible=sum(int(tensor.sum()) for tensor in found[rule].values()),
-        active=sum(int(tensor.sum()) for tensor in mask.values()),
-        target_density=None,
-        soft_zero=None,
-        calibration="unknown",
-        clients=0,
-        calibration_images=0,
-        seed=None,
-        model=model.architecture.as_dict(),
-        weights=model.origin.fingerprint,
-        data="unknown",
-        head="unknown",
-    )
-
-
 def write_mask_file(path: Path, mask: Mask, facts: MaskFacts) -> None:
     """Write a mask file, one bit per entry, sealed."""
     shapes = {name: list(tensor.shape) for name, tensor in mask.items()}
@@ -204,8 +105,7 @@ def read_mask_file(path: Path) -> tuple[Mask, MaskFacts]:
     broken, advice = f"mask {path}: not a readable fedtalos mask file", "make it anew with `fedtalos editing`"
     content = read_file(path, f"mask {path}", most=MOST_ENTRIES // 8 + MOST_HEADER, advice=advice)
     text = metadata_of(content, _HEADER, broken, advice)
-    if (made_in := read_facts(_AnyHeader, text, broken, advice).facts.format) != FORMAT:
-        raise InputError(f"mask {path}: format {shown(made_in)}, this version reads {FORMAT}; make it anew")
+    check_version(read_facts(_AnyHeader, text, broken, advice).facts, FORMAT, f"mask {path}")
     if not is_sealed(content):
         raise InputError(f"mask {path}: not what was written (checksum); {advice}")
     header = read_facts(_Header, text, broken, advice)
@@ -304,22 +204,3 @@ def check_mask(path: Path, mask: Mask, facts: MaskFacts, model: Backbone, *, for
             f"mask {path}: not made for this: {differs} (the mask's first); give what it was made for, make a mask for "
             "this with `fedtalos editing`, or add force_mask"
         )
-
-
-def origin_differs(headers: Sequence[MaskFacts]) -> str:
-    """The points in which masks' models and weights differ, with all values; empty where they are the same."""
-    origins = [{**facts.model, "weights": facts.weights} for facts in headers]
-    found = {
-        what: list(dict.fromkeys(str(origin.get(what)) for origin in origins))
-        for what in ("name", "size", "patch_size", "weights")
-    }
-    return "; ".join(f"{what} {' / '.join(values)}" for what, values in found.items() if len(values) > 1)
-
-
-def fingerprint(mask: Mask) -> str:
-    """A digest of the mask's bits and names, whatever its file says."""
-    digest = hashlib.blake2b(digest_size=16)
-    for name, tensor in sorted(mask.items()):
-        digest.update(f"{name} {tuple(tensor.shape)}".encode())
-        digest.update(np.packbits(tensor.cpu().numpy().reshape(-1)).data)
-    return digest.hexdigest()

@@ -20,8 +20,8 @@ from fedtalos.errors import InputError, shown
 from fedtalos.models.backbone import Backbone
 from fedtalos.models.heads import Head
 from fedtalos.notes import note
-from fedtalos.training.editing.mask_file import fingerprint
-from fedtalos.training.editing.vector_facts import SEVERAL, VectorFacts, differs_in, facts_of
+from fedtalos.training.editing.mask_facts import SEVERAL, fingerprint
+from fedtalos.training.editing.vector_facts import VectorFacts, differs_in, facts_of
 from fedtalos.training.entries import Entries, Mask, named_tensors
 
 

@@ -16,9 +16,6 @@ from fedtalos.models.backbone import Backbone
 from fedtalos.models.heads import Head
 from fedtalos.models.weights.pixels import Crop, Interpolation, Middle, Width
 
-SEVERAL = "several"
-"""Said of a sum of vectors where these disagree."""
-
 
 @schema
 @dataclass(frozen=True, kw_only=True)

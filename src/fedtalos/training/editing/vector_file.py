@@ -12,15 +12,15 @@ import torch
 from numpy.typing import NDArray
 from safetensors.numpy import save as save_safetensors
 
-from fedtalos.errors import InputError, shown
-from fedtalos.facts import Count, Shapes, Word, open_schema, read_facts, read_file, refusal, schema
+from fedtalos.errors import InputError
+from fedtalos.facts import Count, Shapes, Versioned, Word, check_version, read_facts, read_file, refusal, schema
 from fedtalos.facts import check_fits as check_memory
 from fedtalos.files import UNSEALED, is_sealed, sealed, write_atomic
 from fedtalos.models.backbone import Backbone
 from fedtalos.models.heads import Head
 from fedtalos.tensor_file import metadata_of, read_arrays
+from fedtalos.training.editing.mask_facts import fingerprint as mask_fingerprint
 from fedtalos.training.editing.mask_file import MOST_ENTRIES, packed, unpacked
-from fedtalos.training.editing.mask_file import fingerprint as mask_fingerprint
 from fedtalos.training.editing.task_vectors import TaskVector, check_fits
 from fedtalos.training.editing.vector_facts import VectorFacts, head_fingerprint
 
@@ -29,14 +29,6 @@ FORMAT = 1
 _HEADER = "fedtalos_vector"
 _MASK, _VALUES, _HEAD = "mask/", "values", ("head/weight", "head/bias")
 """Names in the file; no parameter's name holds a slash."""
-
-
-@open_schema
-@dataclass(frozen=True)
-class _Format:
-    """The fact that every version of this file states."""
-
-    format: Count
 
 
 @schema
@@ -84,8 +76,7 @@ def load_vector(path: Path | str, model: Backbone | None = None) -> TaskVector:
     broken, advice = f"vector {path}: not a readable fedtalos vector", "make it anew"
     content = read_file(path, f"vector {path}", most=check_memory(path, f"vector {path}", times=4))
     text = metadata_of(content, _HEADER, broken, advice)
-    if (made_in := read_facts(_Format, text, broken, advice).format) != FORMAT:
-        raise InputError(f"vector {path}: format {shown(made_in)}, this version reads {FORMAT}; make it anew")
+    check_version(read_facts(Versioned, text, broken, advice), FORMAT, f"vector {path}")
     if not is_sealed(content):
         raise InputError(f"vector {path}: not what was written (checksum); make it anew")
     header = read_facts(_Header, text, broken, advice)

@@ -19,7 +19,7 @@ from fedtalos.devices import Precision
 from fedtalos.errors import BadUpdateError
 from fedtalos.models.backbone import Backbone
 from fedtalos.randomness import generator
-from fedtalos.training.evaluation import answers_by_class
+from fedtalos.training.confusion import confusion
 from fedtalos.training.federated.clients import Clients
 from fedtalos.training.local_training import LocalTraining
 from fedtalos.training.masked_parameters import MaskedParameters
@@ -81,7 +81,6 @@ def with_own_vectors(moving: MaskedParameters, vectors: Mapping[int, Tensor], al
 def accuracy_by_class(
     model: Backbone,
     images: LabelledImages,
-    num_classes: int,
     classes: Ids,
     *,
     batch_size: int = 250,
@@ -90,8 +89,8 @@ def accuracy_by_class(
     """Accuracy (C,) in each of these classes; nan in others, and where there is no image."""
     wanted = torch.isin(images.labels, torch.as_tensor(classes, device=images.labels.device))
     shown = images.subset(wanted.nonzero().squeeze(1))
-    correct, seen = answers_by_class(model, shown, num_classes, batch_size=batch_size, precision=precision).numpy()
-    return _ratio(correct, seen)
+    found = confusion(model, shown, batch_size=batch_size, precision=precision)
+    return _ratio(found.correct.numpy(), found.examples.numpy())
 
 
 def accuracy_by_client(clients: Clients, by_class: Accuracies) -> Accuracies:
