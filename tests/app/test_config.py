@@ -122,7 +122,8 @@ def test_the_help_shows_everyday_options_and_help_all_every_one(command, capsys)
     options = option_names(RUN_CONFIGS[command])
     for text, wanted in ((short, [name for name, field in options.items() if is_everyday(field)]), (long, options)):
         assert max(map(len, text.splitlines())) <= 80
-        assert [line.split()[0] for line in text.splitlines() if line.startswith("  --")] == [f"--{n}" for n in wanted]
+        flags = [line.split()[0] for line in text.splitlines() if line.startswith("  --")]
+        assert [flag.replace("[no_]", "") for flag in flags] == [f"--{name}" for name in wanted]
     hidden = len(options) - short.count("\n  --")
     assert short.splitlines()[-1] == f"fedtalos {command} --help_all shows {hidden} more options."
 
@@ -131,6 +132,11 @@ def test_about_thirty_options_are_for_every_day():
     everyday = {n for config in RUN_CONFIGS.values() for n, field in option_names(config).items() if is_everyday(field)}
     assert 25 <= len(everyday) <= 35
     assert {"num_clients", "learning_rate", "target_sparsity", "weights", "mask", "seed"} <= everyday
+
+
+def test_a_switch_that_is_on_says_how_it_is_put_off(capsys):
+    assert "--[no_]refit_head" in page("federated --help_all", capsys)
+    assert "--[no_]freeze_head" not in page("federated --help_all", capsys)
 
 
 def test_hidden_options_parse():

@@ -14,7 +14,9 @@ from PIL import Image
 from rich.console import Console
 
 from fedtalos.app.run.bars import bar
-from fedtalos.app.run.display import Display, say_facts
+from fedtalos.app.run.display import Display, say_facts, say_pairs
+from fedtalos.app.run.ending import next_commands, say_next
+from fedtalos.app.run.paths import RunPaths
 from fedtalos.cli import main
 from fedtalos.metrics import Metrics
 
@@ -265,3 +267,20 @@ def test_facts_keep_to_the_width_and_break_no_path():
     assert "".join(line.strip() for line in lines[1:3]).startswith("a-long-folder/")
     assert all(len(line) <= 60 for line in lines[3:])
     assert all(line.startswith(("device", " " * 8)) for line in lines[3:])
+
+
+def test_pairs_of_many_things_keep_to_a_terminals_width():
+    out = io.StringIO()
+    say_pairs(Console(file=out, width=80), "cosines", np.full((12, 12), -0.5), np.full((12, 12), 0.25))
+    said = out.getvalue()
+    assert max(map(len, said.splitlines())) <= 80
+    assert said.count("-0.50 (0.25)") == 12 * 12 - 12
+
+
+def test_commands_to_copy_are_as_a_shell_reads_them():
+    out = io.StringIO()
+    paths = RunPaths(Path("a place"), "my run")
+    say_next(Console(file=out, width=80), paths, next_commands("federated", paths, "another's"))
+    copied = [shlex.split(line, comments=True) for line in out.getvalue().splitlines()[1:]]
+    assert copied[0] == ["fedtalos", "predict", "my run", "IMAGE", "--output_dir", "a place"]
+    assert copied[1][2:4] == ["another's", "my run"]

@@ -8,7 +8,8 @@ import torch
 from fedtalos.data.images import LabelledImages
 from fedtalos.errors import InputError
 from fedtalos.models.backbone import Origin
-from fedtalos.training.editing.forgetting import HALVINGS, forget, forgetting_factor
+from fedtalos.notes import noted
+from fedtalos.training.editing.forgetting import COARSE, HALVINGS, forget, forgetting_factor
 from fedtalos.training.editing.task_vectors import apply, task_vector
 from fedtalos.training.entries import named_tensors
 
@@ -63,6 +64,15 @@ def test_nothing_more_is_subtracted_than_is_of_use(vit, tau):
     assert forgetting_factor(vit, tau, lambda _: (0.5, 0.1), control_before=0.8) == 0  # control is lost already
     once = forgetting_factor(vit, tau, lambda edited: (float(factor_of(edited, tau) < 0.15), 0.8), control_before=0.8)
     assert once == pytest.approx(0.2)
+
+
+@pytest.mark.parametrize(("slope", "noted_"), [(0.0, False), (0.1, True)])
+def test_a_larger_factor_is_spoken_of_only_where_the_largest_is_taken(vit, tau, slope, noted_):
+    """Where leaving out was enough, control that is never hurt is no news."""
+    noted()
+    alpha = forgetting_factor(vit, tau, lambda edited: (0.9 - slope * factor_of(edited, tau), 0.8), control_before=0.8)
+    assert alpha == (COARSE[-1] if noted_ else 0)
+    assert bool(noted()) == noted_
 
 
 def test_a_vector_of_another_model_is_refused(vit, tau, pictures):

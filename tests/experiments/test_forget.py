@@ -3,6 +3,7 @@
 import copy
 import csv
 import shlex
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from safetensors.torch import load_file
 import fedtalos as ft
 from fedtalos.app.config.rounds import rounds_of
 from fedtalos.app.config.schema import FederatedConfig
+from fedtalos.app.merging import that_sent
 from fedtalos.app.run.paths import RunPaths
 from fedtalos.app.run.runs import read_run
 from fedtalos.app.run.trained_apart import read_trained_apart
@@ -177,7 +179,10 @@ def test_a_forgotten_task_is_one_that_never_came(inside, capsys):
     """Left out of the merger, it is as in a run in which it trained as well, but was not merged."""
     run(["forget", "two", "--classes", "0", "1", "2", "3", "4", "--alpha", "0", "--device", "cpu"])
     said = capsys.readouterr().out
-    assert [words in said for words in ("exact", "probe", "left out")] == [True] * 3
+    assert [words in said for words in ("body: 1 vector merged", "exact, but for the first head", "probe")] == [
+        True
+    ] * 3
+    assert "alpha, chosen on" not in said  # the run was told it
     found = summary("two-without-task0")
     assert found["accuracy"]["left out"]["target"] == 0  # the head has no sums of these classes
     assert found["forgot"] == "task0"
@@ -200,6 +205,20 @@ def test_a_client_is_forgotten_and_compared_with_retraining(inside, capsys):
     assert Path("results/gone/forgetting.csv").read_text().startswith("model,target,control,probe,control_share")
 
 
+def test_a_client_that_sent_nothing_has_no_say(inside):
+    """It dropped out, or came late: its vector of zeros would pull a mean towards the start."""
+    trained = read_trained_apart("once", Path(), {"device": "cpu"})
+    units, vectors = trained.units, list(trained.vectors)
+    nothing = replace(vectors[1], values=torch.zeros(len(vectors[1])))
+    assert that_sent(units, vectors)[0] == units
+    assert [unit.name for unit in that_sent(units, [vectors[0], nothing, *vectors[2:]])[0]] == [
+        "client0",
+        "client2",
+        "client3",
+    ]
+    assert that_sent(units, [nothing] * 4)[0] == units
+
+
 @pytest.mark.parametrize(
     ("words", "says"),
     [
@@ -216,7 +235,7 @@ def test_a_client_is_forgotten_and_compared_with_retraining(inside, capsys):
         ("two --task 0 --name two", "exists"),
         ("two --task 0 --retrained nobody", "nobody"),
         ("two --task 0 --alpha nan", "alpha"),
-        ("two --task 0 --alpha much", "--alpha: input should be a valid number"),
+        ("two --task 0 --alpha much", "--alpha: input should be 'auto' or a valid number"),
     ],
 )
 def test_what_cannot_be_forgotten_is_refused_and_nothing_is_written(inside, capsys, words, says):
@@ -257,4 +276,4 @@ def test_tasks_that_cannot_be_are_refused(tmp_path, monkeypatch, capsys, words, 
 
 def test_a_run_without_kept_vectors_forgets_nothing(inside, capsys):
     run(["federated", *RUN], "--num_rounds 1 --run_name plain")
-    assert "kept no vectors" in refused(["forget", "plain", "--task", "0"], capsys)
+    assert "merged no vectors" in refused(["forget", "plain", "--task", "0"], capsys)

@@ -5,6 +5,7 @@ import shutil
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from commands import SMALL, interrupt_after, refused
@@ -178,7 +179,8 @@ def test_applied_by_validation_it_is_the_factor_that_merging_finds(here, capsys)
 def test_show_prints_and_draws(here, capsys):
     main(["vector", "show", "vectors/frozen.safetensors", "vectors/moved.safetensors", "--base", "pre"])
     said = capsys.readouterr().out
-    assert all(word in said for word in ("federated frozen", "moves %", "cosine (overlap of supports)", "fc1", "head"))
+    words = ("federated frozen", "moves %", "Cosines, in brackets the overlap of supports", "fc1", "head")
+    assert all(word in said for word in words)
     drawn = Path("plots/frozen-vs-moved")
     assert {path.name for path in drawn.iterdir()} == {
         "frozen_norms.png",
@@ -259,3 +261,11 @@ def test_vectors_of_other_classes_are_refused(here, capsys):
         ["vector", "apply", "pre", V, "vectors/other.safetensors", "--name", "n"], capsys
     )
     assert "class" in refused(["vector", "apply", "frozen", "vectors/other.safetensors", "--name", "n"], capsys)
+
+
+def test_a_figure_leaves_out_what_would_run_into_each_other():
+    few, many = (figures.cosine_matrix(["name"] * count, np.eye(count)) for count in (5, 20))
+    assert len(few.axes[0].texts) == 25
+    assert not many.axes[0].texts
+    axes = figures.disentanglement((0.0, 1.0), np.eye(2), "n" * 200, "m" * 200).axes[0]
+    assert max(len(axes.get_xlabel()), len(axes.get_ylabel())) < 60

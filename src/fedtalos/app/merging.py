@@ -79,6 +79,12 @@ class Merger:
         return found
 
 
+def that_sent(units: Sequence[Unit], vectors: Sequence[TaskVector]) -> tuple[list[Unit], list[TaskVector]]:
+    """Leave out units that sent nothing, whose vectors are 0 all over, so that they have no say; all, if none did."""
+    sent = [(unit, vector) for unit, vector in zip(units, vectors, strict=True) if vector.values.any()]
+    return ([unit for unit, _ in sent], [vector for _, vector in sent]) if sent else (list(units), list(vectors))
+
+
 def _added(first: MergeWeights, second: MergeWeights) -> MergeWeights:
     return {name: tensor + second[name] for name, tensor in first.items()}
 

@@ -23,8 +23,8 @@ from fedtalos.training.federated.traffic import Traffic
 
 def run(config: ContinualConfig, console: Console) -> None:
     """Train T tasks one after another, then each by itself from the start; measure all courses, and write the table."""
-    if config.apart.tasks is None:
-        raise InputError("continual: expected --tasks T, the number of groups of classes that come one after another")
+    if (config.apart.tasks or 0) < 2:
+        raise InputError("continual: expected --tasks T, two or more groups of classes that come one after another")
     with begun(config, console) as paths:
         if not paths.started:
             Kept(paths).check_free()

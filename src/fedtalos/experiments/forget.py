@@ -1,6 +1,6 @@
 """Take a task, some classes or a client out of a finished run, and measure what is forgotten, and what is not."""
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +18,7 @@ from fedtalos.checkpoint import HEADER, find_checkpoint, load_checkpoint, save_c
 from fedtalos.data.images import LabelledImages
 from fedtalos.errors import InputError
 from fedtalos.models.backbone import Backbone
-from fedtalos.models.heads import set_head
+from fedtalos.models.heads import closed_form, set_head
 from fedtalos.notes import noted
 from fedtalos.training.editing.forgetting import forgetting_factor
 from fedtalos.training.editing.task_vectors import scaled, weighted_sum
@@ -60,10 +60,10 @@ def run(config: ForgetConfig, console: Console) -> None:
 def chosen(config: ForgetConfig, trained: TrainedApart) -> list[int]:
     """Numbers of the units to forget; InputError where the run kept no vector of these alone."""
     units, names = trained.units, trained.loaded.data.classes
-    kept = ", ".join(unit.name for unit in units[:12]) + (", ..." if len(units) > 12 else "")
+    kept = _some([unit.name for unit in units])
     if config.classes:
         if strange := [name for name in config.classes if name not in names]:
-            raise InputError(f"classes {strange[0]}: no such class; there are {', '.join(names[:12])}, ...")
+            raise InputError(f"classes {strange[0]}: no such class; there are {_some(names)}")
         asked = {names.index(name) for name in config.classes}
         found = [number for number, unit in enumerate(units) if set(unit.classes) <= asked]
         if {label for number in found for label in units[number].classes} != asked:
@@ -81,6 +81,11 @@ def chosen(config: ForgetConfig, trained: TrainedApart) -> list[int]:
     if len(found) == len(units):
         raise InputError(f"forget: run {config.run} has no other vectors than these, so nothing would be left")
     return found
+
+
+def _some(names: Sequence[str]) -> str:
+    """The first names of a list, and whether there are more."""
+    return ", ".join(names[:12]) + (", ..." if len(names) > 12 else "")
 
 
 class Measured:
@@ -220,14 +225,26 @@ def show(rows: dict[str, dict[str, float]], label: str, config: ForgetConfig, co
     console.print(table, highlight=False)
 
 
+def still_knowing(trained: TrainedApart) -> list[str]:
+    """What may know of the forgotten, though their vector is gone."""
+    config = trained.loaded.config
+    fitted = config.model.head == "linear" or closed_form(config.model.head) is not None
+    found = {
+        "alpha, chosen on validation images of all classes": config.apart.merge_alpha == "auto",
+        "the first head, which was fitted to everybody's images and which all trained through": fitted,
+        "the mask, if it was scored on their images": config.train.mask is not None,
+    }
+    return [what for what, so in found.items() if so]
+
+
 def explain(trained: TrainedApart, out: list[int], alpha: float, head: str, console: Console) -> None:
     """Say what is exact, and what is not."""
-    options, rest = trained.loaded.config.apart, len(trained.units) - len(out)
+    rest = len(trained.units) - len(out)
+    vectors = "1 vector" if rest == 1 else f"{rest} vectors"
     say(
         console,
-        f"body: {rest} vectors merged again by {options.merge} at alpha {trained.alpha:.3g}, as if the forgotten had "
-        "never been sent: exact, but for alpha, chosen on validation images of all classes, and for the first head, "
-        "which all trained through and which was fitted with everybody's sums",
+        f"body: {vectors} merged again by {trained.loaded.config.apart.merge} at alpha {trained.alpha:.3g}, as if the "
+        "forgotten had never been sent: exact" + "".join(f", but for {what}" for what in still_knowing(trained)),
     )
     say(console, f"head: {head}")
     if alpha:

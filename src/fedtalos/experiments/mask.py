@@ -5,13 +5,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from rich.console import Console
 from rich.table import Table
 
 from fedtalos.app.config.tools import MaskCombineConfig, MaskCompareConfig, MaskConfig, MaskShowConfig
 from fedtalos.app.figures import draw
-from fedtalos.app.run.display import density_report, say
+from fedtalos.app.run.display import density_report, say, say_pairs
 from fedtalos.app.run.paths import RunPaths, plain_name
 from fedtalos.errors import InputError
 from fedtalos.training.editing.combine import chance_overlap, combine_masks, joined_facts, overlap
@@ -68,27 +67,12 @@ def compare(config: MaskCompareConfig, console: Console) -> list[Path]:
         in_every = f"{100 * common / facts.active:.1f}" if facts.active else ""
         table.add_row(number, str(path), f"{100 * facts.density:.1f}", in_every)
     _print(console, table)
-    print_overlaps(shares, chance, console)
+    title = "Overlap (intersection over union), in brackets that of random masks of the same densities per tensor"
+    say_pairs(console, title, shares, chance)
     differing = differences([describe_facts(facts) for facts in headers])
     _print(console, "Made differently (by which masks):" if differing else "Made differently: nothing")
     _print(console, _two_columns(differing))
     return drawn
-
-
-def print_overlaps(shares: NDArray[np.float64], chance: NDArray[np.float64], console: Console) -> None:
-    """Print the overlap of each two masks, with what chance gives in brackets: (M, M) each, 0 to 1."""
-    numbers = [str(number) for number in range(1, len(shares) + 1)]
-    lines = [
-        "Overlap (intersection over union), in brackets that of random masks of the same densities per tensor",
-        f"{'':>5}" + "".join(f"{number:>12}" for number in numbers),
-    ]
-    for at, number in enumerate(numbers):
-        cells = [
-            f"{share:.2f}" + ("       " if at == other else f" ({chance[at, other]:.2f})")
-            for other, share in enumerate(shares[at])
-        ]
-        lines.append(f"{number:>5}" + "".join(f"{cell:>13}" for cell in cells).rstrip())
-    console.print("\n".join(lines), highlight=False, markup=False, soft_wrap=True)
 
 
 def combine(config: MaskCombineConfig, console: Console) -> list[Path]:

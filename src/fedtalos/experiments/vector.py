@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 from rich.console import Console
 
 from fedtalos.app.config.vector import (
@@ -14,15 +15,16 @@ from fedtalos.app.config.vector import (
     VectorNegateConfig,
     VectorShowConfig,
 )
-from fedtalos.app.run.display import say, say_facts
+from fedtalos.app.run.display import say, say_facts, say_pairs
 from fedtalos.app.run.paths import RunPaths, plain_name
 from fedtalos.app.vectors.base import base_of, save_edited
 from fedtalos.app.vectors.made import made_of
-from fedtalos.app.vectors.tables import norm_report, pairs_report
+from fedtalos.app.vectors.tables import norm_report
 from fedtalos.app.vectors.validated import ALPHAS, interference, validated_alpha
 from fedtalos.errors import InputError
 from fedtalos.notes import noted
-from fedtalos.training.editing.describe_vectors import described, norm_table
+from fedtalos.training.editing.combine import overlap
+from fedtalos.training.editing.describe_vectors import cosines, described, norm_table
 from fedtalos.training.editing.merging import merge
 from fedtalos.training.editing.task_vectors import TaskVector, apply, changed, check_together, scaled, weighted_sum
 from fedtalos.training.editing.vector_file import load_vector, save_vector
@@ -84,7 +86,9 @@ def show(config: VectorShowConfig, console: Console) -> list[Path]:
         say_facts(console, {"vector": str(path), **described(vector)})
         console.print(norm_report(norm_table(vector)))
     if len(vectors) > 1:
-        console.print(pairs_report(vectors), highlight=False)
+        overlaps = np.array([[overlap(first.mask, second.mask) for second in vectors] for first in vectors])
+        found = np.round(cosines(vectors), 2) + 0.0  # no -0.00
+        say_pairs(console, "Cosines, in brackets the overlap of supports", found, overlaps)
     return drawn
 
 

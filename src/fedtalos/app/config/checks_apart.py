@@ -38,7 +38,9 @@ def check_apart(config: FederatedConfig) -> None:
             f"--aggregation {config.aggregation.aggregation}: {asked} joins vectors by --merge; leave one of them out"
         )
     if config.aggregation.attack != "none":
-        raise InputError(f"--attack {config.aggregation.attack}: is of rounds that all clients share, not of {asked}")
+        raise InputError(
+            f"--attack {config.aggregation.attack}: is of rounds that all clients share, not of {asked}; leave it out"
+        )
     if config.aggregation.dp_noise is not None:
         raise InputError(f"--dp_noise {config.aggregation.dp_noise:g}: {asked} sends vectors without noise; drop one")
 

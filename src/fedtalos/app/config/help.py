@@ -199,13 +199,12 @@ def argument(name: str, field: FieldInfo) -> str:
     several = takes_several(field)
     kinds = types(field.annotation)
     word = metavar or (WORDS.get(kinds[0], "") if kinds else "NAME")
-    if field.default is True:
-        return f"--{name} (--no_{name})"
     if is_positional(field):
         return metavar or (f"[{name.upper().removesuffix('S')} ...]" if several else name.upper())
     if several and metavar is None:
         word = f"{word} [{word} ...]"
-    return f"--{name} {word}".rstrip()
+    switch = "[no_]" if field.default is True else ""
+    return f"--{switch}{name} {word}".rstrip()
 
 
 def _entry(left: str, text: str, brackets: str = "", column: int = COLUMN) -> list[str]:

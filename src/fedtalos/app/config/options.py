@@ -115,9 +115,13 @@ def expanded(option: str, value: Any) -> Any:
 def sentence(error: ValidationError) -> str:
     """Put the first thing that is wrong into one sentence with the option's name."""
     option = error.errors()[0]["loc"][0]
-    # Of a choice between types, the last says more: "auto" or a number.
+    # Of a choice between types, such as "auto" or a number, the last says more; the words of the others go before it.
     wrong = [each for each in error.errors() if each["loc"][:1] == (option,)]
     first, came = wrong[-1], wrong[-1]["input"]
+    says = f"{first['msg'][0].lower()}{first['msg'][1:]}"
     words = [word for each in wrong for word in re.findall("'([^']+)'", each.get("ctx", {}).get("expected", ""))]
     hint = nearest(came, words) if isinstance(came, str) else ""
-    return f"{option}: {first['msg'][0].lower()}{first['msg'][1:]}, got {shown(came)}{hint}"
+    if others := ", ".join(repr(word) for word in words if repr(word) not in says):
+        join = "," if first["type"] == "literal_error" else " or"
+        says = says.replace("should be ", f"should be {others}{join} ", 1)
+    return f"{option}: {says}, got {shown(came)}{hint}"

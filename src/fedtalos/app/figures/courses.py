@@ -26,7 +26,11 @@ def courses(found: Mapping[tuple[str, str], Course], name: str) -> Figure:
             number = rows.index(row)  # later rows have smaller points, so that equal ones are seen behind them
             points = {"marker": "o", "markersize": 3.5 + 2 * (len(rows) - number), "markerfacecolor": "white"}
             axes.plot(numbers, 100 * accuracy, _DASHES[head], color=COLOURS[number], **points)
-    over_all.set(ylabel="test accuracy (%), task unknown", title="mean over the tasks learnt", ylim=(0, None))
+    over_all.set(
+        ylabel="test accuracy (%), task unknown",
+        title="mean over the tasks learnt",
+        ylim=(0, 1.05 * over_all.get_ylim()[1]),
+    )
     on_first.set(title="on the first task")
     for axes in (over_all, on_first):
         axes.set(xlabel="tasks learnt")

@@ -244,10 +244,16 @@ def _cell_borders(axes: Axes, rows: int, columns: int) -> None:
 
 
 def annotate(axes: Axes, image: AxesImage, values: npt.NDArray[np.float64], form: str) -> None:
-    """Write each cell's value in black or white, whichever stands out; leave a cell of nan empty."""
+    """Write each cell's value in black or white, whichever stands out; leave a cell of nan empty.
+
+    Nothing is written where there are so many columns that numbers would run into each other.
+    """
+    columns = values.shape[1]
+    if columns > 14:
+        return
     for (row, column), value in np.ndenumerate(values):
         if np.isnan(value):
             continue
         red, green, blue, _ = image.to_rgba(np.array([[value]]))[0, 0]
         ink = "black" if 0.299 * red + 0.587 * green + 0.114 * blue > 0.5 else "white"
-        axes.text(column, row, form.format(value), ha="center", va="center", color=ink, fontsize=9)
+        axes.text(column, row, form.format(value), ha="center", va="center", color=ink, fontsize=min(9, 90 / columns))

@@ -18,16 +18,17 @@ from fedtalos.training.editing.describe_vectors import VECTOR_KINDS, NormRow, co
 from fedtalos.training.editing.task_vectors import TaskVector
 
 Floats = npt.NDArray[np.float64]
+NAME = 40
+"""Characters of a vector's name that a title or an axis has room for."""
 
 
 def plot_vectors(vectors: Mapping[str, TaskVector], plots_dir: Path) -> list[Path]:
     """Draw each vector's norms, NAME_norms.png, and of two or more their cosines.png; return the files."""
     drawn = {}
     for name, vector in vectors.items():
-        title = (
-            f"2-norm by block and kind\n{name}: {vector.norm:.3g} in all, {100 * vector.density:.3g} % of the entries"
-        )
-        drawn[f"{name}_norms"] = norms(norm_table(vector), drawable(title))
+        size = f"{vector.norm:.3g} in all, {100 * vector.density:.3g} % of the entries"
+        title = f"2-norm by block and kind\n{drawable(name, NAME)}: {size}"
+        drawn[f"{name}_norms"] = norms(norm_table(vector), title)
     if len(vectors) > 1:
         drawn["cosines"] = cosine_matrix([*map(drawable, vectors)], cosines(list(vectors.values())))
     return write_figures(drawn, plots_dir)
@@ -76,8 +77,8 @@ def disentanglement(alphas: Sequence[float], errors: Floats, first: str, second:
     labels = [f"{alpha:g}" for alpha in alphas]
     axes.set_xticks(range(len(alphas)), labels=labels)
     axes.set_yticks(range(len(alphas)), labels=labels)
-    axes.set_xlabel(f"alpha of {drawable(second)}", parse_math=False)
-    axes.set_ylabel(f"alpha of {drawable(first)}", parse_math=False)
+    axes.set_xlabel(f"alpha of {drawable(second, NAME)}", parse_math=False)
+    axes.set_ylabel(f"alpha of {drawable(first, NAME)}", parse_math=False)
     annotate(axes, image, errors, "{:.2f}")
     figure.colorbar(image, ax=axes, label="disentanglement error (0: none, 2: most)", pad=0.02)
     axes.set_title("Weight disentanglement")

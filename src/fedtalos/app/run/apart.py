@@ -17,7 +17,7 @@ from fedtalos.app.config.rounds import rounds_of
 from fedtalos.app.config.schema import FederatedConfig
 from fedtalos.app.federation import algorithm_of, local_training, transforms_of
 from fedtalos.app.load import Loaded
-from fedtalos.app.merging import Merger, factor
+from fedtalos.app.merging import Merger, factor, that_sent
 from fedtalos.app.run.bars import bar
 from fedtalos.app.run.display import say
 from fedtalos.app.run.first_head import HeadRounds, fit_first_head
@@ -162,11 +162,12 @@ class Apart:
         options, session, vectors = self.config.apart, self.session, self.vectors()
         self.moving.write(self.start)
         merger = Merger(self.loaded, self.holders, self.moving, self.start, self.head)
-        merged = merger.merged(self.units, vectors)
+        units, own = that_sent(self.units, vectors)
+        merged = merger.merged(units, own)
         alpha = factor(self.loaded, merged, refit=self.kind if options.refit_head else None)
         theta = self.start + scaled(merged.values, alpha).to(self.start.device)
         self.moving.write(theta)
-        down, up = merger.traffic(self.units)
+        down, up = merger.traffic(units)
         if options.refit_head:
             asked, sent = self.refit(self.units)
             down, up = down + self.moving.nbytes * asked, up + sent  # the merged vector, and sums over its features

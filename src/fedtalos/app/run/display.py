@@ -8,6 +8,8 @@ from contextlib import contextmanager
 from types import TracebackType
 from typing import Self, TypeVar
 
+import numpy as np
+from numpy.typing import NDArray
 from rich.console import Console, HighlighterType, JustifyMethod, OverflowMethod, RenderableType
 from rich.constrain import Constrain
 from rich.progress import BarColumn, Progress, ProgressColumn, TaskID, TextColumn, TimeRemainingColumn
@@ -31,6 +33,22 @@ def say(console: Console, text: str) -> None:
     plots/mine/accuracy.png
     """
     console.print(printable(text), highlight=False, markup=False, soft_wrap=True)
+
+
+def say_pairs(console: Console, title: str, values: NDArray[np.float64], in_brackets: NDArray[np.float64]) -> None:
+    """Print two numbers for every two of several things, (M, M) each; so many columns at a time that a line holds them.
+
+    >>> say_pairs(Console(), "Cosines, in brackets overlaps", cosines, overlaps)
+    """
+    say(console, title)
+    for first in range(0, len(values), 5):
+        columns = range(first, min(first + 5, len(values)))
+        say(console, f"{'':>5}" + "".join(f"{column + 1:>6}{'':>7}" for column in columns).rstrip())
+        for row in range(len(values)):
+            said = [f"{values[row, column]:>6.2f} ({in_brackets[row, column]:.2f})" for column in columns]
+            if row in columns:
+                said[row - first] = f"{values[row, row]:>6.2f}{'':>7}"  # beside itself
+            say(console, f"{row + 1:>5}" + "".join(said).rstrip())
 
 
 class PlainConsole(Console):

@@ -4,6 +4,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 from rich.box import SIMPLE_HEAD
@@ -130,7 +131,7 @@ def say_next(console: Console, paths: RunPaths, commands: Mapping[str, str]) -> 
     """
     if not commands:
         return
-    place = "" if paths.root == Path() else f" --output_dir {paths.root}"
+    place = "" if paths.root == Path() else f" --output_dir {quote(str(paths.root))}"
     say(console, "next:")
     width = max(len(command) for command in commands)
     for command, purpose in commands.items():
@@ -139,7 +140,7 @@ def say_next(console: Console, paths: RunPaths, commands: Mapping[str, str]) -> 
 
 def next_commands(command: str, paths: RunPaths, other: str | None) -> dict[str, str]:
     """Commands that go on from a trained run, with what they are for; ``other`` is a run to compare it with."""
-    name = paths.name
+    name, other = quote(paths.name), None if other is None else quote(other)  # as a shell reads them
     found = {f"predict {name} IMAGE": "what it sees in a picture of yours"}
     if other is not None:
         found[f"compare {other} {name}"] = "figures and options side by side"

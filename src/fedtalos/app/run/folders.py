@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from datetime import datetime
 from pathlib import Path
+from shlex import quote
 
 import torch
 from filelock import Timeout
@@ -51,8 +52,8 @@ def begun(config: RunConfig, console: Console) -> Iterator[RunPaths]:
             finally:
                 say_decisions(paths, console)
     except (Interrupted, KeyboardInterrupt):
-        place = "" if paths.root == Path() else f" --output_dir {paths.root}"
-        again = f"fedtalos {config.command} --resume --run_name {paths.name}{place} goes on"
+        place = "" if paths.root == Path() else f" --output_dir {quote(str(paths.root))}"
+        again = f"fedtalos {config.command} --resume --run_name {quote(paths.name)}{place} goes on"
         say(console, f"stopped; {again if paths.started else 'nothing is kept, for the run had not begun'}")
         raise
 

@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
+from shlex import quote
 from tempfile import TemporaryDirectory
 
 import torch
@@ -166,7 +167,8 @@ def others(config: FederatedConfig, paths: RunPaths | None = None) -> Iterator[O
             yield beside
         except WorkerLostError as error:
             said = ": ".join([*beside.epitaph(), str(error)])
-            raise WorkerLostError(f"{said}; --resume --run_name {paths.name} goes on from what is saved") from error
+            again = f"--resume --run_name {quote(paths.name)} goes on from what is saved"
+            raise WorkerLostError(f"{said}; {again}") from error
         finally:
             if beside.started is not None:
                 beside.started.close(signal.SIGKILL)

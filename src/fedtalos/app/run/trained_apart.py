@@ -13,7 +13,7 @@ from fedtalos.app.config.files import override, read_yaml
 from fedtalos.app.config.schema import FederatedConfig
 from fedtalos.app.federation import clients_of
 from fedtalos.app.load import Loaded, load
-from fedtalos.app.merging import Merger
+from fedtalos.app.merging import Merger, that_sent
 from fedtalos.app.moving import moving_parameters
 from fedtalos.app.run.apart import APART, shapes_of_start
 from fedtalos.app.run.holders import LocalHolders
@@ -76,7 +76,7 @@ class TrainedApart:
         first, tensors = f"{APART}head.", self.checkpoint.tensors
         head = (tensors[f"{first}weight"], tensors[f"{first}bias"])
         merger = Merger(self.loaded, self.holders, self.moving, self.start, head)
-        merged = merger.merged([self.units[n] for n in rest], [self.vectors[n] for n in rest])
+        merged = merger.merged(*that_sent([self.units[n] for n in rest], [self.vectors[n] for n in rest]))
         return self.start + scaled(merged.values, self.alpha).to(self.start.device)
 
     def fit_head_without(self, out: list[int]) -> str:
@@ -107,7 +107,7 @@ def read_trained_apart(name: str, root: Path, changes: dict[str, Any]) -> Traine
         raise InputError(f"run {name}: there is none in {root / 'results'}; give the name of a finished run")
     summary = read_yaml(paths.results / "summary.yaml") if paths.finished else {}
     if not paths.finished or not isinstance(summary.get("merged"), dict):
-        why = "kept no vectors" if paths.finished else "is not finished"
+        why = "merged no vectors" if paths.finished else "is not finished"
         raise InputError(f"run {name}: {why}; give a finished run of `federated` with --tasks or --one_shot")
     if not (paths.results / "split.npz").exists():
         raise InputError(

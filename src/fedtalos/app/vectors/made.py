@@ -54,7 +54,7 @@ def of_run(path: Path, changes: dict[str, Any]) -> TaskVector:
     command, options = str(checkpoint.facts.get("command")), checkpoint.facts.get("options")
     if command not in RUN_CONFIGS or not isinstance(options, dict) or "edit" in checkpoint.facts:
         raise InputError(
-            f"checkpoint {path}: not of a training run, so it has no start; give --before, what to subtract"
+            f"checkpoint {path}: not of a training run, so its start is not known; give --before, what to subtract"
         )
     found = {**from_here(options, command, working_folder(paths)), **changes}
     loaded: Any = load(override(RUN_CONFIGS[command](), found, str(path)))

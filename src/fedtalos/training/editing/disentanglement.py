@@ -64,8 +64,11 @@ def disentanglement_error(
 
     >>> disentanglement_error(model, [tau_of_cats, tau_of_dogs], [cats, dogs], alphas=(0.0, 0.5, 1.0))
     """
-    if len(vectors) != 2 or len(images) != 2 or not all(map(len, images)):
+    if len(vectors) != 2 or len(images) != 2:
         raise InputError(f"vectors: expected two, and images for each, got {len(vectors)} and {len(images)} of images")
+    if not all(map(len, images)):
+        sizes = " and ".join(str(len(own)) for own in images)
+        raise InputError(f"images: expected some of the classes of each vector, got {sizes}; take more")
     for vector in vectors:
         check_fits(vector, model)
     edited, among = copy.deepcopy(model), classes or (None, None)

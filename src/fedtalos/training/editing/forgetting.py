@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from fedtalos.data.images import LabelledImages
+from fedtalos.errors import InputError
 from fedtalos.models.backbone import Backbone
 from fedtalos.notes import note
 from fedtalos.training.editing.task_vectors import TaskVector, check_fits, write_edit
@@ -52,7 +53,7 @@ def forget(
     control accuracy, about ten evaluations. ``target`` and ``control`` are images to choose by, so report figures on
     others.
 
-    Raises InputError for a vector of another model.
+    Raises InputError for a vector of another model, and for a ``keep`` that is no share.
 
     >>> found = forget(model, tau_of_cats, cats, all_but_cats)
     >>> found.target, found.control_share
@@ -78,10 +79,12 @@ def forgetting_factor(
     """Find the factor >= 0 that leaves least of the target while control is at least ``keep`` of ``control_before``.
 
     0 is tried too, so control is never given up for nothing; of factors that leave equally little, the smallest. It is
-    noted where the largest factor tried still leaves control alone.
+    noted where that is the largest factor tried: a larger may forget more.
 
     >>> alpha = forgetting_factor(model, vector, measure, control_before=0.7)
     """
+    if not 0 < keep <= 1:
+        raise InputError(f"keep {keep}: expected a share of control, above 0 and at most 1, such as 0.95")
     edited, found = copy.deepcopy(model), dict[float, tuple[float, float]]()
 
     def allowed(alpha: float) -> bool:
@@ -95,10 +98,11 @@ def forgetting_factor(
             if not allowed(high):
                 break
             low = high
-        if low == high:
-            note("alpha of forgetting", f"{high:g}, the largest tried, leaves control alone; a larger may forget more")
         for _ in range(HALVINGS if low < high else 0):
             middle = (low + high) / 2
             low, high = (middle, high) if allowed(middle) else (low, middle)
     kept = [alpha for alpha, (_, control) in found.items() if control >= keep * control_before]
-    return min(kept, key=lambda alpha: (found[alpha][0], alpha), default=0.0)
+    best = min(kept, key=lambda alpha: (found[alpha][0], alpha), default=0.0)
+    if best == COARSE[-1]:
+        note("alpha of forgetting", f"{best:g}, the largest tried, leaves control alone; a larger may forget more")
+    return best

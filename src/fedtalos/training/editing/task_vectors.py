@@ -125,7 +125,8 @@ def task_vector(
     are left out, which is noted. The base's head comes along. ``classes`` name the head's outputs, ``task`` those that
     were trained on.
 
-    Raises InputError where names or shapes differ, where nothing moved, and for values that are not finite.
+    Raises InputError where names or shapes differ, where nothing moved, for values that are not finite, and for classes
+    that are not the head's.
 
     >>> before = copy.deepcopy(model)
     >>> for round in fedavg(model, clients, mask, rounds=10, local=local):
@@ -148,6 +149,8 @@ def task_vector(
     if left_out := sum(int((t & ~support[n]).sum()) if n in support else int(t.sum()) for n, t in moved.items()):
         note("task vector", f"{left_out} entries moved outside the mask and are left out of the vector")
     if not any(bool(tensor.any()) for tensor in support.values()):
+        if mask is not None:
+            raise InputError("mask: lets nothing move; give another")
         raise InputError("task vector: before and after are the same; train in between, or give other models")
     entries = Entries({name: tensor for name, tensor in support.items() if bool(tensor.any())})
     theta = [entries.gather({n: t[n].detach().cpu().float() for n in entries.masks}) for t in (old, new)]

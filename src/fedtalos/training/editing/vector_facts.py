@@ -11,6 +11,7 @@ from typing import Annotated
 from annotated_types import MaxLen
 
 from fedtalos._version import __version__
+from fedtalos.errors import InputError
 from fedtalos.facts import ClassNames, Count, Word, schema
 from fedtalos.models.backbone import Backbone
 from fedtalos.models.heads import Head
@@ -68,9 +69,15 @@ def facts_of(
 ) -> VectorFacts:
     """Facts of a vector of this model, which had this head, (C, D) and (C,), when training began.
 
+    Raises InputError for classes that are not as many as the head's, and a task that is not of them.
+
     >>> facts = facts_of(model, head, task=("cat", "dog"))
     >>> tau = TaskVector(moving.entries.masks, moving.vector() - start, facts, head)
     """
+    if classes and len(classes) != len(head[1]):
+        raise InputError(f"classes: expected a name for each of the head's {len(head[1])} outputs, got {len(classes)}")
+    if classes and (strange := [name for name in task if name not in classes]):
+        raise InputError(f"task: {strange[0]!r} is none of the classes; give names of these")
     return VectorFacts(
         weights=model.origin.fingerprint,
         model=model.architecture.as_dict(),
