@@ -59,8 +59,8 @@ def test_courses_of_every_row_repeat_and_go_on_where_they_were_stopped(monkeypat
     [
         ([], "expected --tasks T"),
         (["--tasks", "1"], "two or more"),
-        (["--tasks", "2", "--one_shot"], "is of federated"),
-        (["--tasks", "2", "--merge", "ties"], "is of federated"),
+        (["--tasks", "2", "--one_shot"], "it is an option of federated"),
+        (["--tasks", "2", "--merge", "ties"], "it is an option of federated"),
         (["--tasks", "11", "--num_clients", "20"], "11 groups of 10 classes"),
     ],
 )

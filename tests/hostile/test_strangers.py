@@ -38,10 +38,12 @@ from fedtalos.data.photos import open_photos
 from fedtalos.errors import InputError
 from fedtalos.experiments import export
 from fedtalos.experiments.evaluate import of_run
+from fedtalos.experiments.predict import as_csv
 from fedtalos.files import is_locked, opened
 from fedtalos.metrics import Metrics
 from fedtalos.notes import note, noted
 from fedtalos.training.confusion import Confusion
+from fedtalos.training.prediction import Prediction
 
 ESCAPES = ["\x1b[2J", "\x1b]0;owned\x07", "a\rb", "a\nb", "\x00", "\u202egnp.exe", "\udce9", "\x9b31m", "x" * 5000]
 """What a terminal acts on, or cannot show."""
@@ -213,6 +215,8 @@ def test_no_name_of_a_class_is_run(tmp_path):
         written(tmp_path / "t.csv", found, ("=1+1", "cat"))
         with (tmp_path / "t.csv").open(newline="") as file:
             assert "'=1+1" in {line[0] for line in csv.reader(file)}
+    said = as_csv([Prediction("=photo.jpg", ("=1+1",), (0.9,))])
+    assert said.splitlines()[1] == "'=photo.jpg,1,'=1+1,0.900000"
 
 
 def test_cells_of_markdown_are_text():

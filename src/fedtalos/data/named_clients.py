@@ -19,8 +19,10 @@ def number_clients(names: Sequence[str]) -> tuple[NDArray[np.int64], str]:
     digits = all(name.isascii() and name.isdigit() and len(name) < 19 for name in sizes)
     ordered = sorted(sizes, key=lambda name: (int(name) if digits else 0, name))
     place = {name: number for number, name in enumerate(ordered)}
+    least, most = min(sizes.values()), max(sizes.values())
+    each = f"{least} training images each" if least == most else f"{least} to {most} training images"
     sentence = (
-        f"the data name {len(sizes)}, of {min(sizes.values())} to {max(sizes.values())} training images "
+        f"the data name {len(sizes)}, of {each} "
         f"({some(ordered)}): partition given takes them as they are, numbered from 0 in this order"
     )
     return np.array([place[name] for name in names], np.int64), sentence

@@ -1,7 +1,5 @@
 """Most probable classes of photos, with a trained model: as a table, as JSON or as CSV."""
 
-import csv
-import io
 import json
 from collections.abc import Sequence
 
@@ -13,6 +11,7 @@ from rich.text import Text
 from fedtalos.app.config.after_training import PredictConfig
 from fedtalos.app.run.bars import bar
 from fedtalos.app.run.display import say
+from fedtalos.app.run.recorder import table_text
 from fedtalos.app.trained import open_trained
 from fedtalos.data.photos import open_photos
 from fedtalos.errors import InputError, printable
@@ -60,15 +59,14 @@ def as_json(predictions: Sequence[Prediction]) -> str:
 
 def as_csv(predictions: Sequence[Prediction]) -> str:
     """Write a line per image and class, the most probable class first: image, rank, class, probability."""
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["image", "rank", "class", "probability"])
-    for prediction in predictions:
+    lines = [
+        (prediction.image, rank, name, f"{probability:.6f}")
+        for prediction in predictions
         for rank, (name, probability) in enumerate(
             zip(prediction.classes, prediction.probabilities, strict=True), start=1
-        ):
-            writer.writerow([prediction.image, rank, name, f"{probability:.6f}"])
-    return text.getvalue()
+        )
+    ]
+    return table_text([("image", "rank", "class", "probability"), *lines])
 
 
 def as_table(predictions: Sequence[Prediction]) -> Table:

@@ -3,15 +3,16 @@
 import math
 
 from fedtalos.app.config.apart import ApartOptions
-from fedtalos.app.config.schema import AggregationOptions, ContinualConfig, FederatedConfig
+from fedtalos.app.config.schema import AggregationOptions, FederatedConfig
 from fedtalos.errors import InputError
 
 
 def check_apart(config: FederatedConfig) -> None:
     """Refuse what --tasks and --one_shot cannot be given with, with an InputError that says what to do."""
     options, usual = config.apart, ApartOptions()
-    if isinstance(config, ContinualConfig):
-        _check_continual(options)
+    for name in config.idle:  # in a file; the command line does not know it
+        if getattr(options, name) != getattr(usual, name):
+            raise InputError(f"--{name}: {config.command} has no use for it; leave it out")
     if not options.asked:
         for name in ("merge", "merge_alpha", "refit_head", "leave_out"):
             if (value := getattr(options, name)) != getattr(usual, name):
@@ -43,9 +44,3 @@ def check_apart(config: FederatedConfig) -> None:
         )
     if config.aggregation.dp_noise is not None:
         raise InputError(f"--dp_noise {config.aggregation.dp_noise:g}: {asked} sends vectors without noise; drop one")
-
-
-def _check_continual(options: ApartOptions) -> None:
-    for name, off in (("one_shot", False), ("merge", "sum"), ("leave_out", ())):
-        if getattr(options, name) != off:
-            raise InputError(f"--{name}: is of federated; continual trains every task, and merges by sum and magmax")

@@ -105,7 +105,8 @@ def sections(config_type: type[Options]) -> dict[str, dict[str, FieldInfo]]:
     groups = [type(field.default) for field in config_type.model_fields.values() if isinstance(field.default, Options)]
     shared = [type(field.default) for field in Config.model_fields.values()]
     for group in [group for group in groups if group not in shared] + [g for g in reversed(shared) if g in groups]:
-        found[heading(group)] = dict(group.model_fields)
+        idle = config_type.idle if issubclass(config_type, Config) else ()
+        found[heading(group)] = {name: field for name, field in group.model_fields.items() if name not in idle}
     return {title: fields for title, fields in found.items() if fields}
 
 

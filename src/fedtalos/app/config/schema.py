@@ -377,6 +377,8 @@ class Config(Options):
     """Options that all training commands share."""
 
     command: ClassVar[str]
+    idle: ClassVar[tuple[str, ...]] = ()
+    """Options of its sections that the command has no use for."""
 
     run: RunOptions = RunOptions()
     data: DataOptions = DataOptions()
@@ -411,6 +413,7 @@ class ContinualConfig(FederatedConfig):
     """Train federatedly on one task after another (--tasks T); compare with tasks that train apart and are merged."""
 
     command: ClassVar[str] = "continual"
+    idle: ClassVar[tuple[str, ...]] = ("one_shot", "merge", "leave_out")
 
 
 class EditingConfig(Config):

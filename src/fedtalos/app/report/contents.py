@@ -151,7 +151,7 @@ def curves(method: Method) -> dict[str, Any]:
         by_run = [{row.step: row for row in run.history.rows if row.split == split} for run in method.runs]
         steps = sorted(set.intersection(*(set(rows) for rows in by_run)))
         points = []
-        for step in steps[:: max(1, len(steps) // MOST_POINTS)]:
+        for step in sorted({*steps[:: max(1, len(steps) // MOST_POINTS)], *steps[-1:]}):
             rows = [one[step] for one in by_run]
             accuracy = Spread.of([100 * row.accuracy for row in rows])
             deviation = 0.0 if math.isnan(accuracy.std) else accuracy.std

@@ -70,7 +70,14 @@ def write_csv(path: Path, rows: list[dict[str, Any]]) -> None:
 
 def write_lines(path: Path, lines: Iterable[Sequence[object]]) -> None:
     """Write the lines of a table as CSV, the heading first; a spreadsheet runs none of the cells."""
-    write_atomic(path, _csv([[inert(cell) for cell in line] for line in lines]))
+    write_atomic(path, table_text(lines))
+
+
+def table_text(lines: Iterable[Sequence[object]]) -> str:
+    """Write the lines of a table as CSV into a text; a spreadsheet runs none of the cells."""
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows([inert(cell) for cell in line] for line in lines)
+    return text.getvalue()
 
 
 def inert(cell: object) -> object:
@@ -165,10 +172,10 @@ class Recorder:
         rate = "" if learning_rate is None else f"{learning_rate:.6g}"
         row = [step, split, *figures, rate, bytes_down, bytes_up, f"{self.seconds:.2f}"]
         if self._kept is not None:
-            write_atomic(self._path, _csv(self._kept))
+            write_atomic(self._path, table_text(self._kept))
             self._kept = None
         with naming(self._path), opened(self._path, "ab") as file:
-            file.write(_csv([row]).encode())
+            file.write(table_text([row]).encode())
             file.flush()
             os.fsync(file.fileno())
         logged = {f"{split}/loss": metrics.loss, f"{split}/accuracy": metrics.accuracy, "seconds": self.seconds}
@@ -180,12 +187,6 @@ class Recorder:
     def close(self) -> None:
         for tracker in self._trackers:
             tracker.close()
-
-
-def _csv(rows: Iterable[Sequence[object]]) -> str:
-    text = io.StringIO()
-    csv.writer(text, lineterminator="\n").writerows(rows)
-    return text.getvalue()
 
 
 def _whole_rows(path: Path, header: list[str]) -> list[list[str]]:

@@ -119,7 +119,8 @@ def median(values: Tensor, _byzantine: int = 0) -> Tensor:
 
     >>> algorithm = FedAvg(aggregation=robust(median))
     """
-    return trimmed_mean(values, max(0, len(values) - 1) // 2)
+    check_enough("median", len(values), 0)
+    return trimmed_mean(values, (len(values) - 1) // 2)
 
 
 def trimmed_mean(values: Tensor, byzantine: int) -> Tensor:
