@@ -126,7 +126,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(name, monkeypatch):
     assert all(torch.equal(tensor, cut[key]) for key, tensor in whole.items())
 
 
-@pytest.mark.parametrize("name", ["fedprox --prox_mu 1", pytest.param("fedyogi", marks=pytest.mark.slow), "scaffold"])
+@pytest.mark.parametrize("name", ["fedprox --prox_mu 1", pytest.param("fedyogi", marks=pytest.mark.slow)])
 def test_two_workers_equal_one_bit_for_bit(name):
     federate("alone", f"--algorithm {name}")
     federate("shared", f"--algorithm {name} --workers 2")

@@ -46,9 +46,8 @@ def alone() -> str:
     return "alone"
 
 
-@pytest.mark.parametrize("workers", [2, 4])
-def test_many_workers_equal_one_bit_for_bit(alone, workers):
-    main([*FEDERATED, "--run_name", "many", "--workers", str(workers)])
+def test_three_workers_equal_one_bit_for_bit(alone):
+    main([*FEDERATED, "--run_name", "many", "--workers", "3"])
     assert_same(alone, "many")
 
 
@@ -64,9 +63,8 @@ def test_processes_of_torchrun_equal_one_bit_for_bit(alone):
 @pytest.mark.parametrize(
     "options",
     [
-        "--algorithm scaffold --optimizer sgd",
+        "--algorithm scaffold --optimizer sgd --on_bad_client skip --attack nan --attackers 2",
         "--head ridge --trainable blocks --freeze_head",  # which the leader fits
-        "--on_bad_client skip --attack nan --attackers 2 --algorithm fedadam",
     ],
 )
 def test_what_clients_are_sent_and_send_back_travels_and_nothing_is_pickled(options, monkeypatch):
@@ -100,12 +98,6 @@ def test_messages_are_json_and_not_as_long_as_they_like():
     for count in (-1, 0, processes.LONGEST + 1, 2**62):
         with pytest.raises(TrainingError, match=f"announced a message of {count} bytes"):
             processes._words(None, lambda tensor, count=count: tensor.fill_(count))
-
-
-def test_training_that_fails_in_a_worker_is_said_as_anywhere(capsys):
-    with pytest.raises(SystemExit, match="1"):
-        main([*FEDERATED, "--workers", "3", "--learning_rate", "1e15", "--clip_norm", "None", "--optimizer", "sgd"])
-    assert "round 1, client" in capsys.readouterr().err
 
 
 def test_bad_input_is_said_once_and_leaves_no_process(capsys):

@@ -226,7 +226,7 @@ def show(rows: dict[str, dict[str, float]], label: str, config: ForgetConfig, co
 
 
 def still_knowing(trained: TrainedApart) -> list[str]:
-    """What may know of the forgotten, though their vector is gone."""
+    """List what may know of the forgotten, though their vector is gone."""
     config = trained.loaded.config
     fitted = config.model.head == "linear" or closed_form(config.model.head) is not None
     found = {
