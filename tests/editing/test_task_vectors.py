@@ -312,6 +312,11 @@ def test_best_alpha_notes_an_edge_and_never_falls_below_the_base(base, taus):
     behind = ft.apply(base, taus[0], alpha=-1.0)
     assert ft.best_alpha(base, taus[0], lambda edited: distance_to(edited, behind)).alpha == 0.0
     assert "every other is worse" in noted()["alpha"]
+    near, beside = (ft.apply(base, taus[0], alpha=alpha) for alpha in (0.02, 0.09))
+    assert ft.best_alpha(base, taus[0], lambda edited: distance_to(edited, near)).alpha == 0.025
+    assert "smallest tried" in noted()["alpha"]
+    assert 0.05 < ft.best_alpha(base, taus[0], lambda edited: distance_to(edited, beside)).alpha <= 0.1
+    assert "alpha" not in noted()  # 0.05 was tried, too
     measured = iter([0.5] + [math.nan] * 99)
     assert ft.best_alpha(base, taus[0], lambda _: next(measured)).alpha == 0.0
     with pytest.raises(ft.InputError, match="grid"):

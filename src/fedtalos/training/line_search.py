@@ -33,7 +33,7 @@ def search_alpha(
     """Find the alpha that ``measure`` is largest at: among 0 and the ``grid``, then twice closer to the best.
 
     Eleven evaluations at most. Of equals the smallest is taken, and what measures NaN is taken for the worst. Where the
-    best is the largest or smallest of the ``grid``, that is noted, for a better one may lie beyond.
+    best is the largest of the ``grid``, or the smallest tried, that is noted, for a better one may lie beyond.
 
     Raises InputError for a grid that is not of numbers above 0.
 
@@ -78,5 +78,5 @@ def _note_edge(best: float, points: Sequence[float], tried: dict[float, float]) 
         note("alpha", f"0, the base itself, is best of {len(tried)}" + ("; every other is worse" if worse else ""))
     elif best == points[-1]:
         note("alpha", f"{best:g} is the largest of the grid, and best; a better one may lie beyond")
-    elif best <= points[0]:
-        note("alpha", f"{best:g} is best, at the lower edge of the grid; it is hardly more than the base")
+    elif not any(0 < alpha < best for alpha in tried):
+        note("alpha", f"{best:g} is the smallest tried but 0, and best; a better one may lie between")

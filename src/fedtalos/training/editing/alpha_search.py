@@ -21,8 +21,8 @@ def best_alpha(
 ) -> BestAlpha:
     """Search the alpha with which the model plus alpha times the vector measures best; 11 evaluations at most.
 
-    0 is tried too, so by this measure the result never falls below the base. Where the best lies at the edge of the
-    ``grid``, that is noted. Measure on images that are held out of training and of the test. ``search_alpha`` says in
+    0 is tried too, so by this measure the result never falls below the base. Where the best lies at the edge of what
+    was tried, that is noted. Measure on images that are held out of training and of the test. ``search_alpha`` says in
     which order factors are tried.
 
     Raises InputError for a grid that is not of numbers above 0, and for a vector of another model.
