@@ -349,8 +349,17 @@ def test_one_round_goes_on_without_a_node_that_is_killed_in_it():
     assert left_out() == {"no answer": 1}
     assert not load_vector(Path("vectors/fleet.client1.safetensors")).values.any()
     assert load_vector(Path("vectors/fleet.client2.safetensors")).values.any()
-    with pytest.raises(InputError, match="client 1 has left"):
-        in_a_fleet(f"{ONE_SHOT} --run_name other --merge regmean", post=Gone(nodes()))
+    in_a_fleet(f"{ONE_SHOT} --run_name other --merge regmean", post=Gone(nodes()))  # whose moments are not asked for
+
+
+@pytest.mark.slow
+def test_a_rule_that_asks_clients_ends_where_one_left_after_it_had_trained():
+    class Leaves(LocalPost):
+        def answer(self, number: int, letter: Letter) -> Letter | NoAnswer:
+            return NoAnswer("stopped") if (number, letter.kind) == (101, "weigh") else super().answer(number, letter)
+
+    with pytest.raises(InputError, match="client 1 sent no weights, and all that trained are to"):
+        in_a_fleet(f"{ONE_SHOT} --merge regmean", post=Leaves(nodes()))
 
 
 @pytest.mark.slow
