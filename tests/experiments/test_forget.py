@@ -205,6 +205,17 @@ def test_a_client_is_forgotten_and_compared_with_retraining(inside, capsys):
     assert Path("results/gone/forgetting.csv").read_text().startswith("model,target,control,probe,control_share")
 
 
+def test_it_is_said_who_has_no_say(in_a_folder_of_its_own, capsys):
+    run(ONE_SHOT, "--run_name d --dropout_rate 0.5 --device cpu")
+    silent = [k for k in range(4) if not ft.load_vector(Path(f"vectors/d.client{k}.safetensors")).values.any()]
+    assert 0 < len(silent) < 3
+    named = ", ".join(f"client{client}" for client in silent)
+    assert f"merge: without {named}: nothing came back" in capsys.readouterr().out
+    heard = next(client for client in range(4) if client not in silent)
+    run(["forget", "d", "--client", str(heard), "--alpha", "0", "--device", "cpu"])
+    assert f"body: {3 - len(silent)} vector" in capsys.readouterr().out
+
+
 def test_a_client_that_sent_nothing_has_no_say(inside):
     """It dropped out, or came late: its vector of zeros would pull a mean towards the start."""
     trained = read_trained_apart("once", Path(), {"device": "cpu"})

@@ -239,7 +239,7 @@ def still_knowing(trained: TrainedApart) -> list[str]:
 
 def explain(trained: TrainedApart, out: list[int], alpha: float, head: str, console: Console) -> None:
     """Say what is exact, and what is not."""
-    rest = len(trained.units) - len(out)
+    rest = len(trained.others(out)[0])
     vectors = "1 vector" if rest == 1 else f"{rest} vectors"
     say(
         console,

@@ -27,6 +27,7 @@ from fedtalos.app.run.kept import Kept, Unit, clients_in, groups_of, units_of
 from fedtalos.app.run.session import ALGORITHM, Evaluate, Session
 from fedtalos.app.run.task_table import write_task_table
 from fedtalos.models.heads import ClosedForm, Head, HeadSums, closed_form, set_head
+from fedtalos.notes import note
 from fedtalos.training.editing.task_vectors import TaskVector, scaled
 from fedtalos.training.federated.apart import train_apart, unit_seed
 from fedtalos.training.federated.client_sampling import sample_clients
@@ -163,6 +164,9 @@ class Apart:
         self.moving.write(self.start)
         merger = Merger(self.loaded, self.holders, self.moving, self.start, self.head)
         units, own = that_sent(self.units, vectors)
+        if len(units) < len(self.units):
+            silent = [unit.name for unit in self.units if unit not in units]
+            note("merge", f"without {', '.join(silent[:12])}{', ...' if silent[12:] else ''}: nothing came back")
         merged = merger.merged(units, own)
         alpha = factor(self.loaded, merged, refit=self.kind if options.refit_head else None)
         theta = self.start + scaled(merged.values, alpha).to(self.start.device)

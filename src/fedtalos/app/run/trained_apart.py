@@ -70,13 +70,17 @@ class TrainedApart:
         """The clients, with their images."""
         return LocalHolders(self.loaded, self.clients, self.moving)
 
+    def others(self, out: list[int]) -> tuple[list[Unit], list[TaskVector]]:
+        """Units that are not ``out`` and have a say in the merger, and their vectors."""
+        rest = [number for number in range(len(self.units)) if number not in out]
+        return that_sent([self.units[n] for n in rest], [self.vectors[n] for n in rest])
+
     def without(self, out: list[int]) -> Tensor:
         """The values (A,) that the run would have been merged to from the other units' vectors."""
-        rest = [number for number in range(len(self.units)) if number not in out]
         first, tensors = f"{APART}head.", self.checkpoint.tensors
         head = (tensors[f"{first}weight"], tensors[f"{first}bias"])
         merger = Merger(self.loaded, self.holders, self.moving, self.start, head)
-        merged = merger.merged(*that_sent([self.units[n] for n in rest], [self.vectors[n] for n in rest]))
+        merged = merger.merged(*self.others(out))
         return self.start + scaled(merged.values, self.alpha).to(self.start.device)
 
     def fit_head_without(self, out: list[int]) -> str:
