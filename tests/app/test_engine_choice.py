@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from fedtalos.app import engine
+from fedtalos.app.config.apart import ApartOptions
 from fedtalos.app.config.schema import CentralizedConfig, EditingConfig, FederatedConfig, FederationOptions, RunOptions
 from fedtalos.app.engine import (
     BYTES_OF_ACTIVATIONS,
@@ -78,16 +79,20 @@ def test_scores_are_never_compiled(vit):
 
 
 @pytest.mark.parametrize(
-    ("room", "workers", "size"), [(10, 1, 10), (99, 1, 10), (9, 1, 5), (3, 1, 3), (0, 1, 1), (9, 3, 4)]
+    ("room", "workers", "apart", "size"),
+    [
+        *((10, 1, {}, 10), (99, 1, {}, 10), (9, 1, {}, 5), (3, 1, {}, 3), (0, 1, {}, 1), (9, 3, {}, 4)),
+        *((999, 1, {"one_shot": True}, 100), (30, 1, {"one_shot": True, "tasks": 5, "leave_out": (1,)}, 27)),
+    ],
 )
-def test_a_stack_is_a_round_s_clients_as_far_as_memory_goes(vit, room, workers, size, monkeypatch):
+def test_a_stack_is_a_round_s_clients_as_far_as_memory_goes(vit, room, workers, apart, size, monkeypatch):
     """Memory has room for so many clients of a round of ten, and a half."""
     moving = MaskedParameters(vit, head_mask(vit))
     local = LocalTraining(augmentation="crop_flip", precision="bf16")
     client = 64 * 17 * 96 * 6 * BYTES_OF_ACTIVATIONS["bf16"] + BYTES_OF_STATE * len(moving)
     monkeypatch.setattr(MaskedParameters, "device", torch.device("cuda"))
     monkeypatch.setattr(engine, "total_memory", lambda _: (room + 0.5) * client / SHARE_OF_MEMORY)
-    config = FederatedConfig(federation=FederationOptions(workers=workers))
+    config = FederatedConfig(federation=FederationOptions(workers=workers), apart=ApartOptions(**apart))
     assert clients_at_once(config, moving, local) == size
 
 

@@ -6,12 +6,13 @@ import torch
 
 from fedtalos.data.images import LabelledImages
 from fedtalos.training.evaluation import evaluate
-from fedtalos.training.federated.apart import train_apart, unit_seed
+from fedtalos.training.federated.apart import train_apart
 from fedtalos.training.federated.continual import Course
 from fedtalos.training.federated.fedavg import fedavg
 from fedtalos.training.federated.one_shot import one_shot
 from fedtalos.training.federated.partition import split_clients
 from fedtalos.training.federated.personal import personalised, with_own_vectors
+from fedtalos.training.federated.stacked import stacked
 from fedtalos.training.federated.tasks import clients_of_tasks, split_by_task
 from fedtalos.training.federated.transforms import dropouts
 from fedtalos.training.head_fitting import fit_head
@@ -40,22 +41,40 @@ def moving(vit) -> MaskedParameters:
     return MaskedParameters(vit, {name: torch.rand(p.shape, generator=generator) < 0.1 for name, p in named.items()})
 
 
-def apart(moving, clients, **how) -> tuple[list, dict[int, torch.Tensor]]:
+def apart(moving, clients, local=LOCAL, **how) -> tuple[list, dict[int, torch.Tensor]]:
     vectors: dict[int, torch.Tensor] = {}
-    rounds = list(train_apart(moving, clients, local=LOCAL, keep=vectors.__setitem__, **how))
+    rounds = list(train_apart(moving, clients, local=local, keep=vectors.__setitem__, **how))
     return rounds, vectors
 
 
-def test_units_start_alike_and_leave_the_model_as_it_was(moving, pictures):
-    clients, before = split_clients(pictures, 3), moving.vector()
+def test_units_that_train_once_are_a_round_of_all_clients_whose_updates_are_kept(moving, pictures):
+    clients, before = split_clients(pictures, 7), moving.vector()
     rounds, vectors = apart(moving, clients)
     assert moving.vector().equal(before)
-    assert [(r.number, r.clients) for r in rounds] == [(1, (0,)), (2, (1,)), (3, (2,))]
-    for client, vector in vectors.items():
-        seed = unit_seed(0, [client])
-        list(fedavg(moving, clients.only(client, client + 1), local=LOCAL, rounds=1, seed=seed))
-        assert vector.equal(moving.vector() - before)
-        moving.write(before)
+    assert [(r.number, r.clients) for r in rounds] == [(1 + client, (client,)) for client in range(7)]
+    (together,) = fedavg(moving, clients, local=LOCAL, rounds=1, fraction=1)
+    mean = sum(int(size) * vectors[client] for client, size in enumerate(clients.sizes)) / 60
+    torch.testing.assert_close(moving.vector() - before, mean)
+    assert sum((r.train for r in rounds[1:]), rounds[0].train).correct == together.train.correct
+
+
+@pytest.mark.parametrize("units", [None, clients_of_tasks(7, 3)])
+def test_units_that_train_once_share_stacks(moving, pictures, units):
+    clients, asked = split_clients(pictures, 7), []
+    how = {"units": units, "through": lambda _, seed: [dropouts(0.3, seed)]}
+    local = LocalTraining(steps=2, batch_size=4, optimizer="sgd", learning_rate=0.1)
+
+    def engine(*given):
+        asked.append(given)
+        return stacked(*given, size=4)
+
+    rounds, vectors = apart(moving, clients, local, **how)
+    others, in_stacks = apart(moving, clients, local, **how, engine=engine)
+    assert len(asked) == 1
+    assert any(r.lost for r in rounds)
+    assert [(r.train.correct, r.lost) for r in rounds] == [(r.train.correct, r.lost) for r in others]
+    for unit, vector in vectors.items():
+        torch.testing.assert_close(in_stacks[unit], vector, rtol=1e-3, atol=1e-6)
 
 
 def test_a_units_vector_does_not_depend_on_the_others(moving, pictures):

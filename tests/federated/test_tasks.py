@@ -124,13 +124,13 @@ def test_stacks_restrict_logits_as_one_by_one_does(vit, pictures):
 
 
 def test_units_that_train_apart_share_what_was_captured_of_their_steps(vit, pictures, recorded):
-    """Two clients of every task, each a stack of one: the numbers are those of stacks of their own."""
+    """Two clients of every task, each a stack of one for two rounds: the numbers are those of stacks of their own."""
     clients = split_by_task(pictures, 4, ((0, 1, 4), (2, 3)))
     local = LocalTraining(steps=4, batch_size=4, optimizer="sgd")
     found = []
     for kept in (None, Kept()):
         vectors, engine = {}, partial(stacked, size=1, compile="graph", kept=kept)
-        for _ in train_apart(vit, clients, local=local, keep=vectors.__setitem__, engine=engine):
+        for _ in train_apart(vit, clients, local=local, rounds=2, keep=vectors.__setitem__, engine=engine):
             pass
         found.append([vectors[unit] for unit in range(4)])
         found.append(len(recorded))

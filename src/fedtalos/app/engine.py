@@ -85,7 +85,7 @@ def way_of_scores(config: EditingConfig, model: Backbone, device: str) -> Compil
 
 
 def clients_at_once(config: FederatedConfig, moving: MaskedParameters, local: LocalTraining) -> int:
-    """Settle how many clients train in one stack: as asked, else 1, but on CUDA a round's, as far as memory goes.
+    """Settle how many clients train in one stack: as asked, else 1, but on CUDA as many as can be.
 
     Where a round's clients do not fit, they are stacked in groups of about one size.
     """
@@ -97,7 +97,7 @@ def clients_at_once(config: FederatedConfig, moving: MaskedParameters, local: Lo
         return asked
     if not ours or moving.device.type != "cuda":
         return 1
-    per_round = -(-rounds_of(config).clients // federation.workers)
+    per_round = -(-rounds_of(config).at_once // federation.workers)
     kept = local.batch_size * work_an_image(model, stages_passed(moving, local)) * BYTES_OF_ACTIVATIONS[local.precision]
     fit = max(1, int(SHARE_OF_MEMORY * total_memory(moving.device) / (kept + BYTES_OF_STATE * len(moving))))
     return -(-per_round // -(-per_round // fit))

@@ -92,14 +92,14 @@ class Node:
 
     def _train(self, task: Task, letter: Letter) -> Letter:
         """Train the client from theta on for a round."""
-        moving, (clients, client, seed) = task.moving, task.drawn
+        moving, seed = task.moving, task.loaded.config.run.seed
         theta = torch.from_numpy(np.array(vector(letter, "theta", len(moving))))
         said = vector(letter, "message", len(moving)) if "message" in letter.arrays else None
         message = None if said is None else torch.from_numpy(np.array(said)).to(moving.device)
         moving.write(theta.to(moving.device))
         start = moving.copy()
-        engine = one_by_one(moving, clients, task.local, seed, task.algorithm, message=lambda _: message)
-        (_, answer), *_ = engine(fact(letter, "round", int), [client], start)
+        engine = one_by_one(moving, task.clients, task.local, seed, task.algorithm, message=lambda _: message)
+        (_, answer), *_ = engine(fact(letter, "round", int), [task.client], start)
         update = checked(answer, start, finite=True)
         if isinstance(update, Lost):
             return Letter("lost", {"why": update.why, "sent": update.sent})

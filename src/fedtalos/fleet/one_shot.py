@@ -24,11 +24,10 @@ from fedtalos.fleet.members import Members
 from fedtalos.fleet.post import Post
 from fedtalos.fleet.questions import evaluate_nodes, sums_of_clients, weights_of_clients
 from fedtalos.models.heads import ClosedForm, HeadSums
-from fedtalos.training.entries import Values
 from fedtalos.training.federated.clients import Clients
-from fedtalos.training.federated.fedavg import Engine, FedAvg, Lost, Update, Updates
+from fedtalos.training.federated.fedavg import Engine
 from fedtalos.training.federated.traffic import Traffic
-from fedtalos.training.local_training import LocalTraining, Watch
+from fedtalos.training.local_training import Watch
 from fedtalos.training.masked_parameters import MaskedParameters
 
 
@@ -90,26 +89,8 @@ class FleetHolders:
         member, known = self.members.by_client.get(client), range(len(self.loaded.data.classes))
         return () if member is None else tuple(sorted(set(member.classes) & set(known)))
 
-    def engine(self, _watch: Watch, units: Sequence[Sequence[int]]) -> Engine:
-        """Make an engine that asks all clients at the first's turn, so that they train side by side."""
-        left = [client for members in units for client in members]
-        turns, everyone, asked = iter(left), self.clients, dict[str, Iterator[tuple[int, Update | Lost]]]()
-
-        def engine(
-            moving: MaskedParameters, _own: Clients, local: LocalTraining, seed: int, algorithm: FedAvg
-        ) -> Updates:
-            client = next(turns)
-
-            def updates(number: int, chosen: Sequence[int], theta: Values) -> Iterator[tuple[int, Update | Lost]]:
-                if not asked:
-                    every = on_nodes(moving, everyone, local, seed, algorithm, members=self.members, wire=self.wire)
-                    asked["answers"] = every(number, left, theta)
-                for own in chosen:  # one, or none
-                    yield own, next(answer for other, answer in asked["answers"] if other == client)
-
-            return updates
-
-        return engine
+    def engine(self, _watch: Watch) -> Engine:
+        return partial(on_nodes, members=self.members, wire=self.wire)
 
     def head_sums(self, clients: Sequence[int], kind: ClosedForm) -> Iterator[tuple[int, HeadSums]]:
         return sums_of_clients(self.loaded, self.moving, self.members, kind, clients)

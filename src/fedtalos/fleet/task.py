@@ -19,7 +19,6 @@ from fedtalos.errors import InputError
 from fedtalos.fleet.frozen import read_frozen_part
 from fedtalos.fleet.letter import Letter, fact
 from fedtalos.training.entries import named_tensors
-from fedtalos.training.federated.apart import unit_seed
 from fedtalos.training.federated.clients import Clients
 from fedtalos.training.federated.fedavg import FedAvg
 from fedtalos.training.local_training import LocalTraining
@@ -51,14 +50,6 @@ class Task:
         if not self.loaded.config.apart.one_shot:
             return {}
         return {"classes": list(LocalHolders(self.loaded, self.clients, self.moving).classes(self.client))}
-
-    @property
-    def drawn(self) -> tuple[Clients, int, int]:
-        """Clients, the client's number among them, and the seed of its batches: its own where it trains apart."""
-        seed, client = self.loaded.config.run.seed, self.client
-        if not self.loaded.config.apart.one_shot:
-            return self.clients, client, seed
-        return self.clients.only(client, client + 1), 0, unit_seed(seed, [client])
 
 
 def begin_task(letter: Letter, still: bytes, node: FleetNodeConfig, state: Path) -> Task:

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from fedtalos.app.config.schema import ContinualConfig, FederatedConfig
+from fedtalos.training.federated.apart import at_once
 from fedtalos.training.federated.client_sampling import clients_per_round
 
 
@@ -17,6 +18,8 @@ class Rounds:
     """Share of a unit's clients that train in a round."""
     clients: int
     """Clients of a round; where units differ in size, those of the largest."""
+    at_once: int
+    """Clients that could train at once: a round's, or those of all units where each takes one round of all its own."""
 
 
 def rounds_of(config: FederatedConfig) -> Rounds:
@@ -24,14 +27,15 @@ def rounds_of(config: FederatedConfig) -> Rounds:
 
     >>> config = override(FederatedConfig(), {"tasks": 5, "num_clients": 10, "one_shot": True}, "mine")
     >>> rounds_of(config)
-    Rounds(total=5, each=1, fraction=1.0, clients=2)
+    Rounds(total=5, each=1, fraction=1.0, clients=2, at_once=10)
     """
     federation, options, count = config.federation, config.apart, config.split.num_clients
     each, fraction = (1, 1.0) if options.one_shot else (federation.num_rounds, federation.client_fraction)
     units = units_apart(count, options.tasks, one_shot=options.one_shot)
     passes = 2 if isinstance(config, ContinualConfig) else 1
-    total = passes * each * max(0, units - len(options.leave_out))
-    return Rounds(total, each, fraction, clients_per_round(-(-count // units), fraction))
+    left = max(0, units - len(options.leave_out))
+    clients = clients_per_round(-(-count // units), fraction)
+    return Rounds(passes * each * left, each, fraction, clients, clients * left if at_once(each, fraction) else clients)
 
 
 def units_apart(num_clients: int, tasks: int | None, *, one_shot: bool) -> int:

@@ -29,11 +29,12 @@ from fedtalos.app.run.task_table import write_task_table
 from fedtalos.models.heads import ClosedForm, Head, HeadSums, closed_form, set_head
 from fedtalos.notes import note
 from fedtalos.training.editing.task_vectors import TaskVector, scaled
-from fedtalos.training.federated.apart import train_apart, unit_seed
+from fedtalos.training.federated.apart import at_once, train_apart, unit_seed
 from fedtalos.training.federated.client_sampling import sample_clients
 from fedtalos.training.federated.fedavg import FedAvg, Round
 from fedtalos.training.federated.traffic import Traffic
 from fedtalos.training.head_fitting import fit_to_sums
+from fedtalos.training.loop import Batches
 from fedtalos.training.masked_parameters import MaskedParameters
 
 APART = "apart/"
@@ -116,6 +117,11 @@ class Apart:
         if done == total:
             return  # what the model holds belongs to rounds after these
         members = [unit.members for unit in self.units]
+        shared = len(members) - done if at_once(self.each, self.fraction, onward=onward) else 1
+
+        def watch(batches: Batches, share: float) -> Batches:
+            return self.session.watch(batches, share * shared)  # of a unit's round, where one round is all units'
+
         rounds = train_apart(
             self.moving,
             self.holders.clients,
@@ -130,7 +136,7 @@ class Apart:
             onward=onward,
             algorithm=self._new_algorithm,
             through=lambda own, seed: transforms_of(config, own, local_training(config), seed),
-            engine=self.holders.engine(self.session.watch, members[done // self.each :]),
+            engine=self.holders.engine(watch),
             on_bad_client=config.failures.on_bad_client,
             done=done,
         )

@@ -36,8 +36,8 @@ class Holders(Protocol):
         """Classes that a client holds images of, ascending."""
         ...
 
-    def engine(self, watch: Watch, units: Sequence[Sequence[int]]) -> Engine:
-        """Make the engine of ``train_apart`` for the units that are still to train, in their order."""
+    def engine(self, watch: Watch) -> Engine:
+        """Make the engine of ``train_apart``."""
         ...
 
     def head_sums(self, clients: Sequence[int], kind: ClosedForm) -> Iterator[tuple[int, HeadSums]]:
@@ -68,7 +68,7 @@ class LocalHolders:
     def classes(self, client: int) -> tuple[int, ...]:
         return tuple(sorted(set(self._labels[self.clients[client]].tolist())))
 
-    def engine(self, watch: Watch, _units: Sequence[Sequence[int]]) -> Engine:
+    def engine(self, watch: Watch) -> Engine:
         return engine_of(self.loaded.config, watch, Kept())
 
     def head_sums(self, clients: Sequence[int], kind: ClosedForm) -> Iterator[tuple[int, HeadSums]]:
