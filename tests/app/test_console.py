@@ -9,16 +9,20 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 import yaml
 from PIL import Image
 from rich.console import Console
 
+from fedtalos.app.config.files import override
+from fedtalos.app.config.schema import FederatedConfig
 from fedtalos.app.run.bars import bar
 from fedtalos.app.run.display import Display, say_facts, say_pairs
-from fedtalos.app.run.ending import next_commands, say_next
+from fedtalos.app.run.ending import next_commands, say_next, what_to_try
 from fedtalos.app.run.paths import RunPaths
 from fedtalos.cli import main
 from fedtalos.metrics import Metrics
+from fedtalos.training.masked_parameters import MaskedParameters, head_mask
 
 SMALL = shlex.split("--model_size micro --image_size 8 --patch_size 4 --weights none --device cpu --val_fraction 0.2")
 GRID = {
@@ -284,3 +288,18 @@ def test_commands_to_copy_are_as_a_shell_reads_them():
     copied = [shlex.split(line, comments=True) for line in out.getvalue().splitlines()[1:]]
     assert copied[0] == ["fedtalos", "predict", "my run", "IMAGE", "--output_dir", "a place"]
     assert copied[1][2:4] == ["another's", "my run"]
+
+
+@pytest.mark.parametrize(
+    ("said", "mask", "to_try"),
+    [
+        ({}, None, "a lower --learning_rate, --freeze_head, or fewer steps between rounds"),
+        ({"one_shot": True}, "blocks", "a lower --learning_rate"),
+        ({"dp_noise": 1.0}, "blocks", "less --dp_noise, a lower --learning_rate, or fewer steps between rounds"),
+        ({"trainable": "head"}, "head", "a lower --learning_rate, or fewer steps between rounds"),
+    ],
+)
+def test_a_run_that_loses_is_told_what_could_help_it(vit, said, mask, to_try):
+    masks = {"head": head_mask(vit), "blocks": {"blocks.0.attn.proj.weight": torch.ones(96, 96, dtype=torch.bool)}}
+    config = override(FederatedConfig(), said, "the test")
+    assert what_to_try(config, MaskedParameters(vit, masks.get(mask))) == to_try

@@ -86,7 +86,9 @@ def test_editing_says_the_next_command_which_runs(edited, capsys):
 
 def test_a_run_that_loses_says_so(edited, capsys):
     federate("--learning_rate 1 --optimizer sgd --num_rounds 2 --eval_every 1 --head weights", "worse")
-    assert "training did not help: validation accuracy was" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "training did not help: validation accuracy was" in out
+    assert "try a lower --learning_rate, --freeze_head, or fewer steps between rounds" in out
     summary = yaml.safe_load(Path("results/worse/summary.yaml").read_text())
     assert summary["best_round"] == 0
 

@@ -87,7 +87,8 @@ def shares(config: FederatedConfig, clients: Clients) -> str:
         work = f"{federation.local_epochs} {passes} over their images"
     if tasks is not None:
         count += f" of {tasks} task{'' if tasks == 1 else 's'}"
-    return f"{count}, {title}, {size} images each; {drawn} in a round, {work}"
+    when = "each trains once" if config.apart.one_shot else f"{drawn} in a round"
+    return f"{count}, {title}, {size} images each; {when}, {work}"
 
 
 def model(loaded: Loaded[Any]) -> str:

@@ -12,12 +12,14 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from fedtalos.app.config.schema import CentralizedConfig, FederatedConfig
 from fedtalos.app.run.display import say, say_facts
 from fedtalos.app.run.paths import RunPaths
 from fedtalos.app.run.progress import Progress
 from fedtalos.app.run.runs import comparable
 from fedtalos.app.run.units import duration, megabytes, percent, thousands
 from fedtalos.metrics import wilson
+from fedtalos.training.masked_parameters import MaskedParameters
 
 
 @dataclass(frozen=True)
@@ -37,15 +39,16 @@ def say_end(
     files: Sequence[Path],
     progress: Progress,
     unit: str,
+    to_try: str,
 ) -> None:
-    """Print what a run ``reached`` by split, what it cost, its files, a warning where it lost, and what comes next."""
+    """Print what a run ``reached`` by split, what it cost, its files, what ``to_try`` where it lost, what is next."""
     console.print(table_of(reached, f"{unit} {progress.best}"))
     counts = " and ".join(thousands(figures.examples) for figures in reached.values())
     costs = costs_of(summary["seconds"], progress.evaluation_seconds, progress.images, summary.get("megabytes_sent"))
     say_facts(console, {"in brackets": f"95 % interval, by the {counts} images", **costs})
     for path in files:
         say(console, str(path))
-    if warning := loss_of(progress, unit):
+    if warning := loss_of(progress, unit, to_try):
         say(console, warning)
     say_next(console, paths, next_commands(summary["command"], paths, comparable(paths)))
 
@@ -69,8 +72,8 @@ def stopped_early(progress: Progress, unit: str, total: int) -> str:
     return f"stopped early at {unit} {progress.done} of {total}: nothing better for {stale}"
 
 
-def loss_of(progress: Progress, unit: str) -> str:
-    """Say where training made the model worse, and what to try; empty where it did not."""
+def loss_of(progress: Progress, unit: str, to_try: str) -> str:
+    """Say where training made the model worse, and what ``to_try``; empty where it did not."""
     if progress.start_accuracy < 0 or progress.done == 0:
         return ""
     if progress.val_accuracy >= progress.start_accuracy and progress.best > 0:
@@ -78,8 +81,24 @@ def loss_of(progress: Progress, unit: str) -> str:
     return (
         f"training did not help: validation accuracy was {percent(progress.start_accuracy)} at the start, "
         f"and is {percent(progress.val_accuracy)} at the end (best: {unit} {progress.best}); "
-        "try a lower --learning_rate, --freeze_head, or fewer steps between rounds"
+        f"try {to_try}"
     )
+
+
+def what_to_try(config: CentralizedConfig | FederatedConfig, moving: MaskedParameters) -> str:
+    """List options that may help a run whose training did not.
+
+    >>> what_to_try(CentralizedConfig(), MaskedParameters(model))
+    'a lower --learning_rate, or --freeze_head'
+    """
+    options = ["a lower --learning_rate"]
+    if isinstance(config, FederatedConfig) and config.aggregation.dp_noise:
+        options.insert(0, "less --dp_noise")
+    if "head.weight" in moving.parameters and config.train.trainable != "head":
+        options.append("--freeze_head")
+    if isinstance(config, FederatedConfig) and not config.apart.one_shot:
+        options.append("fewer steps between rounds")
+    return ", or ".join([", ".join(options[:-1]), options[-1]]) if options[1:] else options[0]
 
 
 def with_interval(share: float, examples: int) -> Text:

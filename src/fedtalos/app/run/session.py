@@ -21,7 +21,7 @@ from fedtalos.app.report.mistakes import MOST_CLASSES, classes_of
 from fedtalos.app.run.bars import bar
 from fedtalos.app.run.beginning import introduction
 from fedtalos.app.run.display import Display, say, say_facts
-from fedtalos.app.run.ending import Reached, say_end, stopped_early
+from fedtalos.app.run.ending import Reached, say_end, stopped_early, what_to_try
 from fedtalos.app.run.energy import EnergyMeter
 from fedtalos.app.run.folders import open_run, say_decisions
 from fedtalos.app.run.interruption import Interrupted, deferred, with_safe_points
@@ -86,6 +86,7 @@ class Session:
         self.energy = EnergyMeter(loaded.device)
         self.state: Callable[[], dict[str, Tensor]] = dict
         self.start: Start | None = None
+        self.to_try = ""
         self._showing = False
         self._validated_now: Metrics | None = None
         self._advance: Callable[[int], None] = lambda _count: None
@@ -160,6 +161,7 @@ class Session:
         self, moving: MaskedParameters, clients: Clients | None = None, algorithm: FedAvg | None = None
     ) -> None:
         """Say what the run is: device, data, clients, model, what moves and is sent; and how far it is."""
+        self.to_try = what_to_try(self.config, moving)
         facts = introduction(self.loaded, moving, clients, algorithm)
         if not self.fresh:
             best = f", best on validation {percent(self.progress.best_accuracy)}" if self.progress.best else ""
@@ -290,7 +292,7 @@ class Session:
         }
         kept = [] if self.start is None else [self.paths.vector]
         files = [self.paths.results, self.paths.checkpoints, *kept, *drawn]
-        say_end(self.console, self.paths, summary, reached, files, progress, self.unit)
+        say_end(self.console, self.paths, summary, reached, files, progress, self.unit, self.to_try)
 
     def _tested(self, evaluate: Evaluate) -> tuple[Confusion | None, Metrics, Metrics]:
         """Read the test split: answers of the last model where classes are few, its metrics, and the best model's."""
