@@ -7,13 +7,15 @@ what the simulation drew.
 """
 
 import hashlib
+from operator import index
 
 import numpy as np
 import torch
 
 
 def _entropy(seed: int, source: tuple[str | int, ...]) -> int:
-    return int.from_bytes(hashlib.blake2b(repr((seed, *source)).encode(), digest_size=16).digest(), "little")
+    words = tuple(word if isinstance(word, str) else index(word) for word in (seed, *source))  # numpy spells its own
+    return int.from_bytes(hashlib.blake2b(repr(words).encode(), digest_size=16).digest(), "little")
 
 
 def generator(seed: int, *source: str | int) -> np.random.Generator:

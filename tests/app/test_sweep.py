@@ -8,6 +8,7 @@ import pytest
 import yaml
 
 from fedtalos.app.config.files import read_yaml
+from fedtalos.app.config.schema import FederationOptions
 from fedtalos.app.config.tools import SweepConfig
 from fedtalos.app.figures.records import History, Row
 from fedtalos.app.figures.sweeps import curve
@@ -288,6 +289,9 @@ def test_an_estimate_scales_the_time_of_a_finished_run():
     assert estimate(four, [took(one, 4.0)]) == 16
     few, many = cells_of("federated", local_epochs=[2, 3])
     assert estimate(many, [took(few, 4.0)]) == 6
+    usual = {"one_shot": True, "local_steps": FederationOptions().local_steps}
+    few, many = cells_of("federated", work={"few": usual, "many": {**usual, "num_clients": 40}})
+    assert estimate(many, [took(few, 4.0)]) == 4  # a pass over all images, whoever holds them
 
 
 def test_an_estimate_takes_the_finished_run_that_has_most_in_common():

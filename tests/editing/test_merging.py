@@ -35,7 +35,7 @@ def vector(seed, density=0.6, values=None):
             mask[name] = where
             found.append(rng.standard_normal(int(where.sum())))
     flat = torch.from_numpy(np.concatenate(found) if values is None else values).float()
-    return TaskVector(mask, flat, VectorFacts(weights="w", model={}, parameters=100))
+    return TaskVector(mask, flat, VectorFacts(weights="w", model={"size": "micro"}, parameters=100))
 
 
 def dense(tau):
@@ -154,12 +154,15 @@ def test_an_entry_outside_the_support_is_needed_by_no_one():
 
 def test_lines_scales_linearly_with_depth():
     names = ["pos_embed", "blocks.0.x", "blocks.1.x", "blocks.2.x", "norm.bias", "head.bias"]
-    assert list(depths(names).values()) == [0, 0, 0.5, 1, 1, 1]
-    factors = {"blocks.0.fc.weight": 0.2, "blocks.0.fc.bias": 0.2, "blocks.1.fc.weight": 1.5, "norm.bias": 1.5}
-    expected = {name: factors[name] * values.sum(0) for name, values in stacked(THREE).items()}
-    check(merged(THREE, "lines", first=0.2, last=1.5), expected)
-    by_default = {n: (1 / 3 if f == 0.2 else 1) * stacked(THREE)[n].sum(0) for n, f in factors.items()}
-    check(merged(THREE, "lines"), by_default)
+    assert list(depths(names, blocks=3).values()) == [0, 0, 0.5, 1, 1, 1]
+    depth = {"blocks.0.fc.weight": 0, "blocks.0.fc.bias": 0, "blocks.1.fc.weight": 1 / 5, "norm.bias": 1}  # of 6 blocks
+    for first, last, how in ((0.2, 1.5, {"first": 0.2, "last": 1.5}), (1 / 3, 1.0, {})):
+        expected = {n: (first + (last - first) * depth[n]) * values.sum(0) for n, values in stacked(THREE).items()}
+        check(merged(THREE, "lines", **how), expected)
+    noted()
+    unknown = [replace(one, facts=replace(one.facts, model={"name": "resnet"})) for one in THREE]
+    merged(unknown, "lines")
+    assert "no blocks are known" in noted()["lines"]
 
 
 def test_fisher_weighs_entries():

@@ -319,6 +319,8 @@ def test_best_alpha_notes_an_edge_and_never_falls_below_the_base(base, taus):
     assert "alpha" not in noted()  # 0.05 was tried, too
     measured = iter([0.5] + [math.nan] * 99)
     assert ft.best_alpha(base, taus[0], lambda _: next(measured)).alpha == 0.0
+    assert ft.best_alpha(base, taus[0], lambda _: math.nan).alpha == 0.0
+    assert "nothing could be measured" in noted()["alpha"]
     with pytest.raises(ft.InputError, match="grid"):
         ft.best_alpha(base, taus[0], lambda _: 0.0, grid=[0.1, math.nan])
 
@@ -360,6 +362,7 @@ def test_predictions_stay_among_the_classes(base, pictures):
 def test_figures_over_tasks():
     assert normalised_accuracy([0.9, 0.8], [0.9, 1.0]) == pytest.approx(0.9)
     assert normalised_accuracy([0.9, 0.1], [0.9, 0.0]) == 1.0
+    assert normalised_accuracy([0.9, math.nan], [0.9, math.nan]) == 1.0  # a task without test images
     assert math.isnan(normalised_accuracy([0.1], [0.0]))
     found = interval([0.0, 1.0, 2.0])
     assert (found.mean, found.low < 1 < found.high) == (1.0, True)

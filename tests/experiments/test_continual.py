@@ -7,6 +7,7 @@ import pytest
 import yaml
 from commands import SMALL, interrupt_after, refused
 
+import fedtalos as ft
 from fedtalos.app.run.courses import read_courses
 from fedtalos.checkpoint import load_checkpoint
 from fedtalos.cli import main
@@ -34,6 +35,8 @@ def test_courses_of_every_row_repeat_and_go_on_where_they_were_stopped(monkeypat
     first = {row: found[row, "refitted"].accuracy[0] for row in ("sequential", "magmax", "sum")}
     assert all(accuracy[1] == 0 for accuracy in first.values())  # no client of it has sent anything yet
     assert (first["magmax"] == first["sum"]).all()  # one vector, by any rule
+    tasks = [ft.load_vector(Path(f"vectors/whole.{name}1.safetensors")).facts.task for name in ("task", "after-task")]
+    assert tasks == [tuple("56789"), tuple("0123456789")]
     summary = yaml.safe_load(Path("results/whole/summary.yaml").read_text())
     assert summary["rounds"] == 8
     accuracy = found["sequential", "first"].accuracy

@@ -19,8 +19,9 @@ from fedtalos.app.merging import that_sent
 from fedtalos.app.run.paths import RunPaths
 from fedtalos.app.run.runs import read_run
 from fedtalos.app.run.trained_apart import read_trained_apart
-from fedtalos.checkpoint import load_checkpoint
+from fedtalos.checkpoint import HEADER, load_checkpoint, save_checkpoint
 from fedtalos.cli import main, parse
+from fedtalos.experiments import federated
 from fedtalos.models.heads import set_head
 from fedtalos.training.editing.vector_facts import head_fingerprint
 from fedtalos.training.masked_parameters import MaskedParameters
@@ -77,6 +78,39 @@ def test_a_runs_vector_has_the_head_that_its_tasks_began_with(inside):
     made, task = (ft.load_vector(Path("vectors", f"{name}.safetensors")) for name in ("made", "two.task0"))
     refitted = model("two")
     assert made.facts.head == task.facts.head != head_fingerprint((refitted["head.weight"], refitted["head.bias"]))
+
+
+def test_the_best_models_vector_has_that_head_too(inside):
+    """The best checkpoint holds the model alone, whose head was fitted anew."""
+    last = load_checkpoint(Path("checkpoints/two/last.json"))
+    Path("checkpoints/two").unlink()
+    facts = {name: fact for name, fact in last.facts.items() if name not in HEADER}
+    save_checkpoint(Path("checkpoints/two"), "last", 4, last.tensors, facts)
+    save_checkpoint(Path("checkpoints/two"), "best", 4, {n: t for n, t in last.tensors.items() if "/" not in n}, facts)
+    run(["vector", "make", "two", "--which", "best"], "--name best")
+    made, task = (ft.load_vector(Path("vectors", f"{name}.safetensors")) for name in ("best", "two.task0"))
+    assert made.facts.head == task.facts.head
+
+
+def test_who_is_left_out_has_no_part_in_a_linear_head(in_a_folder_of_its_own, monkeypatch):
+    seen, original = set(), federated.rounds_of_the_head
+
+    def rounds_of_the_head(loaded, clients, head, seed, watch):
+        seen.update(clients.images.labels[clients.ids].tolist())
+        return original(loaded, clients, head, seed, watch)
+
+    monkeypatch.setattr(federated, "rounds_of_the_head", rounds_of_the_head)
+    run(TASKS, "--num_rounds 1 --head linear --head_rounds 1 --merge_alpha 0.5 --leave_out 0 --run_name fewer")
+    assert seen == {5, 6, 7, 8, 9}
+
+
+def test_a_head_that_moves_is_left_out_with_the_vectors(in_a_folder_of_its_own, capsys):
+    run(ONE_SHOT, "--head random --no_refit_head --run_name moves")
+    run(["forget", "moves", "--client", "2", "--alpha", "0", "--device", "cpu"])
+    assert "head: moves, so it is as the vectors leave it" in capsys.readouterr().out
+    start = load_checkpoint(Path("checkpoints/moves/last.json")).tensors["apart/head.weight"]
+    others = [ft.load_vector(Path(f"vectors/moves.client{k}.safetensors")).tensors()["head.weight"] for k in (0, 1, 3)]
+    torch.testing.assert_close(model("moves-without-client2")["head.weight"], start + 0.5 * sum(others))
 
 
 @pytest.mark.parametrize(("command", "name"), [(TASKS, "two"), (ONE_SHOT, "once")])

@@ -107,6 +107,18 @@ def test_a_stopped_run_writes_the_vector_that_it_would_have_written(here, monkey
     assert stopped.facts.head == moved.facts.head
 
 
+def test_a_pruned_start_is_no_base_that_anybody_has(here, capsys, without_figures):
+    """Its vector leads from weights with zeros; added to those without, it gives another model than was trained."""
+    main(["editing", *FROM, "--criterion", "random", "--target_sparsity", "0.5", "--run_name", "m"])
+    pruned = ["--mask", "masks/m.safetensors", "--mask_mode", "prune", "--num_rounds", "1", "--save_vector"]
+    main([*FEDERATED, *pruned, "--run_name", "pruned"])
+    main(["vector", "make", "pruned", "--name", "again"])
+    close(*(ft.load_vector(Path(f"vectors/{name}.safetensors")).tensors() for name in ("pruned", "again")))
+    apply = ["vector", "apply", "pre", "vectors/again.safetensors", "--name", "sum"]
+    assert "not made on this model: weights" in refused(apply, capsys)
+    main(["pruned" if word == "pre" else word for word in apply])  # what it came to can go on from there
+
+
 def test_one_checkpoint_less_another(here):
     main(["vector", "make", "frozen", "--before", "pre", "--name", "less"])
     less, own = (ft.load_vector(f"vectors/{name}.safetensors") for name in ("less", "frozen"))

@@ -7,6 +7,8 @@ import pytest
 import torch
 
 from fedtalos.data.images import LabelledImages
+from fedtalos.randomness import generator
+from fedtalos.training.federated.client_sampling import sample_clients
 from fedtalos.training.federated.clients import Clients, class_counts
 from fedtalos.training.federated.partition import split_clients
 
@@ -34,6 +36,14 @@ def test_clients_are_the_ids_of_each_in_order():
     for beyond in (5, -6):
         with pytest.raises(IndexError):
             clients[beyond]
+
+
+def test_draws_do_not_depend_on_whose_integers_name_them():
+    """A loop over np.arange(3) gives seeds that print otherwise."""
+    assert generator(np.int64(0), "batches", np.int32(3)).random() == generator(0, "batches", 3).random()
+    assert sample_clients(100, 0.1, np.int64(7), 2) == sample_clients(100, 0.1, 7, 2)
+    with pytest.raises(TypeError):
+        generator(0.0, "batches")
 
 
 @pytest.mark.parametrize(("num_clients", "dtype"), [(1, "uint8"), (256, "uint8"), (257, "uint16"), (70_000, "uint32")])

@@ -7,6 +7,7 @@ import torch
 from fedtalos.data.images import LabelledImages
 from fedtalos.training.evaluation import evaluate
 from fedtalos.training.federated.apart import train_apart
+from fedtalos.training.federated.clients import Clients
 from fedtalos.training.federated.continual import Course
 from fedtalos.training.federated.fedavg import fedavg
 from fedtalos.training.federated.one_shot import one_shot
@@ -117,6 +118,31 @@ def test_training_apart_goes_on_where_it_was_stopped(moving, pictures, stop, onw
     together = first | second
     assert all(together[unit].equal(whole[unit]) for unit in (0, 1))
     assert moving.vector().equal(start)
+
+
+def test_a_units_clients_need_not_be_neighbours(moving, pictures):
+    clients = split_clients(pictures, 4)
+    rounds, vectors = apart(moving, clients, units=[[0, 2], [3, 1]], rounds=2)
+    assert [round_.clients for round_ in rounds[::2]] == [(0, 2), (3, 1)]
+    sorted_by_unit = clients.only([0, 2, 3, 1])
+    assert [ids.tolist() for ids in sorted_by_unit] == [clients[client].tolist() for client in (0, 2, 3, 1)]
+    _, expected = apart(moving, sorted_by_unit, units=[range(2)], rounds=2)
+    assert vectors[0].equal(expected[0])  # first clients, which name the draws, are alike
+
+
+def test_a_client_without_images_pulls_no_mean(moving, pictures):
+    """Its vector is 0: of nothing learnt, not of nothing to change."""
+    start, owner = moving.vector(), split_clients(pictures, 2).owner
+
+    def merged(count: int) -> torch.Tensor:
+        moving.write(start)
+        clients = Clients.of(pictures, owner, count)
+        return one_shot(
+            moving, clients, local=LOCAL, val=pictures, merge=lambda v: v.mean(0), alpha=0, head=None
+        ).merged
+
+    assert merged(3).equal(merged(2))
+    assert merged(2).any()
 
 
 def test_every_unit_has_a_fate_of_its_own(moving, pictures):

@@ -178,6 +178,18 @@ def test_a_class_without_images_is_finite_and_never_chosen(kind, missing):
 
 
 @pytest.mark.parametrize("kind", KINDS)
+def test_held_out_images_of_classes_that_nobody_has_choose_nothing(kind):
+    """No head knows them: with them in the loss the others' answers would have to be unsure."""
+    features, labels = data()
+    there = labels < 3
+    sums = head_sums(kind, features[:100][there[:100]], labels[:100][there[:100]], 5)
+    every, known = (best_head(kind, sums, features[100:][kept], labels[100:][kept]) for kept in (..., there[100:]))
+    assert all(torch.equal(one, other) for one, other in zip(every, known, strict=True))
+    strangers = best_head(kind, sums, features[100:][~there[100:]], labels[100:][~there[100:]])
+    assert all(bool(tensor.isfinite().all()) for tensor in strangers)
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_temperature_lowers_the_loss_and_keeps_the_answers(kind):
     features, labels = data()
     sums, held_out = head_sums(kind, features[:100], labels[:100], 5), (features[100:], labels[100:])

@@ -1,5 +1,7 @@
 """Entries of the model that move in a training run, and the model paired with it."""
 
+from dataclasses import replace
+
 import torch
 
 from fedtalos.app.config.schema import CentralizedConfig, FederatedConfig
@@ -7,7 +9,7 @@ from fedtalos.app.load import Loaded
 from fedtalos.errors import InputError
 from fedtalos.models.backbone import Backbone
 from fedtalos.training.editing.eligible import eligible_masks
-from fedtalos.training.editing.mask_facts import MaskFacts
+from fedtalos.training.editing.mask_facts import MaskFacts, fingerprint
 from fedtalos.training.entries import Mask, named_tensors
 from fedtalos.training.masked_parameters import MaskedParameters
 
@@ -47,8 +49,9 @@ def moving_parameters(loaded: Loaded[CentralizedConfig] | Loaded[FederatedConfig
 
 
 def _prune(model: Backbone, mask: Mask, facts: MaskFacts) -> None:
-    """Set the entries to zero that the mask could have let move and did not."""
+    """Set the entries to zero that the mask could have let move and did not; vectors of it are of no other model."""
     eligible = eligible_masks({name: tensor.shape for name, tensor in mask.items()}, facts.eligible_in)
     tensors = named_tensors(model)
     for name, tensor in mask.items():
         tensors[name].masked_fill_((eligible[name] & ~tensor).to(tensors[name].device), 0)
+    model.origin = replace(model.origin, fingerprint=f"{model.origin.fingerprint}, pruned by {fingerprint(mask)}")

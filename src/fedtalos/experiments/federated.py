@@ -28,7 +28,7 @@ from fedtalos.app.run.evaluation import evaluate_part, evaluate_split
 from fedtalos.app.run.first_head import fit_first_head
 from fedtalos.app.run.folders import begun
 from fedtalos.app.run.holders import LocalHolders
-from fedtalos.app.run.kept import Kept, groups_of, units_of
+from fedtalos.app.run.kept import Kept, clients_in, groups_of, units_of
 from fedtalos.app.run.launch import Others, others, rank
 from fedtalos.app.run.paths import RunPaths
 from fedtalos.app.run.session import Evaluate, Session
@@ -106,12 +106,13 @@ def run_apart(config: FederatedConfig, paths: RunPaths, console: Console) -> Non
     loaded, clients, moving, algorithm = begin(config)
     config, each = loaded.config, rounds_of(loaded.config).each
     holders, rate = LocalHolders(loaded, clients, moving), local_training(config).rate
-    total = each * len(units_of(config, holders, groups_of(config, loaded.data)))
+    units = units_of(config, holders, groups_of(config, loaded.data))
+    total, taking_part = each * len(units), clients.only(clients_in(units))
     with Session(loaded, paths, console, unit="round", total=total, rate=lambda done: rate(done % each)) as session:
         session.introduce(moving, clients)
         write_split(paths.results, clients, loaded.data.classes)
         apart = Apart(loaded, holders, moving, session)
-        apart.begin(partial(rounds_of_the_head, loaded, clients))
+        apart.begin(partial(rounds_of_the_head, loaded, taking_part))
         traffic = Traffic(moving, algorithm, len(clients), first_contact=first_contact_bytes(loaded, moving))
         evaluate = partial(evaluate_split, loaded, moving, watch=session.evaluating)
         merged = apart.run(evaluate, traffic)

@@ -158,8 +158,10 @@ def forgotten(
     weight, bias = (parameter.detach().clone() for parameter in model.head.parameters())
 
     def head() -> str:
+        if not config.keep_head:
+            return trained.fit_head_without(out)
         set_head(model, weight, bias, source=model.head_source)  # where it is among what moves
-        return "as it was (--keep_head)" if config.keep_head else trained.fit_head_without(out)
+        return "as it was (--keep_head)"
 
     moving.write(trained.without(out))
     how = head()

@@ -123,13 +123,16 @@ def best_head(
 ) -> Head:
     """Fit a head and choose its temperature, and a ridge head's penalty, by the loss on held-out images.
 
-    The held-out images are ``features`` (N, D) and ``labels`` (N,). Neither head's outputs are logits (a ridge head's
-    lie near [0, 1]); the temperature, folded into weight and bias, makes them so. The penalty chosen is noted, and
-    where it is the first or the last of those tried.
+    The held-out images are ``features`` (N, D) and ``labels`` (N,). Those of a class that the sums have no image of do
+    not count, unless all are such: no penalty or temperature lets the head know them. Neither head's outputs are logits
+    (a ridge head's lie near [0, 1]); the temperature, folded into weight and bias, makes them so. The penalty chosen is
+    noted, and where it is the first or the last of those tried.
 
     >>> weight, bias = best_head("ridge", sums, val_features, val_labels)
     """
     features, labels = features.cpu().float(), labels.cpu()
+    if bool((known := sums.xy[-1][labels] > 0).any()):
+        features, labels = features[known], labels[known]
     try:
         heads = [ridge_head(sums, penalty) for penalty in penalties] if kind == "ridge" else [nearest_mean_head(sums)]
     except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]  # it is documented

@@ -73,7 +73,9 @@ def _between(one: float, other: float) -> float:
 
 def _note_edge(best: float, points: Sequence[float], tried: dict[float, float]) -> None:
     """Note that a better alpha may lie outside the grid, or that none helps."""
-    if best == 0:
+    if tried[best] == -math.inf:
+        note("alpha", "0, for nothing could be measured at any; there may be no image to choose it by")
+    elif best == 0:
         worse = all(value < tried[0.0] for alpha, value in tried.items() if alpha)
         note("alpha", f"0, the base itself, is best of {len(tried)}" + ("; every other is worse" if worse else ""))
     elif best == points[-1]:

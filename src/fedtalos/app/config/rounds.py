@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from fedtalos.app.config.schema import ContinualConfig, FederatedConfig
+from fedtalos.app.config.schema import ContinualConfig, FederatedConfig, FederationOptions
 from fedtalos.training.federated.apart import at_once
 from fedtalos.training.federated.client_sampling import clients_per_round
 
@@ -36,6 +36,17 @@ def rounds_of(config: FederatedConfig) -> Rounds:
     left = max(0, units - len(options.leave_out))
     clients = clients_per_round(-(-count // units), fraction)
     return Rounds(passes * each * left, each, fraction, clients, clients * left if at_once(each, fraction) else clients)
+
+
+def local_epochs(config: FederatedConfig) -> int | None:
+    """Passes that a client makes over its images in a round, None: steps; one where it trains once, unless asked.
+
+    >>> local_epochs(override(FederatedConfig(), {"one_shot": True}, "mine"))
+    1
+    """
+    asked, usual = config.federation, FederationOptions()
+    unasked = asked.local_epochs is None and asked.local_steps == usual.local_steps
+    return 1 if config.apart.one_shot and unasked else asked.local_epochs
 
 
 def units_apart(num_clients: int, tasks: int | None, *, one_shot: bool) -> int:

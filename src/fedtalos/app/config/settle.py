@@ -4,6 +4,7 @@ from typing import Any, TypeVar
 
 import torch
 
+from fedtalos.app.config.rounds import local_epochs
 from fedtalos.app.config.schema import (
     ADAPTIVE,
     AlgorithmOptions,
@@ -11,7 +12,6 @@ from fedtalos.app.config.schema import (
     Config,
     EditingConfig,
     FederatedConfig,
-    FederationOptions,
     ModelOptions,
     TrainOptions,
 )
@@ -97,11 +97,11 @@ def _head_defaults(config: Config, train: TrainOptions) -> dict[str, Any]:
 
 def _one_round_defaults(config: FederatedConfig) -> dict[str, Any]:
     """A pass over its images for a client that trains once, where nobody said how long."""
-    asked, usual = config.federation, FederationOptions()
-    if not config.apart.one_shot or asked.local_epochs is not None or asked.local_steps != usual.local_steps:
+    epochs = local_epochs(config)
+    if epochs == config.federation.local_epochs:
         return {}
-    note("local epochs", "1: every client trains once; --local_epochs or --local_steps says how long")
-    return {"local_epochs": 1}
+    note("local epochs", f"{epochs}: every client trains once; --local_epochs or --local_steps says how long")
+    return {"local_epochs": epochs}
 
 
 def _algorithm_defaults(options: AlgorithmOptions) -> dict[str, Any]:

@@ -238,6 +238,8 @@ class Apart:
 
     def _keep(self, prefix: str, number: int, values: Tensor) -> None:
         unit = self.units[number]
+        if prefix:  # the vector leads over the units before it, too
+            unit = replace(unit, classes=tuple(label for seen in self.units[: number + 1] for label in seen.classes))
         self.kept.write(unit, values, self.moving, self.head, self.loaded.data.classes, prefix)
         self.session.save()
 

@@ -84,13 +84,15 @@ class TrainedApart:
         return self.start + scaled(merged.values, self.alpha).to(self.start.device)
 
     def fit_head_without(self, out: list[int]) -> str:
-        """Give the model the head that the other units' sums fix; returns how, in words."""
+        """Give the model the head that the other units' sums fix, unless vectors move it; returns how, in words."""
         loaded, rest = self.loaded, [unit for number, unit in enumerate(self.units) if number not in out]
         model, val = loaded.model, loaded.limited("val")
         if self.refit is not None:
             sums = self.holders.head_sums(clients_in(rest), self.refit)
             fit_to_sums(model, reduce(add, (own for _, own in sums)), val, self.refit, loaded.features)
             return "fitted anew to the others' sums over this model's features: exact, but they had to send again"
+        if "head.weight" in self.moving.parameters:
+            return "moves, so it is as the vectors leave it, from the first head on"
         if (kind := closed_form(loaded.config.model.head)) is None:
             return "as it was: it is not fitted to sums, so nothing can be taken out of it"
         total = reduce(add, (self.kept.read_sums(unit.name, kind, model) for unit in rest))

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 
-from fedtalos.app.config.rounds import rounds_of
+from fedtalos.app.config.rounds import local_epochs, rounds_of
 from fedtalos.app.config.schema import LOOKS_AT_IMAGES, CentralizedConfig, EditingConfig, FederatedConfig, RunConfig
 from fedtalos.app.sweep.grid import Cell
 from fedtalos.app.sweep.tables import Result
@@ -27,7 +27,7 @@ def _kind(cell: Cell) -> tuple[object, ...]:
     if isinstance(config, EditingConfig):
         work: object = config.editing.criterion in LOOKS_AT_IMAGES
     else:
-        work = isinstance(config, FederatedConfig) and config.federation.local_epochs is not None
+        work = isinstance(config, FederatedConfig) and local_epochs(config) is not None
     return config.command, config.data, weights, model, work
 
 
@@ -43,6 +43,6 @@ def _work(config: RunConfig) -> float:
         return config.editing.num_iterations * config.editing.calibration_images
     federation, rounds = config.federation, rounds_of(config)
     trained = rounds.total * rounds.clients
-    if federation.local_epochs is not None:
-        return trained * federation.local_epochs / config.split.num_clients
+    if (epochs := local_epochs(config)) is not None:
+        return trained * epochs / config.split.num_clients
     return trained * federation.local_steps * config.train.batch_size

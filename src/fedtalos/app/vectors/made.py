@@ -11,7 +11,6 @@ from fedtalos.app.load import Loaded, load
 from fedtalos.app.moving import what_moves
 from fedtalos.app.run.apart import APART
 from fedtalos.app.run.first_head import everyone
-from fedtalos.app.run.kept import groups_of
 from fedtalos.app.run.recorder import code_commit
 from fedtalos.app.run.resume import from_here, working_folder
 from fedtalos.app.trained import check_which, paths_of
@@ -52,16 +51,16 @@ def of_run(path: Path, changes: dict[str, Any]) -> TaskVector:
     """
     checkpoint, paths = load_checkpoint(path), paths_of(path)
     command, options = str(checkpoint.facts.get("command")), checkpoint.facts.get("options")
-    if command not in RUN_CONFIGS or not isinstance(options, dict) or "edit" in checkpoint.facts:
+    if command not in RUN_CONFIGS or not isinstance(options, dict) or checkpoint.facts.keys() & {"edit", "forgot"}:
         raise InputError(
             f"checkpoint {path}: not of a training run, so its start is not known; give --before, what to subtract"
         )
     found = {**from_here(options, command, working_folder(paths)), **changes}
     loaded: Any = load(override(RUN_CONFIGS[command](), found, str(path)))
+    mask = what_moves(loaded)
     if loaded.model.origin.fingerprint != checkpoint.facts.get("weights"):
         raise InputError(f"checkpoint {path}: the weights that its run began with have changed; put them back")
     check_same_classes(tuple(map(str, checkpoint.facts.get("classes", ()))), loaded.data.classes, str(path))
-    mask = what_moves(loaded)
     rebuild_head(loaded, checkpoint, path, moves="head.weight" in mask)
     return task_vector(
         loaded.model,
@@ -74,12 +73,15 @@ def of_run(path: Path, changes: dict[str, Any]) -> TaskVector:
 
 
 def rebuild_head(loaded: Trained, checkpoint: Checkpoint, path: Path, *, moves: bool) -> None:
-    """Give the model the head that its run began with: the checkpoint's where it did not move, else fitted anew."""
+    """Give the model the head that its run began with: one that was kept, or did not move, else it is fitted anew."""
     kind = loaded.config.model.head
-    if not moves:
-        kept = APART if f"{APART}head.weight" in checkpoint.tensors else ""  # the model's may be fitted anew
-        weight, bias = (checkpoint.tensors[f"{kept}head.{name}"] for name in ("weight", "bias"))
-        set_head(loaded.model, weight, bias, source=kind)
+    if isinstance(loaded.config, FederatedConfig) and loaded.config.apart.asked:
+        last = load_checkpoint(path.with_name("last.json")).tensors  # the model's head may be fitted anew
+        if (names := {f"{APART}head.weight", f"{APART}head.bias"}) - last.keys():
+            raise InputError(f"checkpoint {path}: there is none of {', '.join(sorted(names))} beside it; give --before")
+        set_head(loaded.model, last[f"{APART}head.weight"], last[f"{APART}head.bias"], source=kind)
+    elif not moves:
+        set_head(loaded.model, checkpoint.tensors["head.weight"], checkpoint.tensors["head.bias"], source=kind)
     elif (form := closed_form(kind)) is not None:
         fit_head(
             loaded.model,
@@ -101,4 +103,4 @@ def _holders(loaded: Trained) -> Any:
     if isinstance(loaded.config, CentralizedConfig):
         return everyone(len(loaded.data.train))
     config = loaded.config
-    return clients_of(loaded.data.train, config.split, config.run.seed, groups_of(config, loaded.data))
+    return clients_of(loaded.data.train, config.split, config.run.seed)

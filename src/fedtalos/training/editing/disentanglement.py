@@ -164,11 +164,11 @@ def predictions(
 def normalised_accuracy(merged: Sequence[float], single: Sequence[float]) -> float:
     """Mean over tasks of the merged model's accuracy over that of the task's own model (Ilharco et al., 2023).
 
-    Look at absolute accuracy first: a weak single model makes this large. Tasks whose own model is never right are
-    left out; nan where that leaves none.
+    Look at absolute accuracy first: a weak single model makes this large. Tasks whose own model is never right, or not
+    measured (nan), are left out; nan where that leaves none.
 
     >>> normalised_accuracy([0.9, 0.8], single=[0.9, 1.0])
     0.9
     """
-    shares = [one / own for one, own in zip(merged, single, strict=True) if own]
+    shares = [one / own for one, own in zip(merged, single, strict=True) if own > 0]
     return fmean(shares) if shares else float("nan")

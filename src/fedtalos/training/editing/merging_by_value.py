@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 
 from fedtalos.errors import InputError, shown
+from fedtalos.models.vision_transformer import WIDTH_DEPTH_HEADS
+from fedtalos.notes import note
 from fedtalos.randomness import torch_generator
 from fedtalos.training.editing.task_vectors import (
     TaskVector,
@@ -152,28 +154,30 @@ def lines(vectors: Sequence[TaskVector], first: float | None = None, last: float
 
     The authors' code departs from this in two points. It scales all that lies outside the blocks by alpha, the last
     norm too. Of several vectors it holds alpha at 1/V and searches beta; here a factor found by ``best_alpha`` scales
-    both, so search over ``last`` for theirs.
+    both, so search over ``last`` for theirs. Of a model of another library no blocks are known, which is noted.
 
     >>> merged = lines([tau_of_cats, tau_of_dogs], last=1.0)
     """
     first = 1 / max(1, len(vectors)) if first is None else first
     merged = weighted_sum(vectors, [1.0] * len(vectors), said(f"lines {first:g} to {last:g}", vectors))
-    places = depths(list(merged.mask))
+    known = WIDTH_DEPTH_HEADS.get(str(merged.facts.model.get("size")))
+    if known is None:
+        note("lines", f"no blocks are known of this model: all but the head is scaled by {first:g}")
+    places = depths(list(merged.mask), blocks=1 if known is None else known[1])
     parts = merged.parts().items()
     values = [part.double() * (first + (last - first) * places[name]) for name, part in parts]
     return changed(merged, torch.cat(values).float(), merged.facts.command)
 
 
-def depths(names: Sequence[str]) -> dict[str, float]:
+def depths(names: Sequence[str], blocks: int) -> dict[str, float]:
     """Depth of each parameter, from 0 (the first block, and all before it) to 1 (the last block, and all behind it).
 
-    >>> depths(["patch_embed.proj.weight", "blocks.0.norm1.bias", "blocks.1.norm1.bias", "head.bias"])
+    >>> depths(["patch_embed.proj.weight", "blocks.0.norm1.bias", "blocks.1.norm1.bias", "head.bias"], blocks=2)
     {'patch_embed.proj.weight': 0.0, 'blocks.0.norm1.bias': 0.0, 'blocks.1.norm1.bias': 1.0, 'head.bias': 1.0}
     """
-    blocks = {name: int(name.split(".")[1]) for name in names if name.startswith("blocks.")}
-    deepest = max(blocks.values(), default=0)
+    number = {name: int(name.split(".")[1]) for name in names if name.startswith("blocks.")}
     behind = {name: float(name.startswith(("norm.", "head."))) for name in names}
-    return {name: blocks[name] / max(1, deepest) if name in blocks else behind[name] for name in names}
+    return {name: number[name] / max(1, blocks - 1) if name in number else behind[name] for name in names}
 
 
 def by_entry(vectors: Sequence[TaskVector], rule: Rule, command: str) -> TaskVector:

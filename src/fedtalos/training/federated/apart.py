@@ -54,7 +54,7 @@ def train_apart(
 ) -> Iterator[Round]:
     """Train every unit by ``rounds`` rounds of federated averaging among its clients alone, all from one start.
 
-    ``units`` are runs of neighbouring clients, such as ``clients_of_tasks`` gives (None: every client by itself).
+    ``units`` are the numbers of each one's clients, such as ``clients_of_tasks`` gives (None: every client by itself).
     Yields their rounds one after another, numbered through; after a unit's last one ``keep`` is given its vector. In
     the end the model is as it was.
 
@@ -80,7 +80,7 @@ def train_apart(
         first = max(done - unit * rounds, 0)
         if not first and not (onward and unit):
             moving.write(start)
-        own = clients.only(members[0], members[-1] + 1)
+        own = clients.only(members)
         for round_ in fedavg(
             moving,
             own,

@@ -3,7 +3,7 @@
 Letters: N images, K clients, C classes.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -52,10 +52,11 @@ class Clients:
     def __iter__(self) -> Iterator[Ids]:
         return map(self.__getitem__, range(len(self)))
 
-    def only(self, first: int, end: int) -> "Clients":
-        """Give clients first to end - 1 by themselves, numbered from 0; their ids are those of the same images."""
-        ids = self.ids[self.offsets[first] : self.offsets[end]]
-        return Clients(self.images, ids, self.offsets[first : end + 1] - self.offsets[first])
+    def only(self, chosen: Sequence[int]) -> "Clients":
+        """Give the ``chosen`` clients by themselves, numbered from 0; their ids are those of the same images."""
+        parts = [self.ids[self.offsets[client] : self.offsets[client + 1]] for client in chosen]
+        offsets = np.cumsum([0, *map(len, parts)], dtype=self.offsets.dtype)
+        return Clients(self.images, np.concatenate(parts), offsets)
 
     @property
     def sizes(self) -> Integers:

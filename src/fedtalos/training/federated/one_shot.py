@@ -79,7 +79,8 @@ def one_shot(
     )
     sent = [traffic.count(round_) for round_ in rounds]
     stacked = torch.stack(list(vectors.values()))
-    merged = merge(stacked)
+    came = stacked.any(1)  # a client without images has no say
+    merged = merge(stacked[came] if bool(came.any()) else stacked)
 
     def accuracy(alpha: float) -> float:
         moving.write(start + alpha * merged)
