@@ -55,7 +55,8 @@ class Clients:
     def only(self, chosen: Sequence[int]) -> "Clients":
         """Give the ``chosen`` clients by themselves, numbered from 0; their ids are those of the same images."""
         parts = [self.ids[self.offsets[client] : self.offsets[client + 1]] for client in chosen]
-        offsets = np.cumsum([0, *map(len, parts)], dtype=self.offsets.dtype)
+        sizes = self.sizes[list(chosen)]  # all that a fleet's server knows of them
+        offsets = np.cumsum([0, *sizes], dtype=self.offsets.dtype)
         return Clients(self.images, np.concatenate(parts), offsets)
 
     @property
