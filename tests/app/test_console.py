@@ -288,6 +288,7 @@ def test_commands_to_copy_are_as_a_shell_reads_them():
     copied = [shlex.split(line, comments=True) for line in out.getvalue().splitlines()[1:]]
     assert copied[0] == ["fedtalos", "predict", "my run", "IMAGE", "--output_dir", "a place"]
     assert copied[1][2:4] == ["another's", "my run"]
+    assert "IMAGE --output_dir 'a place'  " in out.getvalue()
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ from fedtalos.app.figures.draw import plot_all, plot_comparison, plot_iterations
 from fedtalos.app.figures.records import History, Row
 from fedtalos.app.run import split_file
 from fedtalos.errors import InputError
-from fedtalos.training.editing.describe import DensityRow
+from fedtalos.training.editing.describe import KINDS, DensityRow
 from fedtalos.training.editing.mask_file import write_mask_file
 
 HEADER = "split,loss,accuracy,examples,learning_rate,bytes_down,bytes_up,seconds\n"
@@ -275,6 +275,8 @@ def test_the_figure_of_iterations_begins_with_all_and_shows_every_kind():
     (axes,) = figures.iterations(rows, "run").axes
     lines = {line.get_label(): list(line.get_ydata()) for line in axes.lines}
     assert lines == {"q": [100, 87.5, 75], "fc1": [100, 100, 50], "all": [100, 1100 / 12, 800 / 12]}
+    (axes,) = figures.iterations({n: [DensityRow(0, kind, 1, n) for kind in KINDS] for n in (1, 2)}, "run").axes
+    assert [line.get_label() for line in axes.lines] == [*KINDS, "all"]
 
 
 def test_test_points_have_their_interval_and_the_figure_says_of_how_many_images():

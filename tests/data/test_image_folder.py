@@ -315,7 +315,7 @@ def test_broken_images_are_all_named_at_once_and_nothing_is_kept(folder, tmp_pat
     with pytest.raises(InputError, match=r"red/cut\.png is not a readable image \(.*\): mend it, or move it out of"):
         load(folder, cache_dir=cache)
     write(folder / "blue" / "cut.png", whole[:-30])
-    with pytest.raises(InputError, match=r"blue/cut\.png is not .*, nor are 1 others \(red/cut\.png\): mend"):
+    with pytest.raises(InputError, match=r"blue/cut\.png is not .*, nor is 1 other \(red/cut\.png\): mend"):
         load(folder, cache_dir=cache)
     assert not list(cache.rglob("*.safetensors"))
 

@@ -66,7 +66,7 @@ def test_deep_images_share_one_scale_and_that_is_said():
         (("empty",), "empty holds no files"),
         (("notes.txt",), "notes.txt is not a readable image"),
         (("words",), "none of words/a.txt is an image"),
-        (("torn",), r"torn/a.jpg is not a readable image .*, nor are 1 others \(torn/b.jpg\)"),
+        (("torn",), r"torn/a.jpg is not a readable image .*, nor is 1 other \(torn/b.jpg\)"),
     ],
 )
 def test_what_is_no_photo_is_said(places, says):

@@ -75,7 +75,7 @@ def test_a_mask_without_its_head_is_refused_with_what_to_do(edited, monkeypatch,
 
 def test_editing_says_the_next_command_which_runs(edited, capsys):
     held_out = "--val_fraction 0.2 --split_seed 3 --calibration federated --num_clients 4 --data_dir 'my own'"
-    main(shlex.split(f"editing {DIGITS} --checkpoint base --num_iterations 1 --run_name n {held_out}"))
+    main(shlex.split(f"editing {DIGITS} --checkpoint checkpoints/base --num_iterations 1 --run_name n {held_out}"))
     line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("train with it: "))
     command = shlex.split(line.removeprefix("train with it: fedtalos "))
     assert command[0] == "federated"

@@ -1,5 +1,6 @@
 """Loading: from a config to what every experiment starts from, images, a model, and what may move of it."""
 
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Generic, TypeVar
@@ -133,7 +134,10 @@ def starting_weights(config: Config) -> Weights | None:
             note("weights", "digits are small: a small model from scratch; --weights gives it pretrained ones")
     if source == "none":
         return None
-    if source.endswith(".json") or (checkpoints / source / "last.json").exists():
+    if not Path(source).is_file():  # a run by its name, or by any of its folders, as --checkpoint takes them
+        with suppress(InputError):
+            source = str(find_checkpoint(Path(source), checkpoints))
+    if source.endswith(".json"):
         return checkpoint_weights(find_checkpoint(Path(source), checkpoints))
     return load_weights(source, options.model_size or "small", normalisation=options.normalisation)
 

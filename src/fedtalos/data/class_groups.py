@@ -73,8 +73,8 @@ def _superclasses(classes: Sequence[str]) -> list[list[int]]:
     known = {name for names in named for name in names}
     if strange := [name for name in classes if name not in known]:
         raise InputError(
-            f"order superclass: class {strange[0]!r} is none of CIFAR-100's, of which alone superclasses are known; "
-            "take fixed or random"
+            f"class {strange[0]!r} is none of CIFAR-100's, of which alone superclasses are known; "
+            "take order fixed or random"
         )
     found = [[places[name] for name in names if name in places] for names in named]
     return [unit for unit in found if unit]

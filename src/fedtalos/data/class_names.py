@@ -36,6 +36,16 @@ def some(names: Iterable[str], most: int = 3) -> str:
     return ", ".join(shortened(name, LONGEST) for name in names[:most]) + more
 
 
+def nor_others(names: Sequence[str]) -> str:
+    """Tell of how many others a sentence that denies something of one is true, as its end; nothing where of none.
+
+    >>> "a.png is not an image" + nor_others(["b.png"])
+    'a.png is not an image, nor is 1 other (b.png)'
+    """
+    count = len(names)
+    return f", nor {'is 1 other' if count == 1 else f'are {count} others'} ({some(names)})" if names else ""
+
+
 def alike(name: str, known: Iterable[str]) -> str:
     """Suggest the known name that is most alike, as the end of a sentence, or nothing.
 

@@ -16,7 +16,7 @@ from typing import TypeVar
 import numpy as np
 import torch
 
-from fedtalos.data.class_names import alike, some
+from fedtalos.data.class_names import alike, nor_others, some
 from fedtalos.data.decoding import LARGE, Square, decode_image, inspect_image
 from fedtalos.data.deep_images import Scale
 from fedtalos.data.folder_layout import Files, Layout, check_two_classes
@@ -190,14 +190,10 @@ def _refuse(bad: dict[Path, str], layout: Layout) -> None:
     """Name images that cannot be read; all were tried, so that one message does for all."""
     if not bad:
         return
-    first = min(bad)
-    others = (
-        f", nor are {len(bad) - 1} others ({some(layout.short(file) for file in sorted(bad)[1:])})"
-        if len(bad) > 1
-        else ""
-    )
+    first, *others = sorted(bad)
     raise InputError(
-        f"{first} is not a readable image ({bad[first]}){others}: mend it, or move it out of {layout.source}"
+        f"{first} is not a readable image ({bad[first]}){nor_others([layout.short(file) for file in others])}: "
+        f"mend it, or move it out of {layout.source}"
     )
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from fedtalos.data.class_names import alike, class_name, some
+from fedtalos.data.class_names import alike, class_name, nor_others, some
 from fedtalos.data.decoding import Square, decode_image, inspect_image
 from fedtalos.data.deep_images import Scale
 from fedtalos.data.folder_decoding import in_threads, peculiarities
@@ -172,6 +172,6 @@ def _looked_into(files: Sequence[Path], named: set[Path], bar: Bar) -> Photos:
 
 
 def _unreadable(bad: dict[Path, str]) -> InputError:
-    first = min(bad)
-    others = f", nor are {len(bad) - 1} others ({some(map(str, sorted(bad)[1:]))})" if len(bad) > 1 else ""
-    return InputError(f"{first} is not a readable image ({bad[first] or 'no format that is read here'}){others}")
+    first, *others = sorted(bad)
+    why = bad[first] or "no format that is read here"
+    return InputError(f"{first} is not a readable image ({why}){nor_others([str(file) for file in others])}")

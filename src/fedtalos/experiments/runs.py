@@ -11,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from fedtalos.app.config.watching import RunsConfig
-from fedtalos.app.run.display import is_live, say
+from fedtalos.app.run.display import is_live, print_whole, say
 from fedtalos.app.run.runs import Run, all_runs, named_run, read_run
 from fedtalos.app.run.units import duration, percent
 from fedtalos.app.run.watched import line_of, progress_in_words
@@ -36,7 +36,7 @@ def run(config: RunsConfig, console: Console) -> None:
     if not shown:
         say(console, f"no runs in {config.output_dir / 'results'}; `fedtalos demo` makes some")
         return
-    console.print(table([read_run(paths) for paths in shown]))
+    (Console.print if console.is_terminal else print_whole)(console, table([read_run(paths) for paths in shown]))
     if len(shown) < len(every):
         say(console, f"{len(every) - len(shown)} older runs; --all lists them too")
 

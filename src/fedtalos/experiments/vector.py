@@ -15,7 +15,7 @@ from fedtalos.app.config.vector import (
     VectorNegateConfig,
     VectorShowConfig,
 )
-from fedtalos.app.run.display import say, say_facts, say_pairs
+from fedtalos.app.run.display import print_whole, say, say_facts, say_pairs
 from fedtalos.app.run.paths import RunPaths, plain_name
 from fedtalos.app.vectors.base import base_of, save_edited
 from fedtalos.app.vectors.made import made_of
@@ -84,7 +84,7 @@ def show(config: VectorShowConfig, console: Console) -> list[Path]:
         drawn += write_figures({"disentanglement": figures.disentanglement(ALPHAS, errors, *names)}, plots)
     for path, vector in zip(config.vectors, vectors, strict=True):
         say_facts(console, {"vector": str(path), **described(vector)})
-        console.print(norm_report(norm_table(vector)))
+        print_whole(console, norm_report(norm_table(vector)))
     if len(vectors) > 1:
         overlaps = np.array([[overlap(first.mask, second.mask) for second in vectors] for first in vectors])
         found = np.round(cosines(vectors), 2) + 0.0  # no -0.00

@@ -188,7 +188,12 @@ def named_entry(what: str, name: str) -> tuple[dict[str, Any], str]:
     for path in paths:
         entries = read_yaml(path)
         if name not in entries:
-            there += [entry for entry in entries if entry not in there]
+            alike = (
+                key
+                for key, value in entries.items()
+                if (what == "grid") == (isinstance(value, dict) and "grid" in value)
+            )
+            there += [entry for entry in alike if entry not in there]
             continue
         if not isinstance(entries[name], dict):
             raise InputError(f"{what} {name!r} in {path}: expected 'option: value' lines, got {shown(entries[name])}")

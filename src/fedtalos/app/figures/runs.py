@@ -16,7 +16,16 @@ from matplotlib.image import AxesImage
 from matplotlib.lines import Line2D
 
 from fedtalos.app.figures.records import History, Quantity, Row
-from fedtalos.app.figures.style import COLOURS, MOST_LINES, look, megabyte_axis, new_figure, plain, whole_numbers
+from fedtalos.app.figures.style import (
+    COLOURS,
+    MARKERS,
+    MOST_LINES,
+    look,
+    megabyte_axis,
+    new_figure,
+    plain,
+    whole_numbers,
+)
 from fedtalos.metrics import wilson
 from fedtalos.training.editing.describe import KINDS, DensityRow
 
@@ -132,8 +141,10 @@ def iterations(report: Mapping[int, Sequence[DensityRow]], name: str) -> Figure:
         return [100.0, *(100 * sum(r.active for r in rows) / sum(r.entries for r in rows) for rows in chosen)]
 
     kinds = [kind for kind in KINDS if any(row.kind == kind for rows in report.values() for row in rows)]
-    for kind, colour in zip(kinds, (*COLOURS, _GREY), strict=False):
-        axes.plot(numbers, shares(kind), color=colour, marker="o", markersize=4, label=kind)
+    colours = (*COLOURS, _GREY)
+    for number, kind in enumerate(kinds):
+        colour, marker = colours[number % len(colours)], MARKERS[number // len(colours)]
+        axes.plot(numbers, shares(kind), color=colour, marker=marker, markersize=4, label=kind)
     axes.plot(numbers, shares(*kinds), color=_GREY, linestyle="--", linewidth=1, label="all")
     axes.set(xlabel="iteration", ylabel="entries that may move (%)", ylim=(0, None))
     axes.xaxis.set_major_locator(whole_numbers(10))

@@ -82,6 +82,15 @@ class PlainConsole(Console):
         )
 
 
+def print_whole(console: Console, table: Table) -> None:
+    """Print a table as wide as it wants to be: no number is cut off, and a pipe gets whole names.
+
+    >>> print_whole(Console(), norm_report(norm_table(vector)))
+    """
+    table.width = table.__rich_measure__(console, console.options.update(width=10_000)).maximum
+    console.print(table, crop=False)
+
+
 def say_facts(console: Console, facts: Mapping[str, str]) -> None:
     """Print a few facts as two columns that keep to the terminal's width.
 

@@ -152,9 +152,9 @@ def say_next(console: Console, paths: RunPaths, commands: Mapping[str, str]) -> 
         return
     place = "" if paths.root == Path() else f" --output_dir {quote(str(paths.root))}"
     say(console, "next:")
-    width = max(len(command) for command in commands)
+    width = max(len(command) for command in commands) + len(place)
     for command, purpose in commands.items():
-        say(console, f"  fedtalos {command.ljust(width)}{place}   # {purpose}")
+        say(console, f"  fedtalos {(command + place).ljust(width)}   # {purpose}")
 
 
 def next_commands(command: str, paths: RunPaths, other: str | None) -> dict[str, str]:
