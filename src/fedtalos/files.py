@@ -8,11 +8,12 @@ import os
 import re
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO, Literal
 
 from fedtalos.errors import InputError
+from fedtalos.progress import Bar
 
 if sys.platform != "win32":
     import fcntl
@@ -123,7 +124,7 @@ def remove_leftovers(folder: Path, of: Callable[[str], bool] = bool) -> None:
 
 @contextmanager
 def locked(path: Path, *, wait: bool = False) -> Iterator[None]:
-    """Inside, no other process is within a block for the same ``path``, a file that may stay.
+    """Keep other processes out of blocks for the same ``path``, a file that may stay.
 
     The lock is the operating system's, so it ends with the process that holds it. Raises filelock's Timeout where
     another has it and nobody is to ``wait``, another OSError, which names the file, where the file system has no locks.
@@ -162,6 +163,36 @@ def is_locked(path: Path) -> bool:
     except OSError:  # no such file, or no such locks
         pass
     return False
+
+
+@contextmanager
+def in_turn(lock: Path, bar: Bar, waiting: str) -> Iterator[bool]:
+    """Keep other processes out of blocks of the same ``lock``, a file that is gone afterwards; gives True inside.
+
+    While another is in one, a bar says ``waiting``. False: files cannot be locked here, and nobody is kept out.
+
+    >>> with in_turn(Path("data/.cifar-100-python.tar.gz.lock"), silent, "waiting for a run that downloads it"):
+    ...     download()
+    """
+    from filelock import Timeout
+
+    with ExitStack() as held:
+        alone = False
+        with suppress(OSError):
+            lock.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                held.enter_context(locked(lock))
+            except Timeout:
+                with bar(waiting, None, "images"):
+                    held.enter_context(locked(lock, wait=True))
+            held.callback(_remove, lock)  # under the lock: whoever waits for it sees that it is gone, and tries anew
+            alone = True
+        yield alone
+
+
+def _remove(path: Path) -> None:
+    with suppress(OSError):
+        path.unlink()
 
 
 @contextmanager

@@ -6,6 +6,7 @@ import os
 import pickle
 import tarfile
 import threading
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -21,6 +22,7 @@ from fedtalos.data.dataset_loader import load_dataset
 from fedtalos.data.downloads import fetch_archive, read_members
 from fedtalos.data.images import LabelledImages
 from fedtalos.errors import InputError
+from fedtalos.files import locked
 from fedtalos.randomness import generator
 
 CLASSES = ["apple", "baby", "cloud"]
@@ -428,6 +430,25 @@ def test_whatever_part_lies_there(server, tmp_path, part, requests):
     fetch(server, tmp_path)
     assert only_file(tmp_path) == CONTENT
     assert len(server.ranges) == requests
+
+
+def test_of_several_processes_one_downloads_and_the_others_wait(server, tmp_path):
+    with ExitStack() as another:
+        another.enter_context(locked(tmp_path / ".a.tar.gz.lock"))
+        titles = []
+
+        @contextmanager
+        def bar(title, total, unit):
+            titles.append(title)
+            if title.startswith("waiting"):
+                write(tmp_path, {"a.tar.gz": CONTENT})
+                another.close()
+            yield lambda count: None
+
+        fetch_archive("a.tar.gz", tmp_path, bar, base_url=server.url, checksums=CHECKSUMS)
+    assert titles == ["waiting for a run that downloads a.tar.gz"]
+    assert only_file(tmp_path) == CONTENT
+    assert server.ranges == []
 
 
 def test_a_wrong_checksum_is_refused_and_nothing_stays(server, tmp_path):

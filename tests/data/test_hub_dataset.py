@@ -97,6 +97,7 @@ def hub(monkeypatch) -> dict[str, Any]:
 def test_splits_classes_and_clients_are_found(hub):
     writers = [f"w{i % 3}" for i in range(20)]
     hub["me/pets"] = {"train": rows(20, writer_id=writers), "validation": rows(4), "test": rows(6), "extra": rows(2)}
+    hub["me/pets"]["more"] = rows(1)
     for _ in range(2):  # decoded, then from the cache
         data = load_dataset("hf:me/pets", image_size=8, calibration_fraction=0)
         assert data.classes == ("blue", "red")
@@ -106,7 +107,7 @@ def test_splits_classes_and_clients_are_found(hub):
         assert data.train.owners.bincount().tolist() == [7, 7, 6]
     said = notes.noted()
     assert said["columns"] == "images are in img, classes in label, clients in writer_id"
-    assert said["splits left out"] == "extra (2 images) of train, validation, test and 1 more"
+    assert said["splits left out"] == "extra (2 images), more (1 images) of train, validation, test and 2 more"
 
 
 def test_of_several_columns_of_classes_the_usual_one_is_taken(hub):

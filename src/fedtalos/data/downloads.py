@@ -11,7 +11,7 @@ import pooch
 import requests
 
 from fedtalos.errors import InputError, shown
-from fedtalos.files import naming, opened
+from fedtalos.files import in_turn, naming, opened
 from fedtalos.progress import Bar, silent
 
 HOME = "https://www.cs.toronto.edu/~kriz/"
@@ -33,7 +33,8 @@ def fetch_archive(
 ) -> Path:
     """Download the archive ``name`` into ``folder`` and return its path.
 
-    A download that broke off leaves NAME.part, which the retries here or the next call continue.
+    A download that broke off leaves NAME.part, which the retries here or the next call continue. Of several processes
+    that want it at once, one downloads, and the others wait for it.
 
     Raises InputError where the archive cannot be had, or its checksum is not the published one.
 
@@ -43,7 +44,8 @@ def fetch_archive(
     pooch.get_logger().setLevel("ERROR")  # its retries speak for themselves in our one sentence
     archives = pooch.create(path=folder, base_url=base_url, registry=dict(checksums), retry_if_failed=RETRIES)
     try:
-        return Path(archives.fetch(name, downloader=partial(_download, bar=bar)))
+        with in_turn(folder / f".{name}.lock", bar, f"waiting for a run that downloads {name}"):
+            return Path(archives.fetch(name, downloader=partial(_download, bar=bar)))
     except (requests.RequestException, OSError, ValueError) as error:
         if is_new and folder.is_dir() and not any(folder.iterdir()):  # pooch makes it before it asks
             folder.rmdir()

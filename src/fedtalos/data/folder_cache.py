@@ -10,21 +10,21 @@ import re
 import shutil
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated
 
 import platformdirs
 from annotated_types import MaxLen, Predicate
-from filelock import Timeout
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from fedtalos.data.folder_layout import SPLITS
 from fedtalos.errors import InputError
 from fedtalos.facts import ClassNames, read_facts, schema
-from fedtalos.files import locked, remove_leftovers
+from fedtalos.files import in_turn, remove_leftovers
 from fedtalos.progress import Bar, silent
 from fedtalos.tensor_file import check_header, metadata_of, read_header
 
@@ -46,7 +46,6 @@ def cache_folder(cache_dir: Path | None = None) -> Path:
     return (usual if usual.is_absolute() else Path(os.devnull)) / "images"
 
 
-SPLITS = ("train", "val", "test")
 Sentence = Annotated[str, MaxLen(2**14)]
 
 
@@ -140,16 +139,9 @@ class Entry:
 
         What a killed one left half-written of these images is removed.
         """
-        lock = self.folder / f".{self.source}.lock"
-        with ExitStack() as held:
-            with suppress(OSError):
-                self.folder.mkdir(parents=True, exist_ok=True)
-                try:
-                    held.enter_context(locked(lock))
-                except Timeout:
-                    with bar("waiting for a run that decodes these images", None, "images"):
-                        held.enter_context(locked(lock, wait=True))
-                of_these = re.compile(rf"{re.escape(self.source)}_[0-9a-f]+\.safetensors")
+        of_these = re.compile(rf"{re.escape(self.source)}_[0-9a-f]+\.safetensors")
+        with in_turn(self.folder / f".{self.source}.lock", bar, "waiting for a run that decodes these images") as alone:
+            if alone:
                 remove_leftovers(self.folder, lambda name: of_these.fullmatch(name) is not None)
             yield
 

@@ -66,13 +66,13 @@ def find_layout(root: Path) -> Layout:
     """
     if not root.is_dir():
         raise InputError(f"{root} is not a folder: give data_dir a folder of class folders of images")
-    layout = Layout(root)
+    layout, again = Layout(root), list[Path]()
     folders = _folders(root)
     by_split, others = _split_folders(root, folders)
     if by_split:
         for split, folder in by_split.items():
             if classes := _named_folders(folder):
-                layout.splits[split] = _class_files(classes, layout)
+                layout.splits[split] = _class_files(classes, layout, again)
                 layout.loose += _loose(folder)
             else:
                 layout.said[f"{folder.name} left out"] = (
@@ -82,11 +82,13 @@ def find_layout(root: Path) -> Layout:
             names = some(folder.name for folder in others)
             layout.said["folders left out"] = f"{names}: beside those of splits, in {root}"
     elif (by_class := _splits_in_classes(folders)) is not None:
-        layout.splits = {split: _class_files(classes, layout) for split, classes in by_class.items()}
+        layout.splits = {split: _class_files(classes, layout, again) for split, classes in by_class.items()}
     else:
-        layout.splits["train"] = _class_files(_named_folders(root), layout)
+        layout.splits["train"] = _class_files(_named_folders(root), layout, again)
         if pooled := [f for f in folders if len({split_of(each.name) for each in _folders(f)} - {None}) > 1]:
             layout.said["folders read together"] = f"all that lie in {some(map(str, pooled))}, as images of one class"
+    if again:
+        layout.said["links left out"] = f"{some(map(str, again))}: they lead to folders that are read already"
     layout.loose += _loose(root)
     if not layout.splits["train"]:
         if layout.loose:
@@ -160,18 +162,18 @@ def _splits_in_classes(folders: list[Path]) -> dict[str, list[tuple[str, Path]]]
     return found if "train" in found else None
 
 
-def _class_files(classes: list[tuple[str, Path]], layout: Layout) -> Files:
-    """List the files of each class; folders whose names differ in Unicode alone are one class."""
+def _class_files(classes: list[tuple[str, Path]], layout: Layout, again: list[Path]) -> Files:
+    """List the files of each class; folders whose names differ in Unicode alone are one class.
+
+    Links to folders that are read already go to ``again``.
+    """
     files: Files = {}
     spelled: dict[str, str] = {}
     for folder_name, folder in sorted(classes, key=lambda pair: class_name(pair[0])):
         name = class_name(folder_name)
         if spelled.setdefault(name, folder_name) != folder_name:
             layout.said["class names"] = f"{name} is spelled in two Unicode forms; these folders are one class"
-        again: list[Path] = []
         files.setdefault(name, []).extend(files_below(folder, again))
-        if again:
-            layout.said["links left out"] = f"{some(map(str, again))}: they lead to folders that are read already"
     return files
 
 

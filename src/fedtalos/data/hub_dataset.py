@@ -133,12 +133,15 @@ def _told(name: str) -> Iterator[None]:
 def _labelled(name: str, parts: Mapping[str, Any], said: dict[str, str]) -> dict[str, Any]:
     """Tell which of its parts are our splits."""
     splits: dict[str, Any] = {}
+    left: list[str] = []
     for part, rows in parts.items():
         split = split_of(part)
         if split is None or split in splits or len(rows) == 0:
-            said["splits left out"] = f"{part} ({len(rows)} images) of {some(parts)}"
+            left.append(f"{part} ({len(rows)} images)")
         else:
             splits[split] = rows
+    if left:
+        said["splits left out"] = f"{some(left)} of {some(parts)}"
     if "train" not in splits:
         raise InputError(f"dataset {name}: expected a split called train, got {_listed(parts) or 'none'}")
     if (count := sum(map(len, splits.values()))) > MOST_ROWS:
@@ -191,7 +194,7 @@ def _decoded(name: str, splits: Mapping[str, Any], columns: _Columns, image_size
         try:
             decoded = decode_folder(layout, image_size, bar)
         except InputError as error:
-            raise InputError(f"dataset {name}: {str(error).replace(f'{folder}/', '')}") from error
+            raise InputError(f"dataset {name}: {str(error).replace(f'{folder}{os.sep}', '')}") from error
     return DecodedFolder(decoded.classes, decoded.splits, layout.said | decoded.said)
 
 
