@@ -8,7 +8,7 @@ import yaml
 
 from fedtalos.app.config.checks import GIVEN, USED_WHEN, check_together
 from fedtalos.app.config.files import flatten, override
-from fedtalos.app.config.schema import RUN_CONFIGS, EditingConfig, FederatedConfig, SplitOptions
+from fedtalos.app.config.schema import RUN_CONFIGS, ContinualConfig, EditingConfig, FederatedConfig, SplitOptions
 from fedtalos.app.sweep.grid import Grid, expand
 from fedtalos.cli import main, parse
 from fedtalos.errors import InputError
@@ -56,9 +56,8 @@ def test_of_every_option_somebody_decided_when_it_is_used():
 def commands_of(option: str) -> list[str]:
     """The commands that have an option and one of those that it depends on."""
     others = {other for other, _ in USED_WHEN[option]}
-    return [
-        name for name, config in RUN_CONFIGS.items() if {option} <= (has := flatten(config()).keys()) and others & has
-    ]
+    used = {name: flatten(config()).keys() - set(config.idle) for name, config in RUN_CONFIGS.items()}
+    return [name for name, has in used.items() if option in has and others & has]
 
 
 def unusual(option: str) -> object:
@@ -91,12 +90,7 @@ def hindering(command: str, option: str) -> dict[str, object]:
     }.get(option, {"criterion": "random"} if ("criterion", USED_WHEN[option][0][1]) == USED_WHEN[option][0] else {})
 
 
-CASES = [
-    (command, option)
-    for option in USED_WHEN
-    for command in commands_of(option)
-    if command != "continual" or option not in OF_MANY_ROUNDS  # continual has no --one_shot
-]
+CASES = [(command, option) for option in USED_WHEN for command in commands_of(option)]
 
 
 @pytest.mark.parametrize(("command", "option"), CASES)
@@ -136,6 +130,7 @@ def test_an_option_is_refused_where_it_has_no_effect_and_nowhere_else(command, o
         ),
         ("editing --fisher exact --fisher_samples 2", "--fisher_samples 2: is of --fisher true, not of exact"),
         ("editing --checkpoint a --weights none", "--weights none and --checkpoint a: one of them is used"),
+        ("editing --tracker tensorboard", "no option --tracker; it is an option of centralized and federated and"),
         ("federated --slowest 2", "--slowest 2: has no effect without --deadline; give --deadline too"),
         ("federated --byzantine 2", "is of --aggregation trimmed_mean or krum or multi_krum, not of mean"),
     ],
@@ -187,6 +182,11 @@ def test_a_runs_own_record_is_taken_as_it_is(in_a_folder_of_its_own, without_fig
         main(["federated", "--config", str(path), "--alpha", "0.1", "--run_name", "c"])
     assert Path("results/b/summary.yaml").exists()
     assert not Path("results/c").exists()
+
+
+def test_continual_has_no_use_for_what_a_file_says_of_clients_one_by_one():
+    with pytest.raises(InputError, match="--client_evaluation: continual has no use for it"):
+        check_together(override(ContinualConfig(), {"tasks": 2, "client_evaluation": True}, "test"))
 
 
 def test_workers_are_not_asked_again():

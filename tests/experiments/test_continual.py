@@ -64,12 +64,20 @@ def test_courses_of_every_row_repeat_and_go_on_where_they_were_stopped(monkeypat
         (["--tasks", "1"], "two or more"),
         (["--tasks", "2", "--one_shot"], "it is an option of federated"),
         (["--tasks", "2", "--merge", "ties"], "it is an option of federated"),
+        (["--tasks", "2", "--client_evaluation"], "it is an option of federated"),
         (["--tasks", "11", "--num_clients", "20"], "11 groups of 10 classes"),
     ],
 )
 def test_courses_that_cannot_be_are_refused(in_a_folder_of_its_own, capsys, words, says):
     assert says in refused(["continual", *SMALL, *words], capsys)
     assert not Path("checkpoints").exists()
+
+
+@pytest.mark.parametrize("words", [["continual", "--tasks", "2"], ["federated", "--one_shot"]])
+def test_what_trains_apart_is_no_work_for_torchrun(in_a_folder_of_its_own, monkeypatch, capsys, words):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "0")
+    assert "runs in one process" in refused([*words, *SMALL, "--num_clients", "2"], capsys)
 
 
 @pytest.mark.parametrize("lines", ["sequential,first,0,1,0.5", "sequential,first,0,0,1.5", "sum,third,0,0,0.5"])

@@ -14,6 +14,7 @@ from fedtalos.app.run.evaluation import evaluate_split
 from fedtalos.app.run.folders import begun
 from fedtalos.app.run.holders import LocalHolders
 from fedtalos.app.run.kept import Kept
+from fedtalos.app.run.launch import check_alone
 from fedtalos.app.run.session import Session
 from fedtalos.app.run.split_file import write_split
 from fedtalos.errors import InputError
@@ -23,6 +24,7 @@ from fedtalos.training.federated.traffic import Traffic
 
 def run(config: ContinualConfig, console: Console) -> None:
     """Train T tasks one after another, then each by itself from the start; measure all courses, and write the table."""
+    check_alone(config.command)
     if (config.apart.tasks or 0) < 2:
         raise InputError("continual: expected --tasks T, two or more groups of classes that come one after another")
     with begun(config, console) as paths:

@@ -29,7 +29,7 @@ from fedtalos.app.run.first_head import fit_first_head
 from fedtalos.app.run.folders import begun
 from fedtalos.app.run.holders import LocalHolders
 from fedtalos.app.run.kept import Kept, clients_in, groups_of, units_of
-from fedtalos.app.run.launch import Others, others, rank
+from fedtalos.app.run.launch import Others, check_alone, others, rank
 from fedtalos.app.run.paths import RunPaths
 from fedtalos.app.run.session import Evaluate, Session
 from fedtalos.app.run.split_file import write_split
@@ -52,6 +52,8 @@ from fedtalos.training.masked_parameters import MaskedParameters
 
 def run(config: FederatedConfig, console: Console) -> None:
     """Train for ``num_rounds`` rounds, leading other processes where asked."""
+    if config.apart.asked:
+        check_alone("--tasks or --one_shot")
     if rank():
         follow(config)
         return

@@ -3,6 +3,7 @@
 import math
 
 from fedtalos.app.config.apart import ApartOptions
+from fedtalos.app.config.files import flatten
 from fedtalos.app.config.schema import AggregationOptions, FederatedConfig
 from fedtalos.errors import InputError
 
@@ -10,8 +11,9 @@ from fedtalos.errors import InputError
 def check_apart(config: FederatedConfig) -> None:
     """Refuse what --tasks and --one_shot cannot be given with, with an InputError that says what to do."""
     options, usual = config.apart, ApartOptions()
+    values, defaults = flatten(config), flatten(type(config)())
     for name in config.idle:  # in a file; the command line does not know it
-        if getattr(options, name) != getattr(usual, name):
+        if values[name] != defaults[name]:
             raise InputError(f"--{name}: {config.command} has no use for it; leave it out")
     if not options.asked:
         for name in ("merge", "merge_alpha", "refit_head", "leave_out"):

@@ -413,13 +413,14 @@ class ContinualConfig(FederatedConfig):
     """Train federatedly on one task after another (--tasks T); compare with tasks that train apart and are merged."""
 
     command: ClassVar[str] = "continual"
-    idle: ClassVar[tuple[str, ...]] = ("one_shot", "merge", "leave_out")
+    idle: ClassVar[tuple[str, ...]] = ("one_shot", "merge", "leave_out", *PersonalOptions.model_fields)
 
 
 class EditingConfig(Config):
     """Make a TaLoS mask: score the weights on calibration images, let the least sensitive move."""
 
     command: ClassVar[str] = "editing"
+    idle: ClassVar[tuple[str, ...]] = ("tracker",)
 
     editing: EditingOptions = EditingOptions()
     split: SplitOptions = SplitOptions()

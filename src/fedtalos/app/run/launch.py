@@ -53,7 +53,7 @@ def number_of_processes(config: FederatedConfig) -> int:
 def check_alone(command: str) -> None:
     """InputError where torchrun started several processes of a command that is for one."""
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        raise InputError(f"{command}: runs in one process; torchrun is for federated alone")
+        raise InputError(f"{command}: runs in one process; torchrun is for the rounds of federated alone")
 
 
 def share_machine(config: FederatedConfig, size: int) -> None:
@@ -171,7 +171,7 @@ def others(config: FederatedConfig, paths: RunPaths | None = None) -> Iterator[O
             raise WorkerLostError(f"{said}; {again}") from error
         finally:
             if beside.started is not None:
-                beside.started.close(signal.SIGKILL)
+                beside.started.close(getattr(signal, "SIGKILL", None))
             if dist.is_initialized():
                 dist.destroy_process_group()
 
