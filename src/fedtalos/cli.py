@@ -16,12 +16,10 @@ from fedtalos.app.command_line import defaults, given, layers, options_in
 from fedtalos.app.config.checks import check_together
 from fedtalos.app.config.completion import is_completion, write_completion
 from fedtalos.app.config.files import FileError, override
-from fedtalos.app.config.fleet import FleetConfig, FleetTool
 from fedtalos.app.config.help import family_page, option_names, overview, page, tools_of
 from fedtalos.app.config.options import Options
 from fedtalos.app.config.schema import RUN_CONFIGS, RunConfig
-from fedtalos.app.config.tools import FAMILIES, TOOL_CONFIGS, MaskConfig, MaskTool, ToolConfig
-from fedtalos.app.config.vector import VectorConfig, VectorTool
+from fedtalos.app.config.tools import FAMILIES, TOOL_CONFIGS, ToolConfig
 from fedtalos.app.run import interruption
 from fedtalos.app.run.display import PlainConsole, say, warnings_shown
 from fedtalos.app.run.folders import AlreadyFinished
@@ -43,7 +41,7 @@ ADVICE = {
 }
 """Advice on errors of the system; the usual one: check the path and its rights."""
 HELP, HELP_ALL = {"-h", "--help"}, {"--help_all", "--help-all"}
-COMMANDS: dict[str, type[Options]] = {**RUN_CONFIGS, **TOOL_CONFIGS}
+COMMANDS: dict[str, Any] = {**RUN_CONFIGS, **TOOL_CONFIGS}
 OTHER_NAMES = {"status": "runs"}
 
 
@@ -118,11 +116,8 @@ def parse(arguments: list[str]) -> RunConfig | ToolConfig:
         check_together(config, given(flags, found))
         return config
     tool: Any = options(**flags)
-    if isinstance(tool, MaskTool):
-        return MaskConfig(tool=tool)
-    if isinstance(tool, FleetTool):
-        return FleetConfig(tool=tool)
-    parsed: ToolConfig = VectorConfig(tool=tool) if isinstance(tool, VectorTool) else tool
+    family = name.partition(" ")[0]
+    parsed: ToolConfig = COMMANDS[family](tool=tool) if family in FAMILIES else tool
     return parsed
 
 
@@ -151,7 +146,7 @@ def command_of(arguments: list[str]) -> tuple[str, type[Options] | None, list[st
 
 
 def command_named(what: str, word: str, known: Iterable[str]) -> str:
-    """``word``, if it is known; else InputError."""
+    """Give ``word``, if it is known; else InputError."""
     if word not in known:
         found = f"no {what} {word!r}{nearest(word, known)}" if word[:1] not in ("", "-") else f"expected a {what}"
         raise InputError(f"{found}{f' before {word}' if word[:1] == '-' else ''} (there are {', '.join(known)})")

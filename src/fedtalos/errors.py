@@ -71,13 +71,14 @@ def shown(value: object) -> str:
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """Suggest the known name that is most alike, as the end of a sentence, or nothing.
+    """Suggest the known name that is most alike, large or small letters, as the end of a sentence, or nothing.
 
     >>> nearest("num_clents", ["num_clients", "num_rounds"])
     "; did you mean 'num_clients'?"
     """
-    close = difflib.get_close_matches(name[:100], list(known), n=1)
-    return f"; did you mean {shown(close[0])}?" if close else ""
+    by_small = {other.casefold(): other for other in known}
+    close = difflib.get_close_matches(name[:100].casefold(), by_small, n=1)
+    return f"; did you mean {shown(by_small[close[0]])}?" if close else ""
 
 
 def check_word(what: str, word: object, words: object) -> None:

@@ -5,7 +5,8 @@ import yaml
 from commands import CENTRALIZED, refused
 
 from fedtalos.app.config.files import flatten, from_file, override
-from fedtalos.app.config.init import everyday, starter
+from fedtalos.app.config.help import everyday
+from fedtalos.app.config.init import starter
 from fedtalos.app.config.schema import RUN_CONFIGS
 from fedtalos.cli import main, parse
 

@@ -10,7 +10,7 @@ from fedtalos.app.run.resume import from_here, working_folder
 from fedtalos.app.run.split_file import split_title
 from fedtalos.app.trained import TrainedRun
 from fedtalos.data.hub_dataset import HUB, place_of
-from fedtalos.errors import InputError
+from fedtalos.errors import InputError, printable
 from fedtalos.training.editing.mask_file import read_mask_file
 
 
@@ -28,18 +28,17 @@ def training_facts(trained: TrainedRun) -> dict[str, str]:
         "rounds" if trained.federated else "epochs": str(progress.get("done", "unknown")),
     }
     if trained.federated:
+        epochs = options.get("local_epochs")
         facts |= {
             "clients": f"{options.get('num_clients')}, a share of {options.get('client_fraction')} in each round",
             "split": split_title(
                 str(options.get("partition")), options.get("classes_per_client"), options.get("alpha")
             ),
             "algorithm": f"{options.get('algorithm')}, aggregation {options.get('aggregation')}",
-            "local steps": str(options.get("local_steps")),
+            "local steps": str(options.get("local_steps")) if epochs is None else f"{epochs} epochs",
             "sent by all clients": f"{(_number(progress, 'bytes_down') + _number(progress, 'bytes_up')) / 1e6:,.0f} MB",
+            "differential privacy": _privacy(options),
         }
-        facts["differential privacy"] = _privacy(options)
-        if options.get("local_epochs") is not None:
-            facts["local steps"] = f"{options['local_epochs']} epochs"
     facts |= {
         "optimiser": f"{options.get('optimizer')}, learning rate {options.get('learning_rate')}, batches of "
         f"{options.get('batch_size')}",
@@ -103,7 +102,7 @@ def weights_at_start(trained: TrainedRun) -> str:
 
 def _without_path(source: str) -> str:
     """A source of weights without the folders of this machine."""
-    return source if source.startswith("hub:") or "/" not in source else f"a file called {Path(source).name}"
+    return source if source.startswith("hub:") or source == Path(source).name else f"a file called {Path(source).name}"
 
 
 def rows(facts: Mapping[str, str]) -> str:
@@ -122,8 +121,8 @@ def plain(text: str) -> str:
     >>> plain("<b> a|b")
     '&lt;b&gt; a\\\\|b'
     """
-    printable = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
-    return re.sub(r"([\\`*_\[\]|#])", r"\\\1", html.escape(printable, quote=False))
+    line = printable(text).replace("\n", "\\n")
+    return re.sub(r"([\\`*_\[\]|#])", r"\\\1", html.escape(line, quote=False))
 
 
 def _number(values: Mapping[str, Any], name: str) -> float:

@@ -14,7 +14,7 @@ from fedtalos.app.run.holders import Holders, MergeWeights, WeighedBy, weights_s
 from fedtalos.app.run.kept import Unit
 from fedtalos.data.images import LabelledImages
 from fedtalos.models.backbone import Backbone
-from fedtalos.models.heads import ClosedForm, Head, set_head
+from fedtalos.models.heads import ClosedForm, Head, head_of, set_head
 from fedtalos.training.editing.alpha_search import best_alpha
 from fedtalos.training.editing.merging import merge
 from fedtalos.training.editing.task_vectors import TaskVector
@@ -65,7 +65,7 @@ class Merger:
     def _sums(self, rule: WeighedBy, units: Sequence[Unit], vectors: Sequence[TaskVector]) -> list[MergeWeights]:
         """Each unit's sums over its clients, under its own model with the first head."""
         model, now = self.loaded.model, self.moving.vector()
-        weight, bias = (parameter.detach().clone() for parameter in model.head.parameters())
+        head = head_of(model)
         set_head(model, *self.head, source=model.head_source)  # where the head moves, the units' values have it
         models = (
             (client, self.start + vector.values.to(self.start.device))
@@ -74,7 +74,7 @@ class Merger:
         )
         weights = self.holders.weights(rule, models)
         found = [reduce(_added, islice(weights, len(unit.members))) for unit in units]
-        set_head(model, weight, bias, source=model.head_source)
+        set_head(model, *head, source=model.head_source)
         self.moving.write(now)
         return found
 

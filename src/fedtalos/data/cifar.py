@@ -15,7 +15,7 @@ from fedtalos.data.class_names import class_name
 from fedtalos.data.downloads import LARGEST, read_members
 from fedtalos.data.images import LabelledImages, Published
 from fedtalos.errors import InputError, shortened, shown
-from fedtalos.facts import read_file
+from fedtalos.facts import MOST_CHARACTERS, read_file
 from fedtalos.progress import Bar, silent
 
 Download = Callable[[str, Path, Bar], Path]
@@ -81,7 +81,7 @@ def read_cifar(cifar: Cifar, data_dir: Path, download: Download, bar: Bar = sile
     names = _unpickled(meta, meta_file).get(cifar.names_key)
     if not (isinstance(names, list) and names and all(isinstance(n, str | bytes) for n in names)):
         raise _damaged(meta_file, f"holds no list {cifar.names_key!r} of class names")
-    if len(names) > cifar.classes or max(map(len, names)) > LONGEST_NAME:
+    if len(names) > cifar.classes or max(map(len, names)) > MOST_CHARACTERS:
         raise _damaged(meta_file, f"holds other {cifar.names_key!r} than those of {cifar.classes} classes")
     train = [_cifar_images(cifar, *files[name], len(names)) for name in cifar.train]
     joined = LabelledImages(torch.cat([s.pixels for s in train]), torch.cat([s.labels for s in train]))
@@ -170,8 +170,6 @@ ADMITTED = {
 }
 MOST_STEPS = 2**21
 """Steps of a pickle; CIFAR-100's training file has 450 000. A step makes an object of 70 bytes or so."""
-LONGEST_NAME = 255
-"""Characters of a class's name."""
 _FRAME, _BYTEARRAY = 0x95, 0x96
 """Steps of later protocols: a buffer of the steps that follow, and room for as many bytes as it likes."""
 

@@ -1,6 +1,5 @@
 """Class names: of folders, as people read them, and what to say where two lists of them differ."""
 
-import difflib
 import unicodedata
 from collections.abc import Iterable, Sequence
 
@@ -44,17 +43,6 @@ def nor_others(names: Sequence[str]) -> str:
     """
     count = len(names)
     return f", nor {'is 1 other' if count == 1 else f'are {count} others'} ({some(names)})" if names else ""
-
-
-def alike(name: str, known: Iterable[str]) -> str:
-    """Suggest the known name that is most alike, as the end of a sentence, or nothing.
-
-    >>> alike("cats", ["cat", "dog"])
-    "; did you mean 'cat'?"
-    """
-    by_small = {other.casefold(): other for other in known}
-    close = difflib.get_close_matches(name.casefold(), by_small, n=1)
-    return f"; did you mean {shown(by_small[close[0]])}?" if close else ""
 
 
 def check_same_classes(then: Sequence[str], now: Sequence[str], trained: str) -> None:

@@ -16,13 +16,13 @@ from typing import TypeVar
 import numpy as np
 import torch
 
-from fedtalos.data.class_names import alike, nor_others, some
+from fedtalos.data.class_names import nor_others, some
 from fedtalos.data.decoding import LARGE, Square, decode_image, inspect_image
 from fedtalos.data.deep_images import Scale
 from fedtalos.data.folder_layout import Files, Layout, check_two_classes
 from fedtalos.data.image_files import OTHER_PICTURES, BadImageError, NotAnImageError
 from fedtalos.data.images import LabelledImages
-from fedtalos.errors import InputError
+from fedtalos.errors import InputError, nearest
 from fedtalos.facts import MOST_CLASSES, check_free
 from fedtalos.progress import Bar, silent
 from fedtalos.randomness import generator
@@ -117,7 +117,7 @@ def _classes(layout: Layout, found: _Found) -> tuple[tuple[str, ...], dict[str, 
         if strange := [name for name in found.images[split] if name not in train]:
             raise InputError(
                 f"{found.images[split][strange[0]][0]} is a {split} image of class {strange[0]!r}, of which there are "
-                f"no training images{alike(strange[0], train) or '; add some, or move it elsewhere'}"
+                f"no training images{nearest(strange[0], train) or '; add some, or move it elsewhere'}"
             )
     check_two_classes(layout.source, train)
     if len(train) > MOST_CLASSES:

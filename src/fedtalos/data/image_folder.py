@@ -13,7 +13,7 @@ from torch import Tensor
 from fedtalos.data.class_names import some
 from fedtalos.data.folder_cache import LIMIT, Entry, Facts, cache_folder, source_name
 from fedtalos.data.folder_decoding import DecodedFolder, decode_folder
-from fedtalos.data.folder_layout import Layout, find_layout
+from fedtalos.data.folder_layout import SPLITS, Layout, find_layout
 from fedtalos.data.image_files import can_read
 from fedtalos.data.images import LabelledImages, Published
 from fedtalos.errors import InputError
@@ -77,7 +77,7 @@ def kept_or_decoded(
     splits = decoded.splits
     for what, sentence in {**said, **decoded.said}.items():
         note(what, sentence)
-    counts = (_counts(name, splits[name], decoded.classes) for name in ("train", "val", "test") if name in splits)
+    counts = (_counts(name, splits[name], decoded.classes) for name in SPLITS if name in splits)
     note("images", "; ".join(counts))
     return Published(decoded.classes, splits["train"], splits.get("test"), splits.get("val"))
 

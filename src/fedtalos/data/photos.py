@@ -15,14 +15,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from fedtalos.data.class_names import alike, class_name, nor_others, some
+from fedtalos.data.class_names import class_name, nor_others, some
 from fedtalos.data.decoding import Square, decode_image, inspect_image
 from fedtalos.data.deep_images import Scale
 from fedtalos.data.folder_decoding import in_threads, peculiarities
 from fedtalos.data.folder_layout import files_below, find_layout
 from fedtalos.data.image_files import BadImageError, NotAnImageError
 from fedtalos.data.images import LabelledImages
-from fedtalos.errors import InputError, shown
+from fedtalos.errors import InputError, nearest, shown
 from fedtalos.notes import note
 from fedtalos.progress import Bar, silent
 
@@ -110,7 +110,7 @@ def read_labelled_folder(folder: Path, classes: Sequence[str], image_size: int, 
         raise InputError(f"{folder} holds class folders without images: expected {folder}/CLASS/IMAGE")
     if strange := [name for name in by_class if name not in labels]:
         raise InputError(
-            f"{folder / strange[0]} is no class that the model knows{alike(strange[0], list(labels))}; "
+            f"{folder / strange[0]} is no class that the model knows{nearest(strange[0], labels)}; "
             f"its {len(classes)} classes are {some(classes)}"
         )
     label_of = {file: labels[name] for name, files in by_class.items() for file in files}

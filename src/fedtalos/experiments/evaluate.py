@@ -12,7 +12,7 @@ from fedtalos.app.config.tools import EvaluateConfig
 from fedtalos.app.evaluated import lowest_classes, most_confused, write_confusion, write_per_class
 from fedtalos.app.load import load
 from fedtalos.app.run.bars import bar
-from fedtalos.app.run.display import say
+from fedtalos.app.run.display import say, say_notes
 from fedtalos.app.run.resume import from_here, working_folder
 from fedtalos.app.trained import check_which, open_trained, paths_of
 from fedtalos.checkpoint import find_checkpoint, load_checkpoint
@@ -22,13 +22,10 @@ from fedtalos.devices import Precision, choose_precision
 from fedtalos.errors import InputError, shown
 from fedtalos.files import refuse_link
 from fedtalos.models.backbone import Backbone
-from fedtalos.notes import noted
+from fedtalos.models.weights.hub import FILES
 from fedtalos.training.confusion import Confusion, confusion
 from fedtalos.training.evaluation import evaluate
 from fedtalos.training.prediction import decoded_size
-
-WEIGHTS = (".safetensors", ".pth", ".pt", ".bin", ".ckpt", ".tar")
-"""Endings of files that hold weights alone."""
 
 
 @dataclass(frozen=True)
@@ -51,8 +48,7 @@ def run(config: EvaluateConfig, console: Console) -> None:
     """Print what the model reaches on the images; by class, and mistake by mistake, where that is asked for."""
     check_which(config.checkpoint, config.which)
     subject = on_a_split(config) if config.folder is None else on_a_folder(config, config.folder)
-    for what, sentence in noted().items():
-        say(console, f"{what}: {sentence}")
+    say_notes(console)
     by_class = config.per_class or config.confusion
     measure = confusion if by_class else evaluate
     found = measure(subject.model, subject.images, batch_size=subject.batch_size, precision=subject.precision)
@@ -135,7 +131,7 @@ def on_a_folder(config: EvaluateConfig, folder: Path) -> Subject:
 def is_weights(config: EvaluateConfig) -> bool:
     """Tell whether a file of weights alone is meant, not a run: one by its ending, unless it is a checkpoint's."""
     path = config.checkpoint
-    return path.suffix in WEIGHTS and path.is_file() and not path.name.startswith(("last-", "best-"))
+    return path.name.endswith(FILES) and path.is_file() and not path.name.startswith(("last-", "best-"))
 
 
 def of_run(config: EvaluateConfig) -> tuple[Path, RunConfig]:

@@ -7,13 +7,11 @@ from rich.console import Console
 
 from fedtalos.app.config.after_training import ExplainConfig
 from fedtalos.app.run.bars import bar
-from fedtalos.app.run.display import say
+from fedtalos.app.run.display import say, say_notes
 from fedtalos.app.trained import TrainedRun, open_trained
-from fedtalos.data.class_names import alike
 from fedtalos.data.photos import Photos, open_photos
-from fedtalos.errors import InputError
+from fedtalos.errors import InputError, nearest
 from fedtalos.models.explain import attention_rollout, grad_cam
-from fedtalos.notes import noted
 from fedtalos.training.feature_cache import view_of
 from fedtalos.training.prediction import decoded_size
 
@@ -32,13 +30,14 @@ def run(config: ExplainConfig, console: Console) -> None:
         raise InputError("explain: expected images after the run: files, folders, or patterns in quotes")
     trained = open_trained(config.run, config.output_dir, config.which, config.device)
     if config.target is not None and config.target not in trained.classes:
-        raise InputError(f"target {config.target}: the model has no such class{alike(config.target, trained.classes)}")
+        raise InputError(
+            f"target {config.target}: the model has no such class{nearest(config.target, trained.classes)}"
+        )
     photos = open_photos(config.images, bar)
     if len(photos) > MOST:
         raise InputError(f"explain: {len(photos)} images are too many figures to look at; give {MOST} at most")
     drawn = figures(trained, photos, config.target)
-    for what, sentence in noted().items():
-        say(console, f"{what}: {sentence}")
+    say_notes(console)
     from fedtalos.app.figures.draw import write_figures
 
     for path in write_figures(drawn, config.output_dir / "plots" / trained.name):

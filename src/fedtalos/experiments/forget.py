@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from fedtalos.app.config.forget import ForgetConfig
-from fedtalos.app.run.display import say
+from fedtalos.app.run.display import say, say_notes
 from fedtalos.app.run.folders import claimed
 from fedtalos.app.run.paths import RunPaths, plain_name
 from fedtalos.app.run.recorder import made_by, write_csv, write_yaml
@@ -18,8 +18,7 @@ from fedtalos.checkpoint import HEADER, find_checkpoint, load_checkpoint, save_c
 from fedtalos.data.images import LabelledImages
 from fedtalos.errors import InputError
 from fedtalos.models.backbone import Backbone
-from fedtalos.models.heads import closed_form, set_head
-from fedtalos.notes import noted
+from fedtalos.models.heads import closed_form, head_of, set_head
 from fedtalos.training.editing.forgetting import forgetting_factor
 from fedtalos.training.editing.task_vectors import scaled, weighted_sum
 from fedtalos.training.entries import named_tensors
@@ -47,8 +46,7 @@ def run(config: ForgetConfig, console: Console) -> None:
             raise InputError(f"{path} exists, of an earlier run: move it away, or give another --name")
     measured = Measured(config, trained, out)
     rows, alpha, head = forgotten(config, trained, out, measured)
-    for said in noted().items():
-        say(console, ": ".join(said))
+    say_notes(console)
     with claimed(paths):
         save(paths, config, trained, label, rows, alpha)
     show(rows, label, config, console)
@@ -155,12 +153,12 @@ def forgotten(
         for name, tensor in named_tensors(model).items():
             tensor.copy_(now[name])
 
-    weight, bias = (parameter.detach().clone() for parameter in model.head.parameters())
+    first = head_of(model)
 
     def head() -> str:
         if not config.keep_head:
             return trained.fit_head_without(out)
-        set_head(model, weight, bias, source=model.head_source)  # where it is among what moves
+        set_head(model, *first, source=model.head_source)  # where it is among what moves
         return "as it was (--keep_head)"
 
     moving.write(trained.without(out))

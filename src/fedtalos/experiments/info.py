@@ -13,13 +13,10 @@ from rich.table import Table
 
 from fedtalos._version import __version__
 from fedtalos.app.config.tools import InfoConfig
+from fedtalos.data.cifar import CIFAR
 from fedtalos.devices import AMPERE, choose_device, choose_precision
 
 LIBRARIES = ("torch", "numpy", "safetensors", "huggingface_hub", "timm", "tensorboard", "wandb", "mlflow")
-DATA_SETS = {
-    "cifar100": ("cifar-100-python", "cifar-100-python.tar.gz"),
-    "cifar10": ("cifar-10-batches-py", "cifar-10-python.tar.gz"),
-}
 
 
 def run(config: InfoConfig, console: Console) -> None:
@@ -64,7 +61,8 @@ def _version(name: str) -> str:
 
 
 def _data(data_dir: Path) -> list[str]:
-    return ["digits", *(name for name, files in DATA_SETS.items() if any((data_dir / file).exists() for file in files))]
+    found = {name: (data_dir / cifar.folder, data_dir / cifar.archive) for name, cifar in CIFAR.items()}
+    return ["digits", *(name for name, places in found.items() if any(place.exists() for place in places))]
 
 
 def _weights() -> list[str]:

@@ -5,7 +5,8 @@ from pathlib import Path
 from rich.console import Console
 
 from fedtalos.app.config.files import published
-from fedtalos.app.config.init import InitConfig, everyday, starter
+from fedtalos.app.config.help import everyday
+from fedtalos.app.config.init import InitConfig, starter
 from fedtalos.app.run.display import say
 from fedtalos.errors import InputError
 from fedtalos.files import write_atomic

@@ -10,12 +10,11 @@ from rich.text import Text
 
 from fedtalos.app.config.after_training import PredictConfig
 from fedtalos.app.run.bars import bar
-from fedtalos.app.run.display import say
+from fedtalos.app.run.display import say_notes
 from fedtalos.app.run.recorder import table_text
 from fedtalos.app.trained import open_trained
 from fedtalos.data.photos import open_photos
 from fedtalos.errors import InputError, printable
-from fedtalos.notes import noted
 from fedtalos.training.prediction import Prediction, predict
 
 
@@ -28,8 +27,7 @@ def run(config: PredictConfig, console: Console) -> None:
     trained = open_trained(config.run, config.output_dir, config.which, config.device)
     photos = open_photos(config.images, bar)
     predictions = predict(trained.model, photos, trained.classes, top=config.top, bar=bar)
-    for what, sentence in noted().items():
-        say(Console(stderr=True), f"{what}: {sentence}")
+    say_notes(Console(stderr=True))
     if config.json:
         console.out(as_json(predictions), highlight=False)
     elif config.csv:

@@ -1,7 +1,5 @@
 """Write a page about runs: one HTML file that can be sent, read on a phone and printed."""
 
-from pathlib import Path
-
 from rich.console import Console
 
 from fedtalos.app.config.report import ReportConfig
@@ -52,7 +50,7 @@ def look_at_classes(config: ReportConfig, paths: RunPaths) -> Classes:
     """
     last = paths.checkpoints / "last.json"
     options = {key: getattr(config, key) for key in ("split", "eval_limit", "data_dir", "device", "output_dir")}
-    subject = on_a_split(EvaluateConfig(checkpoint=Path(last), **options))
+    subject = on_a_split(EvaluateConfig(checkpoint=last, **options))
     if len(subject.classes) > MOST_CLASSES:
         raise InputError(
             f"report: {len(subject.classes)} classes are too many for a page; --no_classes leaves them out"

@@ -15,7 +15,7 @@ from fedtalos.app.config.vector import (
     VectorNegateConfig,
     VectorShowConfig,
 )
-from fedtalos.app.run.display import print_whole, say, say_facts, say_pairs
+from fedtalos.app.run.display import print_whole, say, say_facts, say_notes, say_pairs
 from fedtalos.app.run.paths import RunPaths, plain_name
 from fedtalos.app.vectors.base import base_of, save_edited
 from fedtalos.app.vectors.made import made_of
@@ -49,8 +49,7 @@ def run(config: VectorConfig, console: Console) -> None:
             written = negate(tool)
         case VectorMergeConfig() as tool:
             written = merged(tool, console)
-    for what, sentence in noted().items():
-        say(console, f"{what}: {sentence}")
+    say_notes(console)
     for path in written:
         say(console, str(path))
 

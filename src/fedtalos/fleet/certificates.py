@@ -47,7 +47,7 @@ def make_certificates(folder: Path, host: str) -> None:
 
 
 def check_pair(certificate: bytes, key: bytes, ca: bytes) -> None:
-    """InputError unless these are a certificate, its own key and the certificate of a CA, in PEM and unlocked."""
+    """Refuse, with an InputError, other than a certificate, its own key and a CA's certificate, in PEM and unlocked."""
     try:
         mine = x509.load_pem_x509_certificate(certificate).public_key()
         private = serialization.load_pem_private_key(key, password=None)

@@ -200,6 +200,14 @@ def closed_form(head: str) -> ClosedForm | None:
     return next((kind for kind in get_args(ClosedForm) if kind == head), None)
 
 
+def head_of(model: Backbone) -> Head:
+    """Copy the model's head, to put it back with ``set_head``.
+
+    >>> weight, bias = head_of(model)
+    """
+    return model.head.weight.detach().clone(), model.head.bias.detach().clone()
+
+
 def set_head(model: Backbone, weight: Tensor, bias: Tensor, source: str = "file") -> None:
     """Put weight (C, D) and bias (C,) into the model's head, and note their source.
 

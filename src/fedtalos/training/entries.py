@@ -87,7 +87,7 @@ class Entries:
         return [tensors[name].detach()[rows] for name, rows in self._rows.items()]
 
     def unflatten(self, vector: Tensor) -> dict[str, Tensor]:
-        """``vector`` (A,) as tensors of the masks' shapes, zero (or False) in the entries not chosen."""
+        """Write ``vector`` (A,) as tensors of the masks' shapes, zero (or False) in the entries not chosen."""
         tensors = {
             name: torch.zeros(mask.shape, dtype=vector.dtype, device=vector.device) for name, mask in self.masks.items()
         }

@@ -134,6 +134,16 @@ def is_everyday(field: FieldInfo) -> bool:
     return any(isinstance(mark, Everyday) for mark in field.metadata)
 
 
+def everyday() -> set[str]:
+    """Names of the options that the short help of a training command shows.
+
+    >>> "num_rounds" in everyday(), "step_gamma" in everyday()
+    (True, False)
+    """
+    every = (item for config in RUN_CONFIGS.values() for item in every_option(config).items())
+    return {name for name, field in every if is_everyday(field)}
+
+
 def is_positional(field: FieldInfo) -> bool:
     """Tell whether an option is given without a flag."""
     return tyro.conf.Positional in field.metadata

@@ -8,8 +8,7 @@ from typing import Annotated, ClassVar
 import tyro
 from pydantic import Field
 
-from fedtalos.app.config.options import Everyday, Options
-from fedtalos.app.config.schema import RUN_CONFIGS
+from fedtalos.app.config.options import Options
 
 HEADER = """\
 # Everyday options, at their defaults: change what you need, and pass this file with --config FILE.
@@ -28,21 +27,6 @@ class InitConfig(Options):
     file: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="[FILE]")] = Field(
         Path("fedtalos.yaml"), description="new file to write; one that is there is left as it is"
     )
-
-
-def everyday() -> set[str]:
-    """Names of the options that the short help of a training command shows.
-
-    >>> "num_rounds" in everyday(), "step_gamma" in everyday()
-    (True, False)
-    """
-    found = set()
-    for config in RUN_CONFIGS.values():
-        groups = [type(field.default) for field in config.model_fields.values() if isinstance(field.default, Options)]
-        for options in (config, *groups):
-            fields = options.model_fields.items()
-            found |= {name for name, field in fields if any(isinstance(mark, Everyday) for mark in field.metadata)}
-    return found
 
 
 def starter(every: str, names: set[str]) -> str:

@@ -73,5 +73,5 @@ def _bars(axes: Axes, mistakes: Sequence[tuple[str, int]]) -> None:
     axes.grid(visible=False, axis="y")
 
 
-def _short(name: str, most: int = 16) -> str:
-    return name if len(name) <= most else f"{name[: most - 2]}.."
+def _short(name: str) -> str:
+    return name if len(name) <= 16 else f"{name[:14]}.."

@@ -61,5 +61,5 @@ def _over(axes: Axes, pixels: NDArray[np.uint8], values: NDArray[np.float32], le
     axes.imshow(smooth, cmap="inferno", vmin=0, vmax=1, alpha=0.8 * np.sqrt(smooth))
 
 
-def _short(title: str, most: int = 34) -> str:
-    return "\n".join(line if len(line) <= most else f"{line[: most - 3]}..." for line in title.split("\n"))
+def _short(title: str) -> str:
+    return "\n".join(line if len(line) <= 34 else f"{line[:31]}..." for line in title.split("\n"))

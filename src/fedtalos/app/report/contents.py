@@ -112,14 +112,14 @@ def headlines(method: Method) -> dict[str, str]:
     last, best = (_of(method, "test_accuracy", key) for key in ("last", "best_on_val"))
     found = {"test accuracy": _share(method, last), "of the model that was best on validation": _share(method, best)}
     found["validation accuracy"] = _share(method, _of(method, "val_accuracy", "last"), of_test=False)
-    sent = _mean([sum(run.summary.get("megabytes_sent", {}).values()) for run in method.runs])
+    sent = fmean([sum(run.summary.get("megabytes_sent", {}).values()) for run in method.runs])
     if sent:
         found["sent by and to all clients"] = megabytes(1e6 * sent)
-    seconds = _mean([float(run.summary.get("seconds", math.nan)) for run in method.runs])
-    images = _mean([float(run.summary.get("images_trained_on", 0)) for run in method.runs])
+    seconds = fmean([float(run.summary.get("seconds", math.nan)) for run in method.runs])
+    images = fmean([float(run.summary.get("images_trained_on", 0)) for run in method.runs])
     found |= {"took": duration(seconds), "trained on": f"{thousands(images)} images"}
     for part in ("processors", "card"):
-        energy = _mean(_of(method, "energy_wh", part))
+        energy = fmean(_of(method, "energy_wh", part))
         found |= {} if math.isnan(energy) else {f"energy of the {part}": f"{energy:.3g} Wh"}
     return found
 
@@ -140,10 +140,6 @@ def _of(method: Method, group: str, key: str) -> list[float]:
     return [math.nan if value is None else float(value) for value in values]
 
 
-def _mean(values: Sequence[float]) -> float:
-    return fmean(values)
-
-
 def curves(method: Method) -> dict[str, Any]:
     """The method's curves for the page's script: points [step, MB, accuracy %, deviation, loss] by split."""
     found: dict[str, Any] = {"name": method.name, "step": method.runs[0].history.step_name, "point": dict(method.point)}
@@ -155,12 +151,8 @@ def curves(method: Method) -> dict[str, Any]:
             rows = [one[step] for one in by_run]
             accuracy = Spread.of([100 * row.accuracy for row in rows])
             deviation = 0.0 if math.isnan(accuracy.std) else accuracy.std
-            numbers = (
-                _mean([row.megabytes for row in rows]),
-                accuracy.mean,
-                deviation,
-                _mean([row.loss for row in rows]),
-            )
+            sent, loss = fmean(row.megabytes for row in rows), fmean(row.loss for row in rows)
+            numbers = (sent, accuracy.mean, deviation, loss)
             if all(map(math.isfinite, numbers)):
                 points.append([step, *(float(f"{number:.5g}") for number in numbers)])
         found[split] = points

@@ -26,7 +26,7 @@ from fedtalos.app.run.holders import Holders
 from fedtalos.app.run.kept import Kept, Unit, clients_in, groups_of, units_of
 from fedtalos.app.run.session import ALGORITHM, Evaluate, Session
 from fedtalos.app.run.task_table import write_task_table
-from fedtalos.models.heads import ClosedForm, Head, HeadSums, closed_form, set_head
+from fedtalos.models.heads import ClosedForm, HeadSums, closed_form, head_of, set_head
 from fedtalos.notes import note
 from fedtalos.training.editing.task_vectors import TaskVector, scaled
 from fedtalos.training.federated.apart import at_once, train_apart, unit_seed
@@ -63,7 +63,7 @@ class Apart:
         self.kept = Kept(session.paths)
         self.kind: ClosedForm = closed_form(self.config.model.head) or "ridge"
         self.algorithm = FedAvg()
-        self.start, self.head = moving.vector(), head_of(moving)
+        self.start, self.head = moving.vector(), head_of(loaded.model)
         self._underway = bool(session.done % self.each)
 
     def begin(self, head_rounds: HeadRounds) -> None:
@@ -88,7 +88,7 @@ class Apart:
             session.progress.seconds += time.perf_counter() - start
         else:
             fit_first_head(session, self.moving, (), head_rounds)
-        self.start, self.head = self.moving.vector(), head_of(self.moving)
+        self.start, self.head = self.moving.vector(), head_of(model)
 
     def run(self, evaluate: Evaluate, traffic: Traffic) -> dict[str, Any]:
         """Train the units and merge them, validating before and after; returns what the summary says of it."""
@@ -255,9 +255,3 @@ def shapes_of_start(moving: MaskedParameters) -> dict[str, tuple[int, ...]]:
     """Shapes of what a checkpoint holds of the start, under APART."""
     weight, bias = moving.model.head.parameters()
     return {"start": (len(moving),), "head.weight": tuple(weight.shape), "head.bias": tuple(bias.shape)}
-
-
-def head_of(moving: MaskedParameters) -> Head:
-    """A copy of the model's head."""
-    weight, bias = (parameter.detach().clone() for parameter in moving.model.head.parameters())
-    return weight, bias

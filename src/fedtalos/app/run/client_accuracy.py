@@ -57,6 +57,9 @@ def evaluate_clients(
         )
         return accuracy_by_client(clients, by_class)
 
+    def of_own_classes(client: int) -> float:
+        return float(expected(np.unique(labels[clients[client]]))[client])
+
     before = expected(np.unique(labels))
     columns = {"accuracy": before}
     summary: dict[str, Any] = {"client_test_accuracy": mean_and_worst(before)}
@@ -66,7 +69,7 @@ def evaluate_clients(
         peak = settled(config.train.learning_rate)
         local = local_training(config).but(steps=options.personalise_steps, epochs=None, learning_rate=peak)
         tuned = personalised(moving, clients, chosen.tolist(), local, config.run.seed, options.personalise_alpha)
-        after = {client: expected(np.unique(labels[clients[client]]))[client] for client in tuned}
+        after = {client: of_own_classes(client) for client in tuned}
         columns["personalised_accuracy"] = of_everybody(after, len(clients))
         summary["personalised_test_accuracy"] = {
             "clients": len(chosen),
@@ -74,9 +77,7 @@ def evaluate_clients(
             "after": mean_and_worst(columns["personalised_accuracy"]),
         }
     if own:
-        found = {
-            client: expected(np.unique(labels[clients[client]]))[client] for client in with_own_vectors(moving, own)
-        }
+        found = {client: of_own_classes(client) for client in with_own_vectors(moving, own)}
         columns["own_vector_accuracy"] = of_everybody(found, len(clients))
         summary["own_vector_test_accuracy"] = mean_and_worst(columns["own_vector_accuracy"])
     write_client_accuracy(paths, clients.sizes, columns)

@@ -19,6 +19,7 @@ from rich.text import Text
 
 from fedtalos.errors import printable
 from fedtalos.metrics import Metrics
+from fedtalos.notes import noted
 from fedtalos.training.editing.describe import KINDS, DensityRow
 
 T = TypeVar("T")
@@ -33,6 +34,18 @@ def say(console: Console, text: str) -> None:
     plots/mine/accuracy.png
     """
     console.print(printable(text), highlight=False, markup=False, soft_wrap=True)
+
+
+def say_notes(console: Console) -> dict[str, str]:
+    """Print what was decided for the user since notes were last taken, and give it.
+
+    >>> say_notes(Console())
+    images: 3 of 140 files are no images and were left out: notes.txt, ...
+    """
+    decided = noted()
+    for what, sentence in decided.items():
+        say(console, f"{what}: {sentence}")
+    return decided
 
 
 def say_pairs(console: Console, title: str, values: NDArray[np.float64], in_brackets: NDArray[np.float64]) -> None:

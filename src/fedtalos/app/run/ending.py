@@ -117,15 +117,18 @@ def costs_of(
     """Tell what a run cost, by topic; ``sent`` are megabytes down and up.
 
     >>> costs_of(20.0, 2.0, 36_000)
-    {'took': '20 s, 10 % of them to evaluate; 2 000 images/s'}
+    {'took': '20 s, 10 % of it to evaluate; 2 000 images/s'}
     """
-    found = {}
-    if sent is not None:
-        found["sent"] = f"{megabytes(1e6 * sent['down'])} down, {megabytes(1e6 * sent['up'])} up, all clients together"
     rate = images / max(seconds - evaluation_seconds, 1e-9)
     share = 100 * evaluation_seconds / max(seconds, 1e-9)
-    found["took"] = f"{duration(seconds)}, {share:.0f} % of it to evaluate; {thousands(rate)} images/s"
-    return found
+    return _sent(sent) | {"took": f"{duration(seconds)}, {share:.0f} % of it to evaluate; {thousands(rate)} images/s"}
+
+
+def _sent(megabytes_sent: Mapping[str, float] | None) -> dict[str, str]:
+    if megabytes_sent is None:
+        return {}
+    down, up = (megabytes(1e6 * megabytes_sent[way]) for way in ("down", "up"))
+    return {"sent": f"{down} down, {up} up, all clients together"}
 
 
 def end_of_edit(active: int, eligible: int, seconds: float, sent: Mapping[str, float] | None) -> dict[str, str]:
@@ -135,10 +138,8 @@ def end_of_edit(active: int, eligible: int, seconds: float, sent: Mapping[str, f
     '66 995 of 670 464 eligible entries, 10.0 %'
     """
     share = percent(active / eligible if eligible else math.nan)
-    found = {"may move": f"{thousands(active)} of {thousands(eligible)} eligible entries, {share}"}
-    if sent is not None:
-        found["sent"] = f"{megabytes(1e6 * sent['down'])} down, {megabytes(1e6 * sent['up'])} up, all clients together"
-    return {**found, "took": duration(seconds)}
+    moves = f"{thousands(active)} of {thousands(eligible)} eligible entries, {share}"
+    return {"may move": moves, **_sent(sent), "took": duration(seconds)}
 
 
 def say_next(console: Console, paths: RunPaths, commands: Mapping[str, str]) -> None:
@@ -150,11 +151,10 @@ def say_next(console: Console, paths: RunPaths, commands: Mapping[str, str]) -> 
     """
     if not commands:
         return
-    place = "" if paths.root == Path() else f" --output_dir {quote(str(paths.root))}"
     say(console, "next:")
-    width = max(len(command) for command in commands) + len(place)
+    width = max(len(command) for command in commands) + len(paths.flag)
     for command, purpose in commands.items():
-        say(console, f"  fedtalos {(command + place).ljust(width)}   # {purpose}")
+        say(console, f"  fedtalos {(command + paths.flag).ljust(width)}   # {purpose}")
 
 
 def next_commands(command: str, paths: RunPaths, other: str | None) -> dict[str, str]:

@@ -79,8 +79,7 @@ def _train_linear(session: Session, head_rounds: HeadRounds) -> None:
     try:
         with Display(session.console, unit, settled(config.train.head_rounds)) as display:
             for round_, bytes_down, bytes_up in head_rounds(head, seed, display.watch):
-                progress.bytes_down += bytes_down
-                progress.bytes_up += bytes_up
+                progress.count(bytes_down, bytes_up)
                 progress.images += round_.train.examples
                 display.finished(round_.number, round_.train, None)
     except TrainingError as error:

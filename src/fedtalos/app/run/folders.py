@@ -14,7 +14,7 @@ from rich.console import Console
 
 from fedtalos.app.config.files import flatten, read_yaml
 from fedtalos.app.config.schema import EditingConfig, RunConfig
-from fedtalos.app.run.display import say
+from fedtalos.app.run.display import say, say_notes
 from fedtalos.app.run.interruption import Interrupted
 from fedtalos.app.run.paths import WORKERS, RunPaths, plain_name
 from fedtalos.app.run.recorder import made_by, write_yaml
@@ -52,15 +52,14 @@ def begun(config: RunConfig, console: Console) -> Iterator[RunPaths]:
             finally:
                 say_decisions(paths, console)
     except (Interrupted, KeyboardInterrupt):
-        place = "" if paths.root == Path() else f" --output_dir {quote(str(paths.root))}"
-        again = f"fedtalos {config.command} --resume --run_name {quote(paths.name)}{place} goes on"
+        again = f"fedtalos {config.command} --resume --run_name {quote(paths.name)}{paths.flag} goes on"
         say(console, f"stopped; {again if paths.started else 'nothing is kept, for the run had not begun'}")
         raise
 
 
 @contextmanager
 def claimed(paths: RunPaths) -> Iterator[None]:
-    """Inside, no other process works on the run; what a killed one left is removed.
+    """Keep other processes off the run inside; what a killed one left is removed.
 
     The lock is the operating system's, so it ends with the process that holds it. Where the run does not come to
     begin, nothing of it stays. Raises InputError where another process has the run, a folder of it is a link, or the
@@ -176,9 +175,7 @@ def say_decisions(paths: RunPaths, console: Console) -> None:
     >>> say_decisions(paths, Console())
     images: 3 of 140 files are no images and were left out: notes.txt, ...
     """
-    decided = noted()
-    for what, sentence in decided.items():
-        say(console, f"{what}: {sentence}")
+    decided = say_notes(console)
     if not decided or not paths.started:
         return
     then = made_by_then(paths.config)

@@ -37,7 +37,7 @@ _signals = _Signals()
 
 @contextmanager
 def handled() -> Iterator[None]:
-    """Inside, SIGINT and SIGTERM raise Interrupted; in the main thread alone, for other threads get no signals."""
+    """Let SIGINT and SIGTERM raise Interrupted inside; in the main thread alone, for other threads get no signals."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -51,7 +51,7 @@ def handled() -> Iterator[None]:
 
 @contextmanager
 def deferred() -> Iterator[None]:
-    """Inside, Interrupted is raised at safe points only, and at the end."""
+    """Raise Interrupted at safe points only inside, and at the end."""
     _signals.deferred, _signals.asked = True, None
     try:
         yield

@@ -15,7 +15,7 @@ from torch import Tensor
 from fedtalos.app.config.schema import FederatedConfig
 from fedtalos.app.run.holders import Holders
 from fedtalos.app.run.paths import RunPaths
-from fedtalos.app.run.recorder import made_by
+from fedtalos.app.run.recorder import code_commit
 from fedtalos.data.class_groups import Groups, class_groups
 from fedtalos.data.dataset_loader import Dataset
 from fedtalos.errors import InputError
@@ -115,7 +115,7 @@ class Kept:
         head = (head[0].detach().cpu(), head[1].detach().cpu())
         task = [classes[number] for number in unit.classes]
         command = f"federated, {prefix}{unit.name} of {self.paths.name}"
-        commit = str(made_by("")["commit"] or "unknown")
+        commit = code_commit() or "unknown"
         facts = facts_of(moving.model, head, classes=classes, task=task, command=command, commit=commit)
         save_vector(self.vector(prefix + unit.name), TaskVector(moving.entries.masks, values, facts, head))
 

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from shlex import quote
 
 from fedtalos.errors import InputError, shown
 
@@ -52,6 +53,11 @@ class RunPaths:
         return self.results / ".lock"
 
     @property
+    def flag(self) -> str:
+        """Words that lead a command to the run's root, after a space; none for the working folder."""
+        return "" if self.root == Path() else f" --output_dir {quote(str(self.root))}"
+
+    @property
     def started(self) -> bool:
         return self.config.exists()
 
@@ -66,7 +72,7 @@ class RunPaths:
 
 
 def plain_name(flag: str, name: str) -> str:
-    """``name``, if it is one that a folder can have."""
+    """Give ``name``, if it is one that a folder can have; else InputError."""
     if name in ("", ".", "..") or Path(name).name != name or not name.isprintable():
         raise InputError(f"{flag} {shown(name)}: expected a plain folder name, without slashes")
     if len(name.encode(errors="surrogateescape")) > LONGEST:

@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import cache
 from importlib.metadata import version
 from itertools import islice
 from pathlib import Path
@@ -46,8 +47,9 @@ def made_by(device: str) -> dict[str, Any]:
     }
 
 
+@cache
 def code_commit() -> str | None:
-    """The git commit of the code, with a + where files differ from it; None outside a checkout."""
+    """The git commit of the code, with a + where files differ from it; None outside a checkout. Git is asked once."""
     here = Path(__file__).parent
     git = ["git", "-C", str(here)]
     try:

@@ -261,9 +261,9 @@ def _data_set(run_dir: Path) -> tuple[str, set[str]] | None:
     return f"the {'table' if name == 'csv' else 'folder'} {place}", same
 
 
-def comparable(paths: RunPaths, looked_at: int = 10) -> str | None:
-    """Name the newest other run, of the ``looked_at`` newest, that is trained and of the same images; None: none is."""
-    for other in all_runs(paths.root)[:looked_at]:
+def comparable(paths: RunPaths) -> str | None:
+    """Name the newest other run, of the ten newest, that is trained and of the same images; None: none is."""
+    for other in all_runs(paths.root)[:10]:
         if other.name == paths.name or not other.finished or not (other.results / "metrics.csv").is_file():
             continue
         try:

@@ -214,8 +214,7 @@ class Session:
     def record(self, round_: Round, bytes_down: int = 0, bytes_up: int = 0) -> None:
         """Write the row of a round's training, and count what it sent and whom it lost."""
         progress = self.progress
-        progress.bytes_down += bytes_down
-        progress.bytes_up += bytes_up
+        progress.count(bytes_down, bytes_up)
         progress.images += round_.train.examples
         self._row("train", round_.train, self.rate(round_.number - 1))
         for client, lost in round_.lost.items():

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from fedtalos.app.load import Loaded
 from fedtalos.app.run.kept import Unit
-from fedtalos.app.run.recorder import write_csv
-from fedtalos.models.heads import Head, set_head
+from fedtalos.app.run.recorder import cell, write_csv
+from fedtalos.models.heads import Head, head_of, set_head
 from fedtalos.training.editing.disentanglement import normalised_accuracy
 from fedtalos.training.editing.task_vectors import TaskVector
 from fedtalos.training.masked_parameters import MaskedParameters
@@ -37,7 +37,7 @@ def write_task_table(
     """
     model, images = loaded.model, loaded.limited("test")
     groups = tuple(unit.classes for unit in units)
-    now, fitted, source = moving.vector(), [p.detach().clone() for p in model.head.parameters()], model.head_source
+    now, fitted, source = moving.vector(), head_of(model), model.head_source
     refitted = task_accuracy(model, images, groups, loaded.features)
     set_head(model, *head, source=source)
 
@@ -47,7 +47,7 @@ def write_task_table(
 
     kept, base = measured(merged), measured(start)
     singles = [measured(start + vector.values.to(start.device)) for vector in vectors]
-    set_head(model, fitted[0], fitted[1], source=source)
+    set_head(model, *fitted, source=source)
     moving.write(now)
     columns: dict[str, Floats] = {
         "base": base.unknown,
@@ -61,7 +61,7 @@ def write_task_table(
     }
     rows = [
         {"task": unit.name, "classes": len(unit.classes)}
-        | {name: _cell(values[number]) for name, values in columns.items()}
+        | {name: cell(values[number]) for name, values in columns.items()}
         for number, unit in enumerate(units)
     ]
     write_csv(folder / "tasks.csv", rows)
@@ -69,10 +69,6 @@ def write_task_table(
     _print(rows, means, console)
     normalised = normalised_accuracy(columns["merged_known"].tolist(), columns["single_known"].tolist())
     return {"task_accuracy": {**means, "normalised": round(normalised, 6)}}
-
-
-def _cell(value: float) -> str:
-    return "" if np.isnan(value) else f"{value:.6f}"
 
 
 def _print(rows: Sequence[dict[str, Any]], means: dict[str, float], console: Console) -> None:

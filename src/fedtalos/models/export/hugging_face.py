@@ -5,7 +5,6 @@ registers a Dinov2WithRegistersForImageClassification: their classifiers see the
 gets weights of 0.
 """
 
-import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -17,6 +16,7 @@ from fedtalos.errors import InputError
 from fedtalos.models.backbone import Backbone
 from fedtalos.models.export.pixels import as_json, for_transformers
 from fedtalos.models.vision_transformer import WIDTH_DEPTH_HEADS, VisionTransformer
+from fedtalos.models.weights.names import renamed
 
 _NAMES = (
     (r"^(cls_token)$", r"embeddings.\1"),
@@ -76,7 +76,7 @@ def in_transformers_names(model: VisionTransformer, part: str) -> dict[str, Tens
             tensors |= {f"blocks.{n}.ls{which}.gamma": torch.ones(width) for n in range(depth) for which in (1, 2)}
     if not model.architecture.class_position:
         tensors["pos_embed"] = torch.cat([torch.zeros_like(tensors["pos_embed"][:, :1]), tensors["pos_embed"]], dim=1)
-    named = {f"{part}.{_renamed(name, rules)}": tensor.contiguous() for name, tensor in tensors.items()}
+    named = {f"{part}.{renamed(name, rules)}": tensor.contiguous() for name, tensor in tensors.items()}
     return {**named, "classifier.weight": weight.contiguous(), "classifier.bias": bias}
 
 
@@ -125,9 +125,3 @@ def _divided(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         for part, third in zip(("query", "key", "value"), tensor.chunk(3), strict=True):
             divided[name.replace(".qkv.", f".{part}.")] = third
     return divided
-
-
-def _renamed(name: str, rules: Sequence[tuple[str, str]]) -> str:
-    for pattern, replacement in rules:
-        name = re.sub(pattern, replacement, name)
-    return name

@@ -1,7 +1,7 @@
 """Parameter names of plain ViTs by DINO, DINOv2 and Hugging Face transformers, turned into timm's."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor
@@ -50,7 +50,7 @@ def in_timms_names(label: str, tensors: Mapping[str, Tensor]) -> dict[str, Tenso
     transformers = any(name.startswith("embeddings.") for name in tensors)
     origins: dict[str, str] = {}
     for name in tensors:
-        new = _renamed(name, _TRANSFORMERS if transformers else _DINOV2)
+        new = renamed(name, _TRANSFORMERS if transformers else _DINOV2)
         if new.startswith(_UNUSED):
             continue
         if new in origins:
@@ -67,7 +67,12 @@ def in_timms_names(label: str, tensors: Mapping[str, Tensor]) -> dict[str, Tenso
     return named
 
 
-def _renamed(name: str, rules: tuple[tuple[str, str], ...]) -> str:
+def renamed(name: str, rules: Iterable[tuple[str, str]]) -> str:
+    """Rewrite a name by rules, (pattern, replacement), one after another.
+
+    >>> renamed("encoder.layer.0.output.dense.bias", [(r"^encoder\\.layer\\.", "blocks.")])
+    'blocks.0.output.dense.bias'
+    """
     for pattern, replacement in rules:
         name = re.sub(pattern, replacement, name)
     return name

@@ -37,7 +37,7 @@ class StackedTensor(nn.Module):
 
     @property
     def own_rows(self) -> nn.Parameter:
-        """``rows`` of a tensor that moves."""
+        """Take the ``rows`` of a tensor that moves."""
         assert self.rows is not None
         return self.rows
 

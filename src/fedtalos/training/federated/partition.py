@@ -196,7 +196,7 @@ def raise_to_min_size(owner: Ids, num_clients: int, min_size: int, rng: np.rando
 
 
 def _levelled(sizes: Ids, taken: int) -> Ids:
-    """``sizes`` after ``taken`` examples left, one by one, from the first of the largest.
+    """Sizes after ``taken`` examples left, one by one, from the first of the largest.
 
     All come down to one level, and the first few of those by one more.
     """
