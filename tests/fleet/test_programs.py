@@ -1,6 +1,7 @@
 """What stands between Flower's programs and ours: who may ask a SuperLink for what, and the desk of a node."""
 
 import asyncio
+import contextlib
 import logging
 import os
 import re
@@ -11,6 +12,7 @@ import sys
 import textwrap
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 
 import psutil
 import pytest
@@ -19,7 +21,7 @@ import yaml
 from fedtalos.app.config.fleet import FleetInitConfig
 from fedtalos.cli import parse
 from fedtalos.errors import InputError, TrainingError
-from fedtalos.fleet import programs, submission
+from fedtalos.fleet import commands, programs, submission
 from fedtalos.fleet.desk import Desk, ask_desk
 from fedtalos.fleet.letter import Letter
 from fedtalos.fleet.place import Place, add_editing, make_place
@@ -214,3 +216,24 @@ def test_a_server_that_is_gone_is_no_run_that_goes_on(monkeypatch, tmp_path):
     )
     with pytest.raises(TrainingError, match="Connection is unavailable"):
         submission.status_of("1", tmp_path)
+
+
+@pytest.mark.parametrize(("lives", "until"), [([2.0] * 99, 90), ([2.0] * 5 + [500.0] + [2.0] * 99, 630)])
+def test_a_node_is_tried_for_longer_than_its_killed_forerunner_is_taken_for_there(monkeypatch, lives, until):
+    """Flower refuses it for 60 s. One that was there for long begins to count anew."""
+    clock, left = [0.0], iter(lives)
+
+    @contextlib.contextmanager
+    def child(*_):
+        clock[0] += next(left)
+        yield SimpleNamespace(running=False)
+
+    class Waits(threading.Event):
+        def wait(self, seconds):
+            clock[0] += seconds
+
+    monkeypatch.setattr(commands, "Child", child)
+    monkeypatch.setattr(commands.time, "monotonic", lambda: clock[0])
+    closed = []
+    commands._keep_running([], {}, SimpleNamespace(close=lambda: closed.append(clock[0])), Waits())
+    assert until <= closed[0] < until + 10

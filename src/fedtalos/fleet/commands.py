@@ -28,8 +28,11 @@ from fedtalos.fleet.task import own_options
 
 STARTUP = 120.0
 """Seconds within which a SuperLink listens."""
-TRIES, REFUSED, PAUSE = 5, 60.0, 5.0
-"""A node is refused where it ends so often in a row within so many seconds; between two starts it waits."""
+PAUSE, BRIEF, REFUSED = 5.0, 60.0, 90.0
+"""Seconds between two starts of a node, within which one was brief, and of brief ones in a row until it is refused.
+
+A server takes a node that was killed for there for two heartbeats, 60 s, and refuses its successor meanwhile.
+"""
 ANSWER = 120.0
 """Seconds within which one of Flower's commands ends; without a server they try on for ever."""
 
@@ -144,18 +147,19 @@ def join(options: FleetNodeConfig, console: Console) -> None:
 
 
 def _keep_running(words: list[str], known: dict[str, str], desk: Desk, stopped: threading.Event) -> None:
-    """Run Flower's node until ``stopped``, and start it anew where it ends; close the desk where it ends at once.
+    """Run Flower's node until ``stopped``, and start it anew where it ends; close the desk where it is refused.
 
     It ends when a server that was started again does not know it any more, and has to introduce itself anew.
     """
-    refused = 0
-    while not stopped.is_set() and refused < TRIES:
-        start = time.monotonic()
+    since = start = time.monotonic()  # since: the first of brief ones in a row
+    while not stopped.is_set() and start - since < REFUSED:
         with Child(words, known) as child:
             while child.running and not stopped.wait(0.2):
                 pass
-        refused = refused + 1 if time.monotonic() - start < REFUSED else 0
+        brief = time.monotonic() - start < BRIEF
         stopped.wait(PAUSE)
+        start = time.monotonic()
+        since = since if brief else start
     desk.close()
 
 
